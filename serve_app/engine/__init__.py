@@ -1,0 +1,1 @@
+"""Engines behind one Protocol: vLLM in process, and the simulated engine."""

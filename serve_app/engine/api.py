@@ -1,0 +1,180 @@
+"""The engine seam: what the router may ask of an engine, whatever serves the tokens.
+
+An engine takes a request as an OpenAI JSON body and yields *frames*: bytes ready for
+the client (SSE events, or the whole JSON body when the client does not stream) beside
+the token ids they stand for. The router relays the bytes and never re-serialises a
+token; continuation after a fault and exact accounting work on the token ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from serve_app.core.types import Outcome, PriorityClass, ReplicaId, ReplicaView, RequestId, Usage
+
+
+class Endpoint(StrEnum):
+    """OpenAI endpoints an engine can serve."""
+
+    CHAT = "chat"
+    COMPLETIONS = "completions"
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateCall:
+    """Everything an engine needs for one request. Built by the router only.
+
+    ``body`` is the client's JSON object re-encoded by the edge: validated, engine-only
+    fields removed, ``model`` replaced by the engine's served name. ``max_tokens`` caps
+    the body's own value. ``cache_salt`` isolates prefix caches between tenants.
+    ``target`` names the replica the core chose; ``fallbacks`` the next ones, in order.
+    ``resume_token_ids`` are tokens already delivered by another replica, to continue
+    from; an engine that cannot do so answers with a Refusal.
+    """
+
+    request_id: RequestId
+    endpoint: Endpoint
+    body: bytes
+    stream: bool
+    tenant: str
+    cache_salt: str
+    priority_class: PriorityClass
+    target: ReplicaId | None = None
+    fallbacks: tuple[ReplicaId, ...] = ()
+    max_tokens: int | None = None
+    resume_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Bytes for the client and the output token ids they stand for.
+
+    ``sequence`` counts from 0 within the request without gaps. ``data`` is one or more
+    whole SSE events (``data: ...\\n\\n``), ending with ``data: [DONE]\\n\\n`` in the last
+    frame of a stream; or the complete JSON body when the call does not stream.
+    """
+
+    sequence: int
+    data: bytes
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineTimings:
+    """Where an engine spent a request's time, in seconds; None if it never got there."""
+
+    queued_s: float | None = None
+    first_token_s: float | None = None
+    total_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Final:
+    """The last item of every successful generation: the engine's own account of it.
+
+    ``frames`` is how many frames were yielded, so that a receiver can tell a complete
+    stream from a cut one. ``finish_reason`` is OpenAI's, of the first choice.
+    """
+
+    usage: Usage
+    timings: EngineTimings
+    frames: int
+    finish_reason: str | None = None
+    replica: ReplicaId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """The engine's serving layer turned the request down; the only item then yielded.
+
+    A value and not an exception: it is the client's error, not the engine's.
+    ``status`` is 4xx, or 503 when the engine itself is saturated.
+    """
+
+    status: int
+    message: str
+    type: str = "invalid_request_error"
+    param: str | None = None
+    code: str | None = None
+
+
+GenerateItem = Frame | Final | Refusal
+
+
+class EngineDead(RuntimeError):
+    """The engine can no longer generate; its replica must be replaced."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine turned out to be once started.
+
+    ``max_model_len`` is context plus output, in tokens. ``kv_tokens_capacity`` is how
+    many tokens the KV cache holds, ``slots`` how many requests run at once.
+    """
+
+    model: str
+    revision: str
+    max_model_len: int
+    kv_tokens_capacity: int
+    slots: int
+    start_s: float
+    stages_s: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Metered:
+    """What the engine generated for one request, recorded at its end however it ended."""
+
+    request_id: RequestId
+    tenant: str
+    usage: Usage
+    outcome: Outcome
+    timings: EngineTimings
+
+
+class Engine(Protocol):
+    """One model on one replica. All methods run on the replica's event loop."""
+
+    async def start(self) -> EngineInfo:
+        """Load the model and generate once; return when requests can be served.
+
+        Raises:
+            ValueError: the settings are wrong; the message names the field and the fix.
+            EngineDead: the engine came up and died.
+        """
+
+    def generate(self, call: GenerateCall) -> AsyncGenerator[GenerateItem, None]:
+        """Yield frames and then one Final, or a single Refusal.
+
+        Closing or cancelling the generator aborts the generation at the engine's next
+        step; what was generated is still metered.
+
+        Raises:
+            EngineDead: the engine died; frames yielded so far were real.
+        """
+
+    async def abort(self, request_id: RequestId) -> None:
+        """Stop a generation at the next step; unknown ids are ignored."""
+
+    def snapshot(self) -> ReplicaView:
+        """The load right now. ``sequence`` grows by one with each snapshot."""
+
+    def on_metered(self, listener: Callable[[Metered], None]) -> None:
+        """Call ``listener`` once for every request that ends, cancelled ones included."""
+
+    async def check_health(self) -> None:
+        """Return if the engine can generate.
+
+        Raises:
+            EngineDead: it cannot.
+        """
+
+    async def drain(self, deadline_s: float) -> None:
+        """Refuse new work and return when running work has ended or after deadline_s."""
+
+    async def stop(self) -> None:
+        """Abort what runs and free everything. Idempotent."""

@@ -1,0 +1,1 @@
+"""The HTTP edge: OpenAI wire contract, keys, errors, pure ASGI."""
