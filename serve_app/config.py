@@ -12,6 +12,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from serve_app.core import policy
+
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
 
 
@@ -143,7 +145,20 @@ class PoolPolicy(Strict):
     max_concurrency_per_replica: int = Field(64, ge=1, le=4096)
     queue_capacity: int = Field(256, ge=0, description="Requests waiting in one router.")
     queue_timeout_s: float = Field(30, gt=0)
+    hold_without_replica_s: float = Field(
+        5, ge=0, description="Requests are held this long while the pool has no replica."
+    )
+    stale_after_s: float = Field(
+        0.3, gt=0, le=30, description="A replica silent for this long counts as saturated."
+    )
+    lost_after_s: float = Field(60, gt=0, description="A replica silent for this long is dropped.")
+    retry_after_min_s: float = Field(1, gt=0)
+    retry_after_max_s: float = Field(60, gt=0)
     routing: Literal["least_loaded"] = "least_loaded"
+
+    def to_core(self) -> policy.PoolPolicy:
+        """Return the settings as core reads them."""
+        return policy.PoolPolicy(**self.model_dump())
 
 
 class RouterConfig(Strict):
