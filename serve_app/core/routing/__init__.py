@@ -1,0 +1,57 @@
+"""The routing policies by name: what stands under ``routing`` in a pool's configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from serve_app.core.routing.affinity import AdapterLocality, SessionAffinity
+from serve_app.core.routing.loads import KvQueueScore, LeastLoaded, PowerOfTwo, RoundRobin
+from serve_app.core.routing.pools import HeavyPool, choose_pool
+from serve_app.core.routing.prefixes import (
+    AbandonAffinity,
+    CacheAware,
+    PrefixAffinity,
+    WeightedScore,
+)
+from serve_app.core.routing.settings import RandomSource, RoutingSettings
+
+if TYPE_CHECKING:
+    from serve_app.core.controller import RoutingPolicy
+
+__all__ = [
+    "ROUTINGS",
+    "HeavyPool",
+    "RandomSource",
+    "RoutingSettings",
+    "choose_pool",
+    "make_routing",
+]
+
+ROUTINGS: Mapping[str, Callable[[RoutingSettings, RandomSource], RoutingPolicy]] = MappingProxyType(
+    {
+        "round_robin": lambda settings, random: RoundRobin(),
+        "least_loaded": lambda settings, random: LeastLoaded(),
+        "power_of_two": lambda settings, random: PowerOfTwo(random),
+        "kv_queue": lambda settings, random: KvQueueScore(settings),
+        "prefix_affinity": lambda settings, random: PrefixAffinity(settings),
+        "session_affinity": lambda settings, random: SessionAffinity(settings),
+        "adapter_locality": lambda settings, random: AdapterLocality(settings),
+        "cache_aware": lambda settings, random: CacheAware(settings),
+        "abandon_affinity": lambda settings, random: AbandonAffinity(settings),
+        "weighted_score": WeightedScore,
+    }
+)
+
+
+def make_routing(name: str, settings: RoutingSettings, random: RandomSource) -> RoutingPolicy:
+    """Build the routing policy of one pool; ``random`` is drawn from by the policies that toss.
+
+    Raises:
+        ValueError: no policy has this name; the message lists those there are.
+    """
+    build = ROUTINGS.get(name)
+    if build is None:
+        raise ValueError(f"routing {name!r:.60} is none of: {', '.join(sorted(ROUTINGS))}")
+    return build(settings, random)
