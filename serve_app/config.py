@@ -123,6 +123,7 @@ class LimitSettings(Strict):
     max_messages: int = Field(2048, ge=1)
     max_output_tokens: int = Field(131_072, ge=1, description="Upper bound of max_tokens.")
     max_choices: int = Field(16, ge=1, description="Upper bound of n.")
+    max_prompts: int = Field(128, ge=1, description="Prompts in one completions request.")
     max_stream_s: float = Field(600, gt=0, description="A response may last this long.")
     max_request_id_bytes: int = Field(128, ge=8)
 
