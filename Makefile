@@ -1,0 +1,78 @@
+# Every target sets up what it needs. `make help` lists them.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON := .venv/bin/python
+VARIANT ?= cpu
+STEP := scripts/step
+RAY_ENV := set -a; source configs/ray.env; set +a
+OUT ?= out
+
+.PHONY: help
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort \
+	  | awk -F ':.*## ' '{ printf "  make %-15s %s\n", $$1, $$2 }'
+
+.PHONY: setup
+setup: ## Make .venv from the lock files (VARIANT=gpu for CUDA); quick when nothing changed
+	@python=$$(scripts/find-python) && "$$python" scripts/set_up.py --variant $(VARIANT)
+
+.PHONY: serve
+serve: setup ## Set up and serve the default model on this machine's CPU
+	@$(STEP) "prepare the default model" .venv/bin/headrace models prepare
+	@$(RAY_ENV); exec .venv/bin/headrace up configs/local.yaml
+
+.PHONY: serve-sim
+serve-sim: setup ## Set up and serve a simulated engine: starts in seconds, needs no model
+	@$(RAY_ENV); exec .venv/bin/headrace up configs/sim.yaml
+
+.PHONY: test
+test: setup ## Set up and run every test except the long proofs
+	@$(STEP) "unit and simulation tests" $(PYTHON) -m pytest -m "not proof" --ignore=tests/e2e tests
+	@$(STEP) "end-to-end tests" scripts/isolated $(PYTHON) -m pytest -m "not proof" tests/e2e
+
+.PHONY: test-fast
+test-fast: setup ## Run the tests that need neither Ray nor torch (under a minute)
+	@$(STEP) "fast tests" $(PYTHON) -m pytest -p tests.import_guard --ignore=tests/e2e \
+	  -m "not ray and not model and not proof" tests
+
+.PHONY: proof
+proof: setup ## Run the long forms: properties, chaos, soak (about an hour)
+	@$(STEP) "proofs" scripts/isolated $(PYTHON) -m pytest -m proof tests
+
+.PHONY: mutants
+mutants: setup ## Plant deliberate bugs in the core and see the tests catch every one
+	@$(STEP) "mutants" $(PYTHON) -m tests.mutants
+
+.PHONY: check
+check: setup ## Lint, check formatting, types and the direction of imports
+	@$(STEP) "ruff check" .venv/bin/ruff check .
+	@$(STEP) "ruff format" .venv/bin/ruff format --check .
+	@$(STEP) "mypy" .venv/bin/mypy
+	@$(STEP) "import-linter" .venv/bin/lint-imports
+
+.PHONY: fmt
+fmt: setup ## Format the code and mend what the linter can
+	@.venv/bin/ruff check --fix-only --quiet .
+	@.venv/bin/ruff format .
+
+.PHONY: bench
+bench: setup ## Compare the local stack with bare `vllm serve` (about ten minutes)
+	@$(STEP) "prepare the default model" .venv/bin/headrace models prepare
+	@$(STEP) "real model" scripts/isolated $(PYTHON) -m benchmarks.real_model --out $(OUT)/real_model
+
+.PHONY: bench-policies
+bench-policies: setup ## Run the policy scenarios in the simulator and write their report
+	@$(STEP) "policy scenarios" $(PYTHON) -m benchmarks.scenarios --out $(OUT)/scenarios
+
+.PHONY: lock
+lock: setup ## Resolve requirements/*.lock anew (UPGRADE=1 takes the newest versions)
+	@$(STEP) "resolve" $(PYTHON) scripts/lock.py $(if $(UPGRADE),--upgrade)
+
+.PHONY: clean
+clean: ## Remove .venv, caches, reports and the local database and model
+	rm -rf .venv .headrace $(OUT) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
