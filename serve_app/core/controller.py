@@ -362,6 +362,11 @@ class Controller:
             return known.in_flight if known else 0
         return sum(each.in_flight for each in self._pools.values())
 
+    def replicas(self, pool: PoolName) -> Sequence[Replica]:
+        """Return the replicas known in ``pool`` with their load; read only."""
+        known = self._pools.get(pool)
+        return list(known.replicas.values()) if known else []
+
     def open_requests(self) -> int:
         """Return how many requests are waiting or dispatched."""
         return len(self._entries)
