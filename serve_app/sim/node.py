@@ -1,0 +1,149 @@
+"""One simulated replica: an engine model, its snapshots, and what can befall it."""
+
+from __future__ import annotations
+
+from enum import Enum
+from math import inf
+
+from serve_app.core.engine_model import EngineModel, EngineParams, Event, Sequence
+from serve_app.core.types import PoolName, ReplicaId, ReplicaView, RequestId, Ticket
+from serve_app.sim.records import Question
+
+
+class Attempt:
+    """One HTTP request of a client: a question asked once."""
+
+    __slots__ = (
+        "ended",
+        "first_token_s",
+        "node",
+        "number",
+        "offered_s",
+        "question",
+        "reported_tokens",
+        "router",
+        "sequence",
+        "ticket",
+    )
+
+    def __init__(self, question: Question, ticket: Ticket, router: int, now_s: float) -> None:
+        self.question = question
+        self.ticket = ticket
+        self.router = router
+        self.number = question.attempts
+        self.offered_s = now_s
+        self.first_token_s: float | None = None
+        self.reported_tokens = 0
+        self.node: Node | None = None
+        self.sequence: Sequence | None = None
+        self.ended = False
+
+
+class Health(Enum):
+    """What a replica is doing."""
+
+    UP = "up"
+    DRAINING = "draining"
+    HUNG = "hung"
+    DEAD = "dead"
+
+
+class Node:
+    """A replica of one pool and the attempts that run on it.
+
+    ``scheduled_s`` is the time of the one entry in the event queue that counts.
+    """
+
+    __slots__ = (
+        "attempts",
+        "engine",
+        "health",
+        "id",
+        "pool",
+        "prefill_broken_until_s",
+        "scheduled_s",
+        "sequence_number",
+        "started_s",
+        "stopped_s",
+    )
+
+    def __init__(
+        self, replica: ReplicaId, pool: PoolName, params: EngineParams, now_s: float
+    ) -> None:
+        self.id = replica
+        self.pool = pool
+        self.engine = EngineModel(params)
+        self.attempts: dict[RequestId, Attempt] = {}
+        self.health = Health.UP
+        self.prefill_broken_until_s = -inf
+        self.scheduled_s = inf
+        self.sequence_number = 0
+        self.started_s = now_s
+        self.stopped_s: float | None = None
+
+    @property
+    def serves(self) -> bool:
+        """Whether a request sent here now is taken (a hung replica takes it, too)."""
+        return self.health in (Health.UP, Health.HUNG)
+
+    def view(self) -> ReplicaView:
+        """Return the next snapshot; the engine has been advanced to now."""
+        self.sequence_number += 1
+        engine = self.engine
+        unstarted = 0
+        if self.health is Health.HUNG:
+            unstarted = sum(attempt.sequence is None for attempt in self.attempts.values())
+        return ReplicaView(
+            replica=self.id,
+            pool=self.pool,
+            sequence=self.sequence_number,
+            slots=engine.params.max_num_seqs,
+            running=engine.running,
+            waiting=engine.waiting + unstarted,
+            kv_usage_ratio=engine.kv_usage_ratio(),
+            kv_tokens_capacity=engine.capacity_tokens,
+            preemptions_total=engine.preemptions_total,
+            in_flight_tokens=engine.in_flight_tokens(),
+            draining=self.health is Health.DRAINING,
+        )
+
+    def start(self, attempt: Attempt, output_tokens: int, priority: int, now_s: float) -> None:
+        """Begin generating for an attempt.
+
+        Raises:
+            ValueError: the request could never fit this engine.
+        """
+        arrival = attempt.question.arrival
+        if self.health is not Health.HUNG:
+            attempt.sequence = self.engine.add(
+                attempt,
+                now_s,
+                prompt_tokens=arrival.prompt_tokens,
+                output_tokens=output_tokens,
+                priority=priority,
+                hashes=arrival.prefix_hashes,
+            )
+        attempt.node = self
+        self.attempts[attempt.ticket.request_id] = attempt
+
+    def stop(self, attempt: Attempt, now_s: float) -> int:
+        """Drop an attempt; return how many output tokens it had produced."""
+        del self.attempts[attempt.ticket.request_id]
+        attempt.node = None
+        if attempt.sequence is None:
+            return 0
+        if self.health is not Health.HUNG:
+            self.engine.abort(attempt.sequence, now_s)
+        return self.engine.generated(attempt.sequence)
+
+    def advance(self, now_s: float) -> list[Event]:
+        """Return the engine's events up to ``now_s``; a hung or dead engine has none."""
+        if self.health in (Health.HUNG, Health.DEAD):
+            return []
+        return self.engine.advance(now_s)
+
+    def next_event_s(self) -> float:
+        """Return when the engine must be advanced next."""
+        if self.health in (Health.HUNG, Health.DEAD):
+            return inf
+        return self.engine.next_event_s()

@@ -1,0 +1,107 @@
+"""What happened to each question, and the figures drawn from it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from serve_app.core.types import Outcome, PriorityClass, RejectReason
+from serve_app.sim.workload import Arrival
+
+PROMPT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0
+
+
+class Question:
+    """One arrival's fate over all its attempts. ``ttft_s`` counts from its last attempt."""
+
+    __slots__ = (
+        "arrival",
+        "attempts",
+        "cached_tokens",
+        "degraded",
+        "ended_s",
+        "outcome",
+        "output_tokens",
+        "refusal",
+        "refused",
+        "restarts",
+        "tpot_s",
+        "ttft_s",
+    )
+
+    def __init__(self, arrival: Arrival) -> None:
+        self.arrival = arrival
+        self.attempts = 0
+        self.refused = 0
+        self.refusal: RejectReason | None = None
+        self.restarts = 0
+        self.outcome: Outcome | None = None
+        self.ttft_s: float | None = None
+        self.tpot_s = 0.0
+        self.ended_s = 0.0
+        self.output_tokens = 0
+        self.cached_tokens = 0
+        self.degraded = False
+
+
+@dataclass(slots=True)
+class Sample:
+    """The system at one moment, for the plots."""
+
+    at_s: float
+    queued: int
+    in_flight: int
+    kv_usage_ratio: float
+    replicas: int
+    rung: int
+
+
+@dataclass(slots=True)
+class Run:
+    """Everything one simulation produced. ``good`` etc. are for the measured window."""
+
+    questions: list[Question] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    notices: Counter[str] = field(default_factory=Counter)
+    offered_attempts: int = 0
+    rejects: Counter[tuple[PriorityClass, RejectReason]] = field(default_factory=Counter)
+    preemptions: Counter[PriorityClass] = field(default_factory=Counter)
+    processed_tokens: int = 0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    duplicated_tokens: int = 0
+    lost_requests: int = 0
+    over_admitted_max: int = 0
+    replica_s: float = 0.0
+    ended_at_s: float = 0.0
+    wall_s: float = 0.0
+
+
+def percentile(values: Iterable[float], ratio: float) -> float | None:
+    """Return the value at ``ratio`` (nearest rank) of the sorted values; None if there are none."""
+    ordered = sorted(values)
+    if not ordered:
+        return None
+    return ordered[min(len(ordered) - 1, max(0, round(ratio * len(ordered) + 0.5) - 1))]
+
+
+def jain_index(values: Sequence[float]) -> float:
+    """Return Jain's fairness index, (sum x)^2 / (n sum x^2): 1 is even, 1/n one takes all."""
+    squares = sum(value * value for value in values)
+    return sum(values) ** 2 / (len(values) * squares) if squares else 1.0
+
+
+def max_min_shares(demands: Mapping[str, float], capacity: float) -> dict[str, float]:
+    """Divide ``capacity`` max-min fairly: nobody gets more than its demand, the rest evenly."""
+    shares: dict[str, float] = {}
+    left = capacity
+    for place, (name, demand) in enumerate(sorted(demands.items(), key=lambda each: each[1])):
+        shares[name] = min(demand, left / (len(demands) - place))
+        left -= shares[name]
+    return shares
+
+
+def service_cost(prompt_tokens: int, output_tokens: int) -> float:
+    """Return the cost units of fair queueing: prompt + 2 x output tokens."""
+    return PROMPT_WEIGHT * prompt_tokens + OUTPUT_WEIGHT * output_tokens
