@@ -1,0 +1,309 @@
+"""The simulated engine: vLLM's scheduling physics in real time, answers made of words.
+
+``core/engine_model.py`` decides when each token exists; this file waits until then and
+renders it. It passes the same contract suite as the real engine, so that a cluster
+without GPUs, a load test and a fault drill run the product's own code.
+
+With ``zero_latency`` the model's time jumps instead of being waited for: one step per
+turn of the event loop, for measuring what everything around an engine costs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+
+from serve_app.config import SimSettings
+from serve_app.core.engine_model import EngineModel, EngineParams
+from serve_app.core.types import Outcome, PoolName, ReplicaId, ReplicaView, RequestId
+from serve_app.engine.api import (
+    Endpoint,
+    EngineDead,
+    EngineInfo,
+    EngineTimings,
+    Final,
+    Frame,
+    GenerateCall,
+    GenerateItem,
+    Metered,
+    Refusal,
+)
+from serve_app.engine.sim_generation import Generation
+from serve_app.engine.sim_text import Job, read_job
+from serve_app.engine.sim_wire import Header
+
+_log = logging.getLogger(__name__)
+
+
+def engine_params(settings: SimSettings) -> EngineParams:
+    """Return the model's parameters for ``settings``.
+
+    Raises:
+        ValueError: fields contradict each other; the message says which and the fix.
+    """
+    capacity_tokens = settings.kv_blocks * settings.block_tokens
+    if settings.max_model_len > capacity_tokens:
+        raise ValueError(
+            f"max_model_len ({settings.max_model_len}) exceeds the KV cache of "
+            f"{capacity_tokens} tokens: lower it or raise kv_blocks"
+        )
+    return EngineParams(
+        max_num_seqs=settings.max_num_seqs,
+        token_budget=settings.token_budget,
+        kv_blocks=settings.kv_blocks,
+        block_tokens=settings.block_tokens,
+        overhead_s=settings.overhead_s,
+        weights_s=settings.weights_s,
+        prefill_s_per_token=settings.prefill_s_per_token,
+        context_s_per_token=settings.context_s_per_token,
+        batch_s_per_request=settings.batch_s_per_request,
+    )
+
+
+class SimEngine:
+    """An ``Engine`` without a model. ``clock`` returns monotonic seconds."""
+
+    def __init__(
+        self,
+        settings: SimSettings,
+        pool: PoolName,
+        replica: ReplicaId,
+        clock: Callable[[], float],
+    ) -> None:
+        self._settings = settings
+        self._pool = pool
+        self._replica = replica
+        self._clock = clock
+        self._model = EngineModel(EngineParams())
+        self._origin_s = 0.0
+        self._virtual_s = 0.0
+        self._live: dict[RequestId, Generation] = {}
+        self._listeners: list[Callable[[Metered], None]] = []
+        self._snapshots = 0
+        self._unavailable: str | None = "the engine has not started"
+        self._draining = False
+        self._dead = False
+        self._pump: asyncio.Task[None] | None = None
+        self._work = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def start(self) -> EngineInfo:
+        """Be ready after the configured cold start; see ``Engine.start``."""
+        settings = self._settings
+        began_s = self._clock()
+        self._model = EngineModel(engine_params(settings))
+        await asyncio.sleep(settings.start_delay_s)
+        self._origin_s = self._clock()
+        self._unavailable = None
+        self._pump = asyncio.create_task(self._run(), name=f"sim engine {self._replica}")
+        self._pump.add_done_callback(self._pump_ended)
+        took_s = self._clock() - began_s
+        return EngineInfo(
+            model=settings.model,
+            revision=settings.revision,
+            max_model_len=settings.max_model_len,
+            kv_tokens_capacity=self._model.capacity_tokens,
+            slots=settings.max_num_seqs,
+            start_s=took_s,
+            stages_s={"load": took_s},
+        )
+
+    async def generate(self, call: GenerateCall) -> AsyncGenerator[GenerateItem, None]:
+        """Yield frames and a Final, or one Refusal; see ``Engine.generate``."""
+        if self._dead:
+            raise EngineDead("the simulated engine is dead")
+        job = self._understand(call)
+        if isinstance(job, Refusal):
+            yield job
+            return
+        generation = self._begin(call, job)
+        frames = 0
+        try:
+            while True:
+                data, token_ids = generation.render()
+                if data:
+                    yield Frame(frames, data, token_ids)
+                    frames += 1
+                if generation.complete():
+                    break
+                await generation.progress()
+                if self._dead:
+                    raise EngineDead("the simulated engine died")
+            self._settle(generation)
+            yield Final(
+                usage=generation.usage(),
+                timings=self._timings(generation),
+                frames=frames,
+                finish_reason=generation.finish_reason(),
+                replica=self._replica,
+            )
+        finally:
+            self._settle(generation)
+
+    async def abort(self, request_id: RequestId) -> None:
+        """End a generation with finish reason ``abort``; unknown ids are ignored."""
+        generation = self._live.get(request_id)
+        if generation is not None:
+            generation.abort(self._now_virtual_s())
+
+    def snapshot(self) -> ReplicaView:
+        """Return the load right now."""
+        self._snapshots += 1
+        model = self._model
+        return ReplicaView(
+            replica=self._replica,
+            pool=self._pool,
+            sequence=self._snapshots,
+            slots=self._settings.max_num_seqs,
+            running=model.running,
+            waiting=model.waiting,
+            kv_usage_ratio=model.kv_usage_ratio(),
+            kv_tokens_capacity=model.capacity_tokens,
+            preemptions_total=model.preemptions_total,
+            in_flight_tokens=model.in_flight_tokens(),
+            draining=self._draining,
+        )
+
+    def on_metered(self, listener: Callable[[Metered], None]) -> None:
+        """Call ``listener`` once for every generation that ends."""
+        self._listeners.append(listener)
+
+    async def check_health(self) -> None:
+        """Return if the engine generates.
+
+        Raises:
+            EngineDead: it was killed, or its loop failed.
+        """
+        if self._dead:
+            raise EngineDead("the simulated engine is dead")
+
+    async def drain(self, deadline_s: float) -> None:
+        """Refuse new work; return when running work has ended, or after ``deadline_s``."""
+        self._draining = True
+        self._unavailable = "the engine is draining"
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self._idle.wait()
+        except TimeoutError:
+            _log.warning("drain deadline passed with %d generations left", len(self._live))
+
+    async def stop(self) -> None:
+        """Abort what runs and end the loop. Idempotent."""
+        self._draining = True
+        self._unavailable = "the engine has stopped"
+        for generation in list(self._live.values()):
+            generation.abort(self._now_virtual_s())
+        pump, self._pump = self._pump, None
+        if pump is not None:
+            pump.cancel()
+            await asyncio.wait([pump])
+
+    def kill(self) -> None:
+        """Die as a crashed engine does: open generations raise EngineDead. For fault tests."""
+        self._dead = True
+        if self._pump is not None:
+            self._pump.cancel()
+        for generation in self._live.values():
+            generation.wake()
+
+    # ---- one generation ------------------------------------------------------------
+
+    def _understand(self, call: GenerateCall) -> Job | Refusal:
+        if self._unavailable is not None:
+            return Refusal(503, self._unavailable, type="server_error", code="unavailable")
+        if call.request_id in self._live:
+            return Refusal(409, f"request {call.request_id} is running", code="duplicate_request")
+        return read_job(
+            call,
+            max_model_len=self._settings.max_model_len,
+            default_output_tokens=self._settings.default_output_tokens,
+            seed=self._settings.seed,
+        )
+
+    def _begin(self, call: GenerateCall, job: Job) -> Generation:
+        header = Header(
+            endpoint=call.endpoint,
+            id=("chatcmpl-" if call.endpoint is Endpoint.CHAT else "cmpl-") + call.request_id,
+            created_s=int(time.time()),
+            model=self._settings.model,
+        )
+        generation = Generation(call, job, header, self._model, self._clock())
+        generation.submit(self._now_virtual_s(), self._settings)
+        self._live[call.request_id] = generation
+        self._idle.clear()
+        self._work.set()
+        return generation
+
+    def _settle(self, generation: Generation) -> None:
+        """Free and meter a generation, once, however it ended."""
+        if self._live.pop(generation.call.request_id, None) is None:
+            return
+        complete = generation.complete() and not generation.aborted
+        generation.abort(self._now_virtual_s())
+        if not self._live:
+            self._idle.set()
+        if complete:
+            outcome = Outcome.COMPLETED
+        else:
+            outcome = Outcome.FAILED if self._dead else Outcome.CANCELLED
+        metered = Metered(
+            request_id=generation.call.request_id,
+            tenant=generation.call.tenant,
+            usage=generation.usage(),
+            outcome=outcome,
+            timings=self._timings(generation),
+        )
+        for listener in self._listeners:
+            listener(metered)
+
+    def _timings(self, generation: Generation) -> EngineTimings:
+        queued_s, first_token_s = generation.virtual_timings_s()
+        total_s = self._clock() - generation.began_s
+        if self._settings.zero_latency:
+            # The model's seconds did not pass; what passed is not worth telling apart.
+            queued_s = None if queued_s is None else 0.0
+            first_token_s = None if first_token_s is None else total_s
+            return EngineTimings(queued_s, first_token_s, total_s)
+        speed = self._settings.speed
+        return EngineTimings(
+            queued_s=None if queued_s is None else queued_s / speed,
+            first_token_s=None if first_token_s is None else first_token_s / speed,
+            total_s=total_s,
+        )
+
+    # ---- time ----------------------------------------------------------------------
+
+    def _now_virtual_s(self) -> float:
+        if not self._settings.zero_latency:
+            elapsed_s = (self._clock() - self._origin_s) * self._settings.speed
+            self._virtual_s = max(self._virtual_s, elapsed_s)
+        return self._virtual_s
+
+    async def _run(self) -> None:
+        """Complete each step when its time has come and wake who got tokens."""
+        model = self._model
+        while True:
+            if not model.busy:
+                self._work.clear()
+                await self._work.wait()
+                continue
+            step_ends_s = model.next_step_s()
+            if self._settings.zero_latency:
+                await asyncio.sleep(0)
+                self._virtual_s = max(self._virtual_s, step_ends_s)
+            else:
+                ahead_s = step_ends_s - self._now_virtual_s()
+                await asyncio.sleep(max(0.0, ahead_s / self._settings.speed))
+                self._now_virtual_s()
+            model.advance(self._virtual_s)
+            for generation in self._live.values():
+                generation.wake_if_progressed()
+
+    def _pump_ended(self, pump: asyncio.Task[None]) -> None:
+        error = None if pump.cancelled() else pump.exception()
+        if error is not None:
+            _log.error("the simulated engine's loop failed", exc_info=error)
+            self.kill()
