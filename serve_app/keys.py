@@ -74,17 +74,38 @@ class KeyRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class NewKey:
-    """A key that was just made: the only moment its secret exists outside the client."""
+class KeyWish:
+    """What somebody asks of a new key; the rest is made by ``new_key``."""
 
-    key_id: KeyId
-    secret: str
+    name: str
+    tenant: TenantId = DEFAULT_TENANT
+    user: UserId | None = None
+    admin: bool = False
+    priority_ceiling: PriorityClass = PriorityClass.STANDARD
+    models: tuple[str, ...] | None = None
+    expires_at_s: float | None = None
 
 
-def generate() -> NewKey:
-    """Make a key from the system's random source."""
+def new_key(wish: KeyWish, now_wall_s: float) -> tuple[str, KeyRecord]:
+    """Make a key from the system's random source; return its secret and its record.
+
+    This is the only moment when the secret exists outside the client.
+    """
     key_id = "".join(secrets.choice(_ID_ALPHABET) for _ in range(_ID_CHARACTERS))
-    return NewKey(KeyId(key_id), f"hr-{key_id}-{secrets.token_urlsafe(_SECRET_BYTES)}")
+    secret = f"hr-{key_id}-{secrets.token_urlsafe(_SECRET_BYTES)}"
+    record = KeyRecord(
+        key_id=KeyId(key_id),
+        name=wish.name,
+        digest=digest_of(secret),
+        tenant=wish.tenant,
+        created_at_s=now_wall_s,
+        user=wish.user,
+        admin=wish.admin,
+        priority_ceiling=wish.priority_ceiling,
+        models=wish.models,
+        expires_at_s=wish.expires_at_s,
+    )
+    return secret, record
 
 
 def digest_of(secret: str) -> bytes:

@@ -180,7 +180,11 @@ class StreamSender:
 
 def exception_handlers() -> dict[int | type[Exception], ExceptionHandler]:
     """Return Starlette's handlers for whatever no route has answered."""
-    return {HTTPException: _on_http_exception, ApiError: _on_api_error}
+    return {
+        HTTPException: _on_http_exception,
+        ApiError: _on_api_error,
+        Exception: _on_unexpected,
+    }
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
@@ -201,6 +205,11 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 async def _on_api_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return _response(error)
+
+
+async def _on_unexpected(_request: Request, _error: Exception) -> Response:
+    """Answer for a bug. Starlette raises the exception again behind it, to be logged."""
+    return _response(ApiError("The server failed on this request.", code="internal_error"))
 
 
 def _response(error: ApiError, headers: dict[str, str] | None = None) -> Response:

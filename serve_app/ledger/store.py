@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from sqlalchemy.schema import CreateTable
 
 from serve_app.core.types import KeyId, PriorityClass, TenantId, UserId
 from serve_app.errors import ConfigError
-from serve_app.keys import KeyRecord, KeyTable
+from serve_app.keys import KeyRecord, KeyTable, KeyWish, new_key
 from serve_app.ledger.schema import API_KEY, KEY_TABLE_VERSION, META, METADATA
 
 _BUSY_TIMEOUT_S = 10.0
@@ -38,13 +39,14 @@ class KeyStore:
     Every method raises StoreUnavailable if the database fails.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, wall_clock: Callable[[], float] = time.time) -> None:
         """Open the database at ``url`` and create what is missing.
 
         Raises:
             ConfigError: the URL is malformed, its driver is not installed, or the folder
                 of an SQLite file cannot be made.
         """
+        self._wall_clock = wall_clock
         parsed = _parse(url)
         self._place = parsed.render_as_string(hide_password=True)
         if parsed.get_backend_name() == "sqlite":
@@ -52,8 +54,14 @@ class KeyStore:
         self._engine = _engine(parsed)
         self._create_tables()
 
-    def create(self, record: KeyRecord) -> None:
-        """Add a key.
+    def create(self, wish: KeyWish) -> tuple[str, KeyRecord]:
+        """Make a key and keep its record; return its secret, which is kept nowhere."""
+        secret, record = new_key(wish, self._wall_clock())
+        self.add(record)
+        return secret, record
+
+    def add(self, record: KeyRecord) -> None:
+        """Keep a record that was made elsewhere.
 
         Raises:
             ValueError: a key with this id or this digest exists.
@@ -64,20 +72,20 @@ class KeyStore:
         except IntegrityError as error:
             raise ValueError(f"a key with the id {record.key_id!r} exists") from error
 
-    def revoke(self, key_id: KeyId, now_wall_s: float) -> bool:
-        """Revoke a key for good; return whether it exists. Revoking twice changes nothing."""
+    def revoke(self, key_id: str) -> KeyRecord | None:
+        """Revoke a key for good and return its record, or None if there is none.
+
+        Revoking twice keeps the first time.
+        """
+        of_key = API_KEY.c.key_id == key_id
         with self._change() as connection:
-            found = connection.execute(
-                select(API_KEY.c.revoked_at_s).where(API_KEY.c.key_id == key_id)
-            ).first()
-            if found is None:
-                return False
             connection.execute(
                 update(API_KEY)
-                .where(API_KEY.c.key_id == key_id, API_KEY.c.revoked_at_s.is_(None))
-                .values(revoked_at_s=now_wall_s)
+                .where(of_key, API_KEY.c.revoked_at_s.is_(None))
+                .values(revoked_at_s=self._wall_clock())
             )
-            return True
+            row = connection.execute(select(API_KEY).where(of_key)).first()
+            return None if row is None else _record(row)
 
     def list(self) -> list[KeyRecord]:
         """Return every key, revoked ones too, oldest first."""

@@ -1,0 +1,135 @@
+"""Keys as the command line reaches them: in the database itself, or over /admin/keys."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Protocol
+
+import httpx
+
+from serve_app.errors import ApiError, ConfigError
+from serve_app.gateway.admin import key_json, key_request
+from serve_app.keys import BOOTSTRAP_KEY_ID
+from serve_app.ledger.store import KeyStore, StoreUnavailable
+from serve_app.terminal import CommandFailed
+
+_TIMEOUT_S = 15.0
+
+
+class Keys(Protocol):
+    """What `headrace keys` does. Records are the JSON objects of /admin/keys.
+
+    Every method raises CommandFailed with one line for the user.
+    """
+
+    def create(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """Make a key; the answer's `key` is its secret."""
+
+    def list(self) -> list[dict[str, Any]]:
+        """Return every key."""
+
+    def revoke(self, key_id: str) -> dict[str, Any]:
+        """Revoke a key."""
+
+
+class DatabaseKeys:
+    """Keys in the database that a configuration names; the service need not run."""
+
+    def __init__(self, url: str) -> None:
+        self._store = _opened(url)
+
+    def create(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """See Keys."""
+        now_s = time.time()
+        try:
+            secret, record = self._store.create(key_request(fields).wish(now_s))
+        except (ApiError, StoreUnavailable) as error:
+            raise CommandFailed(str(error)) from error
+        return {**key_json(record, now_s), "key": secret}
+
+    def list(self) -> list[dict[str, Any]]:
+        """See Keys."""
+        try:
+            return [key_json(record, time.time()) for record in self._store.list()]
+        except StoreUnavailable as error:
+            raise CommandFailed(str(error)) from error
+
+    def revoke(self, key_id: str) -> dict[str, Any]:
+        """See Keys."""
+        if key_id == BOOTSTRAP_KEY_ID:
+            raise CommandFailed(
+                "the bootstrap key comes from HEADRACE_BOOTSTRAP_KEY; unset it and restart"
+            )
+        try:
+            record = self._store.revoke(key_id)
+        except StoreUnavailable as error:
+            raise CommandFailed(str(error)) from error
+        if record is None:
+            raise CommandFailed(f"there is no key {key_id!r}; see `headrace keys list`")
+        return key_json(record, time.time())
+
+
+class HttpKeys:
+    """Keys of a running service."""
+
+    def __init__(
+        self, url: str, admin_key: str, transport: httpx.BaseTransport | None = None
+    ) -> None:
+        """``url`` is the service's root; ``transport`` replaces the network in tests.
+
+        Raises:
+            ConfigError: the URL is not one.
+        """
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"the URL must start with http:// or https://; got {url!r:.80}")
+        self._url = url.rstrip("/").removesuffix("/v1")
+        self._client = httpx.Client(
+            headers={"authorization": f"Bearer {admin_key}"},
+            timeout=_TIMEOUT_S,
+            transport=transport,
+        )
+
+    def create(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """See Keys."""
+        return self._call("POST", "/admin/keys", json=fields)
+
+    def list(self) -> list[dict[str, Any]]:
+        """See Keys."""
+        records: list[dict[str, Any]] = self._call("GET", "/admin/keys")["data"]
+        return records
+
+    def revoke(self, key_id: str) -> dict[str, Any]:
+        """See Keys."""
+        return self._call("DELETE", f"/admin/keys/{key_id}")
+
+    def _call(self, method: str, path: str, json: dict[str, Any] | None = None) -> dict[str, Any]:
+        try:
+            answer = self._client.request(method, self._url + path, json=json)
+            body = answer.json()
+        except httpx.InvalidURL as error:
+            raise ConfigError(f"{self._url!r:.80} is not a URL: {error}") from error
+        except httpx.HTTPError as error:
+            raise CommandFailed(f"cannot reach {self._url}: {error}; is it running?") from error
+        except ValueError as error:
+            raise CommandFailed(
+                f"{self._url}{path} answered {answer.status_code}, and not as Headrace does"
+            ) from error
+        if answer.is_error:
+            raise CommandFailed(_problem(answer.status_code, body))
+        assert isinstance(body, dict)
+        return body
+
+
+def _opened(url: str) -> KeyStore:
+    try:
+        return KeyStore(url)
+    except StoreUnavailable as error:
+        raise CommandFailed(str(error)) from error
+
+
+def _problem(status: int, body: object) -> str:
+    error = body.get("error") if isinstance(body, dict) else None
+    message = error.get("message") if isinstance(error, dict) else None
+    if status == 401:
+        return "the service does not know this admin key (HEADRACE_ADMIN_KEY or --admin-key)"
+    return f"the service answered {status}: {message or body!r:.200}"

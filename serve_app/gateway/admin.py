@@ -1,0 +1,181 @@
+"""/admin/keys: keys created, listed and revoked over HTTP, by whoever has an admin key.
+
+GET    /admin/keys            every key, revoked ones included; never a secret
+POST   /admin/keys            a new key; the only answer that has its secret
+DELETE /admin/keys/{key_id}   revoke for good
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, Literal, Protocol, TypeVar
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Scope
+
+from serve_app.core.types import PriorityClass, TenantId, UserId
+from serve_app.errors import ApiError, InvalidRequest, NotFound, Unavailable
+from serve_app.gateway.auth import require_admin
+from serve_app.gateway.http import read_body, require_json
+from serve_app.gateway.invalid import from_validation, parse_object
+from serve_app.keys import BOOTSTRAP_KEY_ID, KeyRecord, KeyWish
+
+logger = logging.getLogger("headrace.admin")
+
+Result = TypeVar("Result")
+ClassName = Literal["critical", "standard", "sheddable"]
+
+_MAX_BODY_BYTES = 65_536
+_LONGEST_S = 10 * 366 * 86_400
+
+
+class KeyAdmin(Protocol):
+    """Where keys are kept, as this module needs it: Control, from any router."""
+
+    async def list_keys(self) -> list[KeyRecord]:
+        """Return every key."""
+
+    async def create_key(self, wish: KeyWish) -> tuple[str, KeyRecord]:
+        """Make a key; return its secret and its record."""
+
+    async def revoke_key(self, key_id: str) -> KeyRecord | None:
+        """Revoke a key and return its record, or None if there is none."""
+
+
+class KeyRequest(BaseModel):
+    """What may be asked of a new key."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: str = Field(min_length=1, max_length=200, description="What it is for.")
+    tenant: str = Field("default", pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}$")
+    user: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    admin: bool = False
+    priority_ceiling: ClassName = "standard"
+    models: (
+        Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=256)]],
+            Field(min_length=1, max_length=256),
+        ]
+        | None
+    ) = None
+    expires_in_s: Annotated[float, Field(gt=0, le=_LONGEST_S)] | None = None
+
+    def wish(self, now_wall_s: float) -> KeyWish:
+        """Return it as the store takes it."""
+        return KeyWish(
+            name=self.name,
+            tenant=TenantId(self.tenant),
+            user=None if self.user is None else UserId(self.user),
+            admin=self.admin,
+            priority_ceiling=PriorityClass[self.priority_ceiling.upper()],
+            models=None if self.models is None else tuple(self.models),
+            expires_at_s=None if self.expires_in_s is None else now_wall_s + self.expires_in_s,
+        )
+
+
+def key_request(fields: dict[str, Any]) -> KeyRequest:
+    """Check what is asked of a new key.
+
+    Raises:
+        InvalidRequest: a field is missing, unknown or wrong; ``param`` names it.
+    """
+    try:
+        return KeyRequest.model_validate(fields)
+    except ValidationError as error:
+        raise from_validation(error, fields) from None
+
+
+def key_json(record: KeyRecord, now_wall_s: float) -> dict[str, Any]:
+    """Return a record as the API shows it. Times are whole seconds since the epoch."""
+    return {
+        "object": "api_key",
+        "id": record.key_id,
+        "name": record.name,
+        "tenant": record.tenant,
+        "user": record.user,
+        "admin": record.admin,
+        "priority_ceiling": record.priority_ceiling.name.lower(),
+        "models": None if record.models is None else list(record.models),
+        "state": record.state(now_wall_s).value,
+        "created_at": int(record.created_at_s),
+        "expires_at": None if record.expires_at_s is None else int(record.expires_at_s),
+        "revoked_at": None if record.revoked_at_s is None else int(record.revoked_at_s),
+    }
+
+
+class KeyAdministration:
+    """The handlers. ``caller`` authenticates a request and returns the key it came with."""
+
+    def __init__(self, caller: Callable[[Scope], KeyRecord], keys: KeyAdmin) -> None:
+        self._caller = caller
+        self._keys = keys
+
+    def routes(self) -> list[Route]:
+        """Return the routes."""
+        return [
+            Route("/admin/keys", self.list, methods=["GET"]),
+            Route("/admin/keys", self.create, methods=["POST"]),
+            Route("/admin/keys/{key_id}", self.revoke, methods=["DELETE"]),
+        ]
+
+    async def list(self, request: Request) -> Response:
+        """Answer with every key, oldest first."""
+        require_admin(self._caller(request.scope))
+        records = await _from_control(self._keys.list_keys())
+        now_s = time.time()
+        return _json({"object": "list", "data": [key_json(record, now_s) for record in records]})
+
+    async def create(self, request: Request) -> Response:
+        """Make a key; its secret is in this answer and nowhere else."""
+        caller = self._caller(request.scope)
+        require_admin(caller)
+        require_json(request.scope)
+        body = await read_body(request.scope, request.receive, _MAX_BODY_BYTES)
+        now_s = time.time()
+        wish = key_request(parse_object(body)).wish(now_s)
+        secret, record = await _from_control(self._keys.create_key(wish))
+        logger.info("key %s created by key %s", record.key_id, caller.key_id)
+        return _json({**key_json(record, now_s), "key": secret}, status=201)
+
+    async def revoke(self, request: Request) -> Response:
+        """Revoke a key; doing it twice changes nothing."""
+        caller = self._caller(request.scope)
+        require_admin(caller)
+        key_id = request.path_params["key_id"]
+        if key_id == BOOTSTRAP_KEY_ID:
+            raise InvalidRequest(
+                "The bootstrap key comes from HEADRACE_BOOTSTRAP_KEY; unset it and restart.",
+                param="key_id",
+            )
+        record = await _from_control(self._keys.revoke_key(key_id))
+        if record is None:
+            raise NotFound(f"There is no key {key_id!r:.80}.", param="key_id")
+        logger.info("key %s revoked by key %s", record.key_id, caller.key_id)
+        return _json(key_json(record, time.time()))
+
+
+async def _from_control(answer: Awaitable[Result]) -> Result:
+    """Await Control; whatever goes wrong there is a 503 here.
+
+    Raises:
+        Unavailable: Control is away or its database failed.
+    """
+    try:
+        return await answer
+    except ApiError:
+        raise
+    except Exception:
+        logger.exception("Control did not answer")
+        raise Unavailable("Control cannot be reached; try again.", retry_after_s=2.0) from None
+
+
+def _json(body: dict[str, Any], *, status: int = 200) -> Response:
+    headers = {"cache-control": "no-store"}
+    return Response(orjson.dumps(body), status, headers, media_type="application/json")

@@ -1,0 +1,51 @@
+"""What the command line prints, and how: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from argparse import _SubParsersAction
+
+    Subparsers = _SubParsersAction[ArgumentParser]
+
+
+class CommandFailed(Exception):
+    """A command that cannot go on; the message is one line for the user, the status 1."""
+
+
+def out(text: str) -> None:
+    """Print a result."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """Print what is not a result: progress, warnings, errors."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return rows under a header, columns aligned by spaces."""
+    lines = [list(header), *[list(row) for row in rows]]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def command(subparsers: Subparsers, name: str, summary: str, example: str) -> ArgumentParser:
+    """Add a subcommand whose help ends with an example."""
+    return subparsers.add_parser(
+        name,
+        help=summary[:1].lower() + summary[1:].rstrip("."),
+        description=summary,
+        epilog="example:\n" + "\n".join(f"  {line}" for line in example.splitlines()),
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
