@@ -497,6 +497,9 @@ class EngineModel:
             # A lone sequence never preempts itself, so only an empty engine gets here.
             return False
         self._set_plan(decoding)
+        if preempted:
+            # Admission resumes with the next step.
+            self._cut_plan()
         return True
 
     def _set_plan(self, decoding: int) -> None:
@@ -508,12 +511,14 @@ class EngineModel:
         step = self.steps_total
         offsets = self._offsets
         contexts = offsets[0] + offsets[1] + offsets[2] + decoding * step
-        self._plan_first = (
+        duration = (
             self._overhead
             + max(self._weights, self._per_token * tokens)
             + self._per_context * contexts
             + self._per_sequence * (decoding + len(prefills))
         )
+        # With all costs zero a step still has an end after its start.
+        self._plan_first = duration or 1
         self._plan_growth = self._per_context * decoding
         if prefills:
             self._plan_steps = 1
