@@ -1,0 +1,353 @@
+"""The vLLM engine: AsyncLLM and vLLM's OpenAI layer in the replica's own process.
+
+    generate(call) -> Generation (task, meter, frames)      vllm_generation.py
+                         |
+                      OpenAILayer: vLLM's serving classes   vllm_serving.py
+                         |
+                      MeteredAsyncLLM: AsyncLLM + meter     vllm_core.py
+                         |
+                      EngineCore and its workers: child processes of vLLM
+
+Importing this module does not import vLLM: that takes seconds, needs its environment
+set first, and happens in ``start``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from argparse import Namespace
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import orjson
+
+from serve_app.config import VllmSettings
+from serve_app.core.types import Outcome, PoolName, PriorityClass, ReplicaId, ReplicaView, RequestId
+from serve_app.engine.api import (
+    Endpoint,
+    EngineDead,
+    EngineInfo,
+    Final,
+    GenerateCall,
+    GenerateItem,
+    Metered,
+    Refusal,
+)
+from serve_app.engine.meter import RequestMeter
+from serve_app.engine.vllm_args import prepare_environment, served_name
+from serve_app.engine.vllm_generation import Generation
+
+if TYPE_CHECKING:
+    from serve_app.engine.vllm_core import MeteredAsyncLLM
+    from serve_app.engine.vllm_serving import OpenAILayer
+
+logger = logging.getLogger("headrace.engine")
+
+ABORT_TIMEOUT_S = 2.0
+
+
+class VllmEngine:
+    """One model on one replica, served by vLLM. See ``serve_app.engine.api.Engine``.
+
+    With several choices or prompts in a request, ``Frame.token_ids`` holds the ids of
+    all of them: choice after choice, or when streaming in the order of generation; of
+    several prompts they may come one frame after their text. ``GenerateCall.max_tokens``
+    caps each choice. An aborted generation ends with the finish reason ``abort``.
+
+    ``generate`` raises ``GenerationFailed`` when vLLM fails at this one request.
+    """
+
+    def __init__(
+        self,
+        settings: VllmSettings,
+        model_path: Path,
+        pool: PoolName,
+        replica: ReplicaId,
+        clock: Callable[[], float],
+    ) -> None:
+        """Keep the settings; ``clock`` gives monotonic seconds. Nothing is started."""
+        self._settings = settings
+        self._model_path = model_path
+        self._pool = pool
+        self._replica = replica
+        self._clock = clock
+        self._listeners: list[Callable[[Metered], None]] = []
+        self._in_flight: dict[RequestId, Generation] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._loading: asyncio.Future[tuple[MeteredAsyncLLM, Namespace]] | None = None
+        self._llm: MeteredAsyncLLM | None = None
+        self._openai: OpenAILayer | None = None
+        self._info: EngineInfo | None = None
+        self._snapshots = 0
+        self._draining = False
+        self._stopping = asyncio.Lock()
+
+    async def start(self) -> EngineInfo:
+        """Import vLLM, load the model, generate once; the loop stays free meanwhile.
+
+        Raises:
+            ValueError: the settings are wrong; the message names the field and the fix.
+            EngineDead: the engine came up and died, or could not generate.
+        """
+        if self._info is not None:
+            return self._info
+        stages_s: dict[str, float] = {}
+        started_s = stage_s = self._clock()
+        prepare_environment(os.environ)
+        await asyncio.to_thread(_import_vllm)
+        stages_s["import"] = self._clock() - stage_s
+        stage_s = self._clock()
+        await self._load()
+        stages_s["load"] = self._clock() - stage_s
+        stage_s = self._clock()
+        await self._warm_up()
+        stages_s["warm_up"] = self._clock() - stage_s
+        self._info = self._describe(self._clock() - started_s, stages_s)
+        return self._info
+
+    async def generate(self, call: GenerateCall) -> AsyncGenerator[GenerateItem, None]:
+        """Yield frames and then one Final, or a single Refusal; see ``Engine.generate``."""
+        refusal = self._refuse(call)
+        if refusal is not None:
+            yield refusal
+            return
+        generation = self._begin(call)
+        try:
+            while (frame := await generation.next_frame()) is not None:
+                yield frame
+            final = self._finish(generation)
+            if final is not None:
+                yield final
+        finally:
+            await _cancel(generation)
+
+    async def abort(self, request_id: RequestId) -> None:
+        """Stop a generation at the next step; unknown ids are ignored."""
+        generation = self._in_flight.get(request_id)
+        if generation is not None and self._llm is not None:
+            generation.aborted = True
+            await self._llm.abort(list(generation.collectors))
+
+    def snapshot(self) -> ReplicaView:
+        """Return the load right now.
+
+        vLLM reports only when it steps, so what it holds is counted here, in this
+        process; its last report says how much of that is waiting. In-flight tokens are
+        prompt and output so far of every sequence.
+        """
+        self._snapshots += 1
+        info = self._info
+        llm = self._llm
+        unfinished = llm.unfinished if llm is not None else 0
+        slots = self._settings.max_num_seqs
+        rendering = sum(not generation.started for generation in self._in_flight.values())
+        reported = min(llm.load.waiting, unfinished) if llm is not None else 0
+        waiting = max(reported, unfinished - slots)
+        return ReplicaView(
+            replica=self._replica,
+            pool=self._pool,
+            sequence=self._snapshots,
+            slots=slots,
+            running=unfinished - waiting,
+            waiting=waiting + rendering,
+            kv_usage_ratio=llm.load.kv_usage_ratio if llm is not None and unfinished else 0.0,
+            kv_tokens_capacity=info.kv_tokens_capacity if info is not None else 0,
+            preemptions_total=llm.load.preemptions_total if llm is not None else 0,
+            in_flight_tokens=self._in_flight_tokens(),
+            draining=self._draining,
+        )
+
+    def on_metered(self, listener: Callable[[Metered], None]) -> None:
+        """Call ``listener`` once for every request that the engine took and that ended."""
+        self._listeners.append(listener)
+
+    async def check_health(self) -> None:
+        """Return if the engine can generate.
+
+        Raises:
+            EngineDead: it cannot.
+        """
+        if self._info is None or self._llm is None:
+            raise EngineDead("the engine is not started")
+        if self._llm.errored:
+            raise EngineDead("vLLM's engine died; its log has the cause")
+
+    async def drain(self, deadline_s: float) -> None:
+        """Refuse new work; return when running work has ended or ``deadline_s`` has passed."""
+        self._draining = True
+        try:
+            async with asyncio.timeout(max(0.0, deadline_s)):
+                await self._idle.wait()
+        except TimeoutError:
+            logger.warning("drain deadline passed", extra={"in_flight": len(self._in_flight)})
+
+    async def stop(self) -> None:
+        """Abort what runs and end the engine's processes. Idempotent."""
+        self._draining = True
+        async with self._stopping:
+            await self._abort_all()
+            if self._loading is not None and self._llm is None:
+                # A start was cancelled: the loading thread cannot be, so wait it out.
+                await asyncio.wait({self._loading})
+                if not self._loading.cancelled() and self._loading.exception() is None:
+                    self._llm = self._loading.result()[0]
+            llm, self._llm, self._openai, self._info = self._llm, None, None, None
+            self._loading = None
+            if llm is not None:
+                llm.stop_listening()
+                await asyncio.to_thread(llm.close)
+
+    async def _abort_all(self) -> None:
+        """Let what runs end as aborted, and cancel what does not end in time."""
+        for request_id in list(self._in_flight):
+            await self.abort(request_id)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ABORT_TIMEOUT_S):
+                await self._idle.wait()
+        for generation in list(self._in_flight.values()):
+            await _cancel(generation)
+
+    async def _load(self) -> None:
+        from serve_app.engine.vllm_serving import OpenAILayer
+
+        self._loading = asyncio.ensure_future(
+            asyncio.to_thread(_build, self._settings, self._model_path)
+        )
+        llm, arguments = await asyncio.shield(self._loading)
+        self._llm = llm
+        self._openai = await OpenAILayer.build(llm, arguments, served_name(self._settings))
+
+    async def _warm_up(self) -> None:
+        body = {"prompt": "The capital of France is", "max_tokens": 2, "temperature": 0}
+        call = GenerateCall(
+            request_id=RequestId("warm-up"),
+            endpoint=Endpoint.COMPLETIONS,
+            body=orjson.dumps(body),
+            stream=False,
+            tenant="",
+            cache_salt="warm-up",
+            priority_class=PriorityClass.CRITICAL,
+        )
+        listeners, self._listeners = self._listeners, []
+        try:
+            async for item in self.generate(call):
+                if isinstance(item, Refusal):
+                    raise EngineDead(f"the engine cannot generate: {item.message}")
+        finally:
+            self._listeners = listeners + self._listeners
+
+    def _describe(self, start_s: float, stages_s: dict[str, float]) -> EngineInfo:
+        assert self._llm is not None
+        config = self._llm.vllm_config
+        return EngineInfo(
+            model=served_name(self._settings),
+            revision=self._settings.revision,
+            max_model_len=config.model_config.max_model_len,
+            kv_tokens_capacity=config.cache_config.num_gpu_blocks * config.cache_config.block_size,
+            slots=self._settings.max_num_seqs,
+            start_s=start_s,
+            stages_s=stages_s,
+        )
+
+    def _refuse(self, call: GenerateCall) -> Refusal | None:
+        if self._draining or self._openai is None:
+            why = "draining" if self._draining else "not started"
+            return Refusal(503, f"the engine is {why}", type="server_error", code="unavailable")
+        if call.resume_token_ids:
+            return Refusal(
+                400, "this engine cannot continue a generation", code="resume_unsupported"
+            )
+        if call.request_id in self._in_flight:
+            return Refusal(409, f"request {call.request_id} is running", code="duplicate_request")
+        return None
+
+    def _begin(self, call: GenerateCall) -> Generation:
+        assert self._openai is not None
+        generation = Generation(call, RequestMeter(call, self._clock()))
+        self._in_flight[call.request_id] = generation
+        self._idle.clear()
+        generation.task = asyncio.create_task(
+            self._openai.run(generation), name=f"generate {call.request_id}"
+        )
+        generation.task.add_done_callback(lambda _: self._settle(generation))
+        return generation
+
+    def _settle(self, generation: Generation) -> None:
+        """Account for a generation whose task has ended, in whichever way."""
+        del self._in_flight[generation.call.request_id]
+        if not self._in_flight:
+            self._idle.set()
+        task = generation.task
+        assert task is not None
+        if generation.refusal is None:
+            generation.meter.settle(_outcome(generation, task), self._clock(), self._listeners)
+        generation.end()
+
+    def _finish(self, generation: Generation) -> Final | Refusal | None:
+        """Return the last item of a generation whose frames were all read.
+
+        None if the engine was stopped under it.
+
+        Raises:
+            EngineDead, GenerationFailed: what its task raised.
+        """
+        task = generation.task
+        assert task is not None
+        if task.cancelled():
+            return None
+        task.result()
+        if generation.refusal is not None:
+            return generation.refusal
+        finish_reason = generation.finish_reason or generation.meter.finish_reason
+        return Final(
+            usage=generation.meter.usage,
+            timings=generation.meter.timings(self._clock()),
+            frames=generation.frames,
+            finish_reason="abort" if generation.aborted else finish_reason,
+            replica=self._replica,
+        )
+
+    def _in_flight_tokens(self) -> tuple[int, int, int]:
+        totals = [0, 0, 0]
+        if self._llm is not None and self._in_flight:
+            tokens = self._llm.tokens_of_unfinished()
+            for generation in self._in_flight.values():
+                held = sum(tokens.get(name, 0) for name in generation.collectors)
+                totals[generation.call.priority_class] += held
+        return totals[0], totals[1], totals[2]
+
+
+async def _cancel(generation: Generation) -> None:
+    """Cancel a generation's task if it runs, and return when the engine was told."""
+    task = generation.task
+    if task is not None and not task.done():
+        task.cancel()
+        await asyncio.wait({task})
+
+
+def _outcome(generation: Generation, task: asyncio.Task[None]) -> Outcome:
+    if task.cancelled():
+        return Outcome.CANCELLED
+    if task.exception() is not None:
+        return Outcome.FAILED
+    return Outcome.CANCELLED if generation.aborted else Outcome.COMPLETED
+
+
+def _import_vllm() -> None:
+    import serve_app.engine.vllm_serving  # noqa: F401
+
+
+def _build(settings: VllmSettings, model_path: Path) -> tuple[MeteredAsyncLLM, Namespace]:
+    from serve_app.engine.vllm_args import engine_and_frontend_args
+    from serve_app.engine.vllm_core import MeteredAsyncLLM
+
+    engine_args, arguments = engine_and_frontend_args(settings, model_path)
+    try:
+        return MeteredAsyncLLM.build(engine_args), arguments
+    except RuntimeError as error:
+        raise EngineDead(f"vLLM's engine did not start: {error}") from error

@@ -1,0 +1,204 @@
+"""vLLM's AsyncLLM with a meter in it.
+
+Importing this module imports vLLM and torch (seconds): only a replica's engine does so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from contextvars import ContextVar
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]  # a dependency of vLLM's, without stubs
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from serve_app.engine.meter import ChoiceStep, PromptMeter
+from serve_app.engine.vllm_generation import Generation
+
+SHUTDOWN_TIMEOUT_S = 5.0
+
+
+class Load(StatLoggerBase):  # type: ignore[misc]  # vLLM is untyped here
+    """The last step's load, as the scheduler reported it.
+
+    ``record`` runs on the event loop after every engine step: it only copies numbers.
+    """
+
+    def __init__(self, vllm_config: Any = None, engine_index: int = 0) -> None:
+        self.waiting = 0
+        self.kv_usage_ratio = 0.0
+        self.preemptions_total = 0
+
+    def record(
+        self,
+        scheduler_stats: Any,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
+    ) -> None:
+        if scheduler_stats is not None:
+            self.waiting = (
+                scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
+            )
+            self.kv_usage_ratio = scheduler_stats.kv_cache_usage
+        if iteration_stats is not None:
+            self.preemptions_total += iteration_stats.num_preempted_reqs
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to say: the Prometheus logger beside this one publishes the config."""
+
+    def forget(self) -> None:
+        """Drop numbers of a step that is over: an idle engine does not report."""
+        self.waiting = 0
+        self.kv_usage_ratio = 0.0
+
+
+class MeteredAsyncLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is untyped here
+    """AsyncLLM that reports every output step to the generation that asked for it.
+
+    vLLM's OpenAI layer calls ``generate`` somewhere below a handler that knows nothing
+    of ours, so the generation is found through the context of the running task.
+    """
+
+    load: Load
+    generation: ContextVar[Generation | None]
+    processes: list[psutil.Process]
+
+    @classmethod
+    def build(cls, engine_args: AsyncEngineArgs) -> MeteredAsyncLLM:
+        """Start the engine's processes and return when the model is loaded; blocks."""
+        load = Load()
+        engine: MeteredAsyncLLM = cls.from_engine_args(
+            engine_args,
+            usage_context=UsageContext.OPENAI_API_SERVER,
+            stat_loggers=[lambda vllm_config, engine_index: load],
+        )
+        engine.load = load
+        engine.generation = ContextVar("generation", default=None)
+        engine.processes = _descendants(engine.engine_core.resources.engine_manager.processes)
+        return engine
+
+    def generate(
+        self, prompt: Any, sampling_params: Any, request_id: str, **options: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Return vLLM's stream, metered if a generation is under way in this context."""
+        generation = self.generation.get()
+        if generation is None:
+            stream: AsyncGenerator[RequestOutput, None] = super().generate(
+                prompt, sampling_params, request_id, **options
+            )
+            return stream
+        cumulative = sampling_params.output_kind != RequestOutputKind.DELTA
+        prompt_meter = generation.meter.open_prompt(cumulative=cumulative)
+        stream = super().generate(prompt, sampling_params, request_id, **options)
+        return _metered(stream, generation, prompt_meter, request_id)
+
+    async def add_request(self, request_id: str, *args: Any, **options: Any) -> Any:
+        """Hand a request to the engine, and keep the collector of its outputs for the meter."""
+        if not self.output_processor.has_unfinished_requests():
+            self.load.forget()
+        generation = self.generation.get()
+        try:
+            collector = await super().add_request(request_id, *args, **options)
+        except asyncio.CancelledError:
+            # vLLM registers a request before it sends it, and aborts only what was sent.
+            await self.abort(request_id)
+            raise
+        if generation is not None:
+            generation.started = True
+            generation.collectors[request_id] = collector
+            if generation.aborted:
+                await self.abort(request_id)
+        return collector
+
+    def stop_listening(self) -> None:
+        """Stop reading the engine's output, so that its end is not taken for its death."""
+        if self.output_handler is not None:
+            self.output_handler.cancel()
+
+    def close(self) -> None:
+        """End the engine's processes and return when they are gone; blocks, at most 20 s."""
+        self.shutdown(timeout=SHUTDOWN_TIMEOUT_S)
+        _, alive = psutil.wait_procs(self.processes, timeout=SHUTDOWN_TIMEOUT_S)
+        for process in alive:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(alive, timeout=SHUTDOWN_TIMEOUT_S)
+
+    @property
+    def unfinished(self) -> int:
+        """Sequences the engine has, running or waiting; a request with n=2 has two."""
+        count: int = self.output_processor.get_num_unfinished_requests()
+        return count
+
+    def tokens_of_unfinished(self) -> dict[str, int]:
+        """Return tokens of context, prompt and output so far, by external request id."""
+        tokens: dict[str, int] = {}
+        for state in self.output_processor.request_states.values():
+            generated = state.stats.num_generation_tokens if state.stats is not None else 0
+            held = tokens.get(state.external_req_id, 0)
+            tokens[state.external_req_id] = held + state.prompt_len + generated
+        return tokens
+
+
+def _descendants(processes: list[Any]) -> list[psutil.Process]:
+    """Return the engine's processes with their own children, the workers."""
+    found: list[psutil.Process] = []
+    for child in processes:
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(child.pid)
+            found += [process, *process.children(recursive=True)]
+    return found
+
+
+async def _metered(
+    stream: AsyncGenerator[RequestOutput, None],
+    generation: Generation,
+    prompt: PromptMeter,
+    request_id: str,
+) -> AsyncGenerator[RequestOutput, None]:
+    try:
+        async for output in stream:
+            token_ids = _observe(output, generation, prompt)
+            yield output
+            # vLLM's OpenAI layer wants the next step: it has written this one's text.
+            if output.finished:
+                generation.hold(token_ids)
+            else:
+                generation.complete_step(token_ids)
+    except Exception as error:
+        generation.engine_errors.append(error)
+        raise
+    finally:
+        await stream.aclose()
+        # What the engine had generated and nobody had fetched when the stream was closed.
+        collector = generation.collectors.pop(request_id, None)
+        if collector is not None and isinstance(collector.output, RequestOutput):
+            _observe(collector.output, generation, prompt)
+
+
+def _observe(output: RequestOutput, generation: Generation, prompt: PromptMeter) -> list[int]:
+    times = output.metrics
+    if times is not None and times.first_token_ts:
+        generation.meter.observe_times(
+            queued_s=times.scheduled_ts - times.queued_ts,
+            first_token_s=times.first_token_ts - times.queued_ts,
+        )
+    steps = [ChoiceStep(o.index, o.token_ids, o.finish_reason) for o in output.outputs]
+    if not prompt.completion_tokens and all(
+        not step.token_ids and step.finish_reason in (None, "abort") for step in steps
+    ):
+        # Aborted before its first token: vLLM does not say how much it had prefilled.
+        return []
+    return prompt.observe(
+        steps,
+        prompt_tokens=len(output.prompt_token_ids or ()),
+        cached_prompt_tokens=output.num_cached_tokens or 0,
+    )

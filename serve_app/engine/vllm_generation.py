@@ -1,0 +1,131 @@
+"""One request inside the vLLM engine: from vLLM's output steps to frames.
+
+    engine step -> metered vLLM stream -> vLLM's OpenAI layer -> SSE strings -> Frame
+                        |   ^
+                        |   +-- asks for the next step: the last one's strings are complete
+                        +-- counts tokens, keeps their ids
+
+vLLM's OpenAI layer runs in a task of its own, owned by the request. It must: that layer
+swallows a cancellation when it does not stream, and a request whose caller is cancelled
+twice would leave its abort half sent. The caller reads frames; if it reads slowly, steps
+join into one frame, so memory stays bounded by the length of the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from serve_app.engine.api import Frame, GenerateCall, Refusal
+from serve_app.engine.meter import RequestMeter
+
+_FINISHED = '"finish_reason":"'
+_ERROR = 'data: {"error":'
+
+
+class GenerationFailed(RuntimeError):
+    """This generation failed inside the engine, which can still generate others."""
+
+
+@dataclass(slots=True)
+class Generation:
+    """State of one request between vLLM's OpenAI layer and the reader of its frames.
+
+    ``engine_errors`` are what vLLM's streams raised: its OpenAI layer turns them into SSE
+    text, which loses their type. ``collectors`` are vLLM's output queues, by vLLM's
+    request id. ``started`` turns true when vLLM has the request,
+    ``aborted`` when somebody asked for its end.
+    """
+
+    call: GenerateCall
+    meter: RequestMeter
+    task: asyncio.Task[None] | None = None
+    refusal: Refusal | None = None
+    finish_reason: str | None = None
+    engine_errors: list[BaseException] = field(default_factory=list)
+    collectors: dict[str, Any] = field(default_factory=dict)
+    started: bool = False
+    aborted: bool = False
+    frames: int = 0
+    _open_strings: list[str] = field(default_factory=list)
+    _open_token_ids: list[int] = field(default_factory=list)
+    _strings: list[str] = field(default_factory=list)
+    _token_ids: list[int] = field(default_factory=list)
+    _ready: asyncio.Event = field(default_factory=asyncio.Event)
+    _ended: bool = False
+
+    @property
+    def has_output(self) -> bool:
+        """Whether anything was generated that the reader got or can get."""
+        return bool(self.frames or self._strings or self._open_strings)
+
+    def write(self, text: str) -> None:
+        """Add output of the step under way; it becomes readable when the step is complete."""
+        if _FINISHED in text:
+            self.finish_reason = _finish_reason(text) or self.finish_reason
+        self._open_strings.append(text)
+
+    def hold(self, token_ids: list[int]) -> None:
+        """Keep the ids of a last step: what the OpenAI layer adds at the end joins its frame."""
+        self._open_token_ids.extend(token_ids)
+
+    def complete_step(self, token_ids: list[int]) -> None:
+        """Make the text written since the last step readable, with the ids it stands for.
+
+        A step may have no text (a special token, half a character, a possible stop
+        string): its ids travel with the next text.
+        """
+        self._open_token_ids.extend(token_ids)
+        if not self._open_strings:
+            return
+        self._strings.extend(self._open_strings)
+        self._token_ids.extend(self._open_token_ids)
+        self._open_strings.clear()
+        self._open_token_ids.clear()
+        self._ready.set()
+
+    def end(self) -> None:
+        """Tell the reader that the task has ended and the request is accounted for."""
+        self._ended = True
+        self._ready.set()
+
+    async def next_frame(self) -> Frame | None:
+        """Return the next frame, or None when the request has ended and all was read."""
+        while True:
+            if self._strings:
+                return self._take()
+            if self._ended:
+                return None
+            self._ready.clear()
+            await self._ready.wait()
+
+    def _take(self) -> Frame:
+        frame = Frame(
+            sequence=self.frames,
+            data="".join(self._strings).encode(),
+            token_ids=tuple(self._token_ids),
+        )
+        self.frames += 1
+        self._strings.clear()
+        self._token_ids.clear()
+        return frame
+
+
+def stream_error(text: str) -> tuple[int, str] | None:
+    """Return the status and message if an SSE event is vLLM's error object."""
+    if not text.startswith(_ERROR):
+        return None
+    error = orjson.loads(text.removeprefix("data: "))["error"]
+    return int(error.get("code") or 500), str(error.get("message") or "generation failed")
+
+
+def _finish_reason(text: str) -> str | None:
+    """Return OpenAI's finish reason if ``text`` ends the first choice."""
+    for choice in orjson.loads(text.removeprefix("data: "))["choices"]:
+        if choice["index"] == 0:
+            reason = choice.get("finish_reason")
+            return str(reason) if reason else None
+    return None
