@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TypeAlias
 
-if TYPE_CHECKING:
-    from argparse import _SubParsersAction
-
-    Subparsers = _SubParsersAction[ArgumentParser]
+# The class is generic for type checkers only.
+Subparsers: TypeAlias = "argparse._SubParsersAction[ArgumentParser]"
 
 
 class CommandFailed(Exception):
