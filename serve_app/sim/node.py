@@ -86,7 +86,7 @@ class Node:
         """Whether a request sent here now is taken (a hung replica takes it, too)."""
         return self.health in (Health.UP, Health.HUNG)
 
-    def view(self) -> ReplicaView:
+    def view(self, reported_slots: int | None) -> ReplicaView:
         """Return the next snapshot; the engine has been advanced to now."""
         self.sequence_number += 1
         engine = self.engine
@@ -97,7 +97,7 @@ class Node:
             replica=self.id,
             pool=self.pool,
             sequence=self.sequence_number,
-            slots=engine.params.max_num_seqs,
+            slots=reported_slots or engine.params.max_num_seqs,
             running=engine.running,
             waiting=engine.waiting + unstarted,
             kv_usage_ratio=engine.kv_usage_ratio(),

@@ -63,6 +63,7 @@ class Run:
 
     questions: list[Question] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
+    sizes: list[tuple[float, int]] = field(default_factory=list)
     notices: Counter[str] = field(default_factory=Counter)
     offered_attempts: int = 0
     rejects: Counter[tuple[PriorityClass, RejectReason]] = field(default_factory=Counter)

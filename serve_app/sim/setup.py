@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import inf
+from typing import Protocol
 
 from serve_app.core.engine_model import EngineParams
 from serve_app.core.policy import PoolPolicy
 from serve_app.core.routing import HeavyPool, RoutingSettings
-from serve_app.core.types import PoolName, PriorityClass
+from serve_app.core.types import PoolName
 
 CHAT_POOL = PoolName("chat")
+TPOT_SLO_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,29 @@ class PoolSetup:
     engine: EngineParams = field(default_factory=EngineParams)
     replicas: int = 8
     cold_start_s: float = 120.0
+
+
+class Scaler(Protocol):
+    """Decides a pool's size; asked every ``period_s``."""
+
+    period_s: float
+
+    def replicas(self, load: PoolLoad, now_s: float) -> int:
+        """Return how many replicas there shall be, starting ones included."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolLoad:
+    """What a scaler sees: counts now, and what was offered and ended since it was asked last."""
+
+    ready: int
+    starting: int
+    queued: int
+    in_flight: int
+    kv_usage_ratio: float
+    offered: int
+    ended: int
+    since_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +96,12 @@ class Fault:
     duration_s: float = 120.0
 
 
-def _ttft_slos() -> Mapping[PriorityClass, float]:
-    return dict.fromkeys(PriorityClass, 1.0)
-
-
 @dataclass(frozen=True, slots=True)
 class Slo:
     """What counts as good: first token within ``ttft_s`` of its class, then ``tpot_s`` a token."""
 
-    ttft_s: Mapping[PriorityClass, float] = field(default_factory=_ttft_slos)
-    tpot_s: float = 0.05
+    ttft_s: tuple[float, float, float]
+    tpot_s: float = TPOT_SLO_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +113,9 @@ class Setup:
     ``prompt_estimate_ratio`` is the router's upper estimate of prompt tokens over the
     engine's count. ``engine_priority`` hands the class to the engine's own scheduler.
     ``progress_period_s`` is how often running generations' tokens are reported.
+    ``reported_slots`` replaces the engines' slots in snapshots: a router without
+    admission sends an engine more than it can run. ``scaler`` builds what sizes the first
+    pool; None keeps it as it is.
     """
 
     pools: tuple[PoolSetup, ...]
@@ -100,12 +124,25 @@ class Setup:
     drain_s: float = 300.0
     clients: Clients = Clients()
     faults: tuple[Fault, ...] = ()
-    slo: Slo = field(default_factory=Slo)
+    target: Slo | None = None
     heavy: HeavyPool | None = None
     routing: RoutingSettings = field(default_factory=RoutingSettings)
     snapshot_period_s: float = 0.1
     progress_period_s: float = 1.0
     prompt_estimate_ratio: float = 1.1
     engine_priority: bool = True
+    reported_slots: int | None = None
     routers: int = 1
     exchange_period_s: float = 0.25
+    scaler: Callable[[], Scaler] | None = None
+
+    @property
+    def slo(self) -> Slo:
+        """The first pool's own targets, which a contender without them is held to as well."""
+        return self.target or Slo(ttft_of(self.pools[0].policy))
+
+
+def ttft_of(policy: PoolPolicy) -> tuple[float, float, float]:
+    """Return a policy's TTFT targets by class, in seconds."""
+    critical, standard, sheddable = (each.ttft_slo_s for each in policy.classes)
+    return critical, standard, sheddable

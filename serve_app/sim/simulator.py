@@ -7,11 +7,13 @@ Everything random is drawn from seeded sources, so a seed repeats a run bit by b
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from heapq import heappop, heappush
 from math import inf
+from time import perf_counter
 
 from serve_app.core.controller import Controller, RoutingPolicy
 from serve_app.core.engine_model import EventKind
@@ -31,11 +33,45 @@ from serve_app.core.types import (
 )
 from serve_app.sim.node import Attempt, Health, Node
 from serve_app.sim.records import Question, Run, Sample
-from serve_app.sim.setup import CHAT_POOL, Fault, FaultKind, PoolSetup, Setup
-from serve_app.sim.workload import Arrival
+from serve_app.sim.setup import CHAT_POOL, Fault, FaultKind, PoolLoad, PoolSetup, Scaler, Setup
+from serve_app.sim.workload import Arrival, Traffic, arrivals
 
 SAMPLE_PERIOD_S = 1.0
 RETRY_SPREAD_RATIO = 0.5
+
+
+def simulate(
+    setup: Setup,
+    streams: Iterable[Traffic],
+    seed: int,
+    on_progress: Callable[[float], None] | None = None,
+) -> Run:
+    """Run one setup under drawn traffic; see ``replay``."""
+    return replay(setup, arrivals(streams, setup.duration_s, seed), seed, on_progress)
+
+
+def replay(
+    setup: Setup,
+    requests: Iterator[Arrival],
+    seed: int,
+    on_progress: Callable[[float], None] | None = None,
+) -> Run:
+    """Run one setup under given arrivals, in order of time.
+
+    The same arguments give the same run, but for its ``wall_s``. ``on_progress`` gets the
+    share done, in [0, 1], once per simulated second.
+    """
+    started_s = perf_counter()
+    collecting = gc.isenabled()
+    # A run makes millions of small objects and hardly a cycle: collection only costs.
+    gc.disable()
+    try:
+        run = Simulator(setup, requests, seed).run(on_progress)
+    finally:
+        if collecting:
+            gc.enable()
+    run.wall_s = perf_counter() - started_s
+    return run
 
 
 class Simulator:
@@ -57,6 +93,8 @@ class Simulator:
         self._open = 0
         self._exhausted = False
         self._wakeups_s = [inf] * setup.routers
+        self._starting = 0
+        self._scaled_offered = self._scaled_ended = 0
 
     def run(self, on_progress: Callable[[float], None] | None = None) -> Run:
         """Run to the end and return what happened.
@@ -72,6 +110,9 @@ class Simulator:
                 self._start_node(0.0, pool)
         for fault in setup.faults:
             self._at(fault.at_s, self._strike, fault)
+        if setup.scaler is not None:
+            scaler = setup.scaler()
+            self._at(scaler.period_s, self._scale, scaler)
         self._at(0.0, self._sample, on_progress)
         self._next_arrival()
         end_s = setup.duration_s + setup.drain_s
@@ -178,6 +219,7 @@ class Simulator:
         attempt = self._attempts.pop(effect.request_id)
         attempt.ended = True
         question = attempt.question
+        question.outcome = None
         question.refused += 1
         question.refusal = effect.reason
         self._run.rejects[question.arrival.priority_class, effect.reason] += 1
@@ -262,6 +304,8 @@ class Simulator:
         if later_tokens:
             question.tpot_s = (at_s - attempt.first_token_s) / later_tokens
         self._close(question, at_s)
+        # The engine's sequence names the attempt: without this cut they'd be a cycle.
+        attempt.sequence = attempt.node = None
         usage = Usage(sequence.prompt_tokens, sequence.cached_tokens, sequence.output_tokens)
         controller = self._controllers[attempt.router]
         effects = controller.finish(request_id, usage, Outcome.COMPLETED, now_s)
@@ -275,7 +319,7 @@ class Simulator:
         self._tell(now_s, node)
 
     def _tell(self, now_s: float, node: Node) -> None:
-        view = node.view()
+        view = node.view(self._setup.reported_slots)
         for router, controller in enumerate(self._controllers):
             self._apply(router, controller.observe(view, now_s), now_s)
             self._plan_wakeup(router, now_s)
@@ -329,6 +373,55 @@ class Simulator:
         self._at(now_s + shift_ratio * self._setup.snapshot_period_s, self._snapshot, node)
         self._at(now_s + shift_ratio * self._setup.progress_period_s, self._report_progress, node)
 
+    def _scale(self, now_s: float, scaler: Scaler) -> None:
+        """Ask the scaler for the first pool's size; start or drain replicas accordingly."""
+        self._at(now_s + scaler.period_s, self._scale, scaler)
+        pool = self._setup.pools[0]
+        ready = [
+            node
+            for node in self._nodes.values()
+            if node.pool == pool.name and node.health is Health.UP
+        ]
+        offered, ended = len(self._run.questions), len(self._run.questions) - self._open
+        load = PoolLoad(
+            ready=len(ready),
+            starting=self._starting,
+            queued=sum(each.queue_depth(pool.name) for each in self._controllers),
+            in_flight=sum(len(node.attempts) for node in ready),
+            kv_usage_ratio=sum(each.engine.kv_usage_ratio() for each in ready) / max(1, len(ready)),
+            offered=offered - self._scaled_offered,
+            ended=ended - self._scaled_ended,
+            since_s=scaler.period_s,
+        )
+        self._scaled_offered, self._scaled_ended = offered, ended
+        wanted = scaler.replicas(load, now_s)
+        change = wanted - len(ready) - self._starting
+        self._run.sizes.append((now_s, wanted))
+        for _ in range(change):
+            self._order_node(now_s, pool)
+        for node in sorted(ready, key=lambda each: len(each.attempts))[: max(0, -change)]:
+            node.health = Health.DRAINING
+            self._tell(now_s, node)
+            self._leave_when_empty(now_s, node)
+
+    def _order_node(self, now_s: float, pool: PoolSetup) -> None:
+        """Start a replica that serves after its cold start; it is paid for from now on."""
+        self._starting += 1
+        self._run.replica_s += pool.cold_start_s
+        self._at(now_s + pool.cold_start_s, self._arrive_node, pool)
+
+    def _arrive_node(self, now_s: float, pool: PoolSetup) -> None:
+        self._starting -= 1
+        self._start_node(now_s, pool)
+
+    def _leave_when_empty(self, now_s: float, node: Node) -> None:
+        if node.health is Health.DEAD:
+            return
+        if node.attempts:
+            self._at(now_s + SAMPLE_PERIOD_S, self._leave_when_empty, node)
+        else:
+            self._remove(now_s, node)
+
     def _strike(self, now_s: float, fault: Fault) -> None:
         pool = self._setup.pools[0]
         alive = [node for node in self._nodes.values() if node.pool == pool.name]
@@ -341,7 +434,7 @@ class Simulator:
         elif fault.kind is FaultKind.DRAIN:
             node.health = Health.DRAINING
             self._at(now_s + fault.duration_s, self._retire, node)
-            self._at(now_s + pool.cold_start_s, self._start_node, pool)
+            self._order_node(now_s, pool)
         elif fault.kind is FaultKind.HANG:
             node.health = Health.HUNG
             node.scheduled_s = inf
@@ -358,8 +451,7 @@ class Simulator:
     def _kill(self, now_s: float, node: Node) -> None:
         """Lose a replica and start another of its pool."""
         self._remove(now_s, node)
-        pool = self._pools[node.pool]
-        self._at(now_s + pool.cold_start_s, self._start_node, pool)
+        self._order_node(now_s, self._pools[node.pool])
 
     def _remove(self, now_s: float, node: Node) -> None:
         node.health = Health.DEAD

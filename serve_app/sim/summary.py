@@ -58,7 +58,7 @@ def summarise(run: Run, setup: Setup, knee_per_s: float | None = None) -> Figure
         "ttft_p99_s": _ttft(measured, 0.99),
         "ttft_p99_s_by_kind": _ttft_by_kind(measured, 0.99),
         "tpot_p95_s": percentile((each.tpot_s for each in _completed(measured)), 0.95),
-        "jain": tenant_jain(measured),
+        "jain": jain_index(list(served_shares(run, setup).values())),
         "wasted_token_ratio": _wasted(run),
         "prefix_hit_ratio": run.prefix_hit_tokens / max(1, run.prefix_query_tokens),
         "preemptions": {each.name.lower(): run.preemptions[each] for each in PriorityClass},
@@ -75,17 +75,24 @@ def summarise(run: Run, setup: Setup, knee_per_s: float | None = None) -> Figure
     }
 
 
-def tenant_jain(questions: Iterable[Question]) -> float:
-    """Return Jain's index over served / max-min fair share of every tenant that asked."""
+def served_shares(run: Run, setup: Setup) -> dict[str, float]:
+    """Return what each tenant was served as a share of its max-min fair share.
+
+    Both in fair queueing's cost, over the measured window: a tenant's demand is what it
+    asked there, its service what was completed there. So a baseline that serves everybody
+    at last, long after the window, does not look fair.
+    """
     demands: dict[str, float] = defaultdict(float)
     served: dict[str, float] = defaultdict(float)
-    for each in questions:
+    for each in run.questions:
         arrival = each.arrival
-        demands[arrival.tenant] += service_cost(arrival.prompt_tokens, arrival.output_tokens)
-        if each.outcome is Outcome.COMPLETED:
+        if arrival.arrival_s >= setup.warmup_s:
+            demands[arrival.tenant] += service_cost(arrival.prompt_tokens, arrival.output_tokens)
+        completed = each.outcome is Outcome.COMPLETED
+        if completed and setup.warmup_s <= each.ended_s < setup.duration_s:
             served[arrival.tenant] += service_cost(arrival.prompt_tokens, each.output_tokens)
     shares = max_min_shares(demands, sum(served.values()))
-    return jain_index([served[each] / share for each, share in shares.items() if share])
+    return {tenant: served[tenant] / share for tenant, share in sorted(shares.items()) if share}
 
 
 def _completed(questions: Iterable[Question]) -> list[Question]:

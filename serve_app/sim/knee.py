@@ -1,0 +1,98 @@
+"""The knee: the rate up to which a fleet keeps its latency targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from serve_app.core.types import Outcome
+from serve_app.sim.records import Run, percentile
+from serve_app.sim.setup import Setup
+from serve_app.sim.simulator import simulate
+from serve_app.sim.summary import is_good
+from serve_app.sim.workload import Traffic
+
+TTFT_P95_S = 1.0
+TPOT_P95_S = 0.05
+COMPLETED_RATIO = 0.99
+PRECISION_RATIO = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One rate tried: what was offered and what was good, requests/s, and the latencies."""
+
+    offered_per_s: float
+    goodput_per_s: float
+    ttft_p95_s: float | None
+    tpot_p95_s: float | None
+    holds: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Knee:
+    """The highest rate that held and every rate tried, in order of rate."""
+
+    rate_per_s: float
+    goodput_per_s: float
+    points: tuple[Point, ...]
+
+
+def find_knee(
+    setup: Setup,
+    streams: Callable[[float], Sequence[Traffic]],
+    *,
+    bracket_per_s: tuple[float, float] = (1.0, 1000.0),
+    seed: int = 0,
+) -> Knee:
+    """Bisect for the highest rate with TTFT p95 <= 1 s and TPOT p95 <= 50 ms, to 2 %.
+
+    ``streams`` returns the traffic at a total rate. At least 99 % of what is offered must
+    complete. The rate is doubled from the lower end until it fails, so a wide bracket is
+    cheap.
+
+    Raises:
+        ValueError: the lower end of the bracket fails already.
+    """
+    points: list[Point] = []
+
+    def holds(rate_per_s: float) -> bool:
+        run = simulate(setup, streams(rate_per_s), seed)
+        points.append(_point(run, setup, rate_per_s))
+        return points[-1].holds
+
+    low, most = bracket_per_s
+    if not holds(low):
+        raise ValueError(f"the fleet misses its targets at {low} requests/s already")
+    high = low
+    while high < most:
+        high = min(2.0 * high, most)
+        if not holds(high):
+            break
+        low = high
+    while high - low > PRECISION_RATIO * high:
+        middle = (low + high) / 2.0
+        if holds(middle):
+            low = middle
+        else:
+            high = middle
+    points.sort(key=lambda point: point.offered_per_s)
+    best = max((point for point in points if point.holds), key=lambda point: point.offered_per_s)
+    return Knee(low, best.goodput_per_s, tuple(points))
+
+
+def _point(run: Run, setup: Setup, rate_per_s: float) -> Point:
+    measured = [each for each in run.questions if each.arrival.arrival_s >= setup.warmup_s]
+    done = [each for each in measured if each.outcome is Outcome.COMPLETED]
+    ttft_s = percentile((each.ttft_s for each in done if each.ttft_s is not None), 0.95)
+    tpot_s = percentile((each.tpot_s for each in done), 0.95)
+    good = sum(is_good(each, setup.slo) for each in measured)
+    holds = (
+        ttft_s is not None
+        and tpot_s is not None
+        and ttft_s <= TTFT_P95_S
+        and tpot_s <= TPOT_P95_S
+        and len(done) >= COMPLETED_RATIO * len(measured)
+    )
+    window_s = setup.duration_s - setup.warmup_s
+    return Point(rate_per_s, good / window_s, ttft_s, tpot_s, holds)
