@@ -2,11 +2,20 @@
 
 A snapshot is old the moment it arrives. A replica's load is therefore what this router
 has in flight there now, exactly, plus what others had there when the snapshot came:
-``running + waiting`` less what was ours at that moment.
+the reported figure less what was ours at that moment. What was dispatched since the
+snapshot is so counted, and what ended since is not.
+
+KV use is predicted, not read: every request of ours with its uncached prompt and its
+whole expected output, plus the use the snapshot shows beyond what ours explain. A
+replica is saturated when any side of its knee is reached (hybrid detector: the most
+loaded dimension decides), or when it has been silent for three snapshots.
 """
 
 from __future__ import annotations
 
+from math import inf
+
+from serve_app.core.breaker import Breaker
 from serve_app.core.policy import PoolPolicy
 from serve_app.core.types import ReplicaId, ReplicaView
 
@@ -16,35 +25,64 @@ class Replica:
 
     Routing policies get these as candidates and read: ``id``, ``view``, ``in_flight``,
     ``in_flight_tokens``, ``uncached_prompt_tokens``, ``kv_prediction_ratio``. Counts
-    include other routers' work as last reported.
+    include other routers' work as last reported. ``own_*`` is this router's work:
+    requests, KV tokens they are expected to need, tokens they hold by now, and prompt
+    tokens whose first output token has not come. ``live`` is false once the replica
+    drains or left the set.
     """
 
     __slots__ = (
+        "breaker",
         "id",
+        "kv_capacity",
+        "live",
         "observed_at_s",
         "others",
+        "others_kv_tokens",
+        "others_tokens",
         "own",
+        "own_by_class",
+        "own_present_tokens",
         "own_tokens",
+        "own_tokens_by_class",
         "own_uncached_prompt_tokens",
+        "slots_cap",
         "view",
     )
 
-    def __init__(self, view: ReplicaView, now_s: float) -> None:
+    def __init__(self, view: ReplicaView, now_s: float, policy: PoolPolicy | None = None) -> None:
+        policy = policy or PoolPolicy()
         self.id: ReplicaId = view.replica
         self.own = 0
         self.own_tokens = 0
+        self.own_present_tokens = 0
         self.own_uncached_prompt_tokens = 0
-        self.view = view
-        self.observed_at_s = now_s
-        self.others = view.running + view.waiting
+        self.own_by_class = [0, 0, 0]
+        self.own_tokens_by_class = [0, 0, 0]
+        self.breaker = Breaker(policy.breaker)
+        self._take(view, now_s)
+        self.limit(policy)
 
-    def observe(self, view: ReplicaView, now_s: float) -> None:
-        """Take a newer snapshot; older or repeated ones change nothing."""
+    def limit(self, policy: PoolPolicy) -> None:
+        """Apply the pool's cap on requests in flight; the engine's slots cap it too."""
+        self.slots_cap = min(policy.max_concurrency_per_replica, self.view.slots)
+
+    def observe(self, view: ReplicaView, now_s: float) -> bool:
+        """Take a newer snapshot; older or repeated ones change nothing. Return if taken."""
         if view.sequence <= self.view.sequence:
-            return
+            return False
+        self._take(view, now_s)
+        return True
+
+    def _take(self, view: ReplicaView, now_s: float) -> None:
         self.view = view
         self.observed_at_s = now_s
+        self.live = not view.draining
+        self.kv_capacity = max(1, view.kv_tokens_capacity)
+        present = self.own_present_tokens
         self.others = max(0, view.running + view.waiting - self.own)
+        self.others_tokens = max(0, sum(view.in_flight_tokens) - present)
+        self.others_kv_tokens = max(0, int(view.kv_usage_ratio * self.kv_capacity) - present)
 
     @property
     def in_flight(self) -> int:
@@ -53,8 +91,8 @@ class Replica:
 
     @property
     def in_flight_tokens(self) -> int:
-        """Prompt and expected output tokens of what is in flight."""
-        return max(self.own_tokens, sum(self.view.in_flight_tokens))
+        """Uncached prompt and expected output tokens of what is in flight."""
+        return self.own_tokens + self.others_tokens
 
     @property
     def uncached_prompt_tokens(self) -> int:
@@ -64,15 +102,24 @@ class Replica:
     @property
     def kv_prediction_ratio(self) -> float:
         """KV use expected if everything in flight runs to its expected end; may pass 1."""
-        capacity = max(1, self.view.kv_tokens_capacity)
-        return max(self.view.kv_usage_ratio, self.in_flight_tokens / capacity)
+        return (self.own_tokens + self.others_kv_tokens) / self.kv_capacity
 
     def is_fresh(self, policy: PoolPolicy, now_s: float) -> bool:
         """Whether the last snapshot is recent enough to trust."""
         return now_s - self.observed_at_s < policy.stale_after_s
 
+    def saturation_ratio(self, policy: PoolPolicy, now_s: float) -> float:
+        """Return load over knee, the larger of slots, prompt tokens and KV; stale: inf."""
+        if not self.live or not self.is_fresh(policy, now_s):
+            return inf
+        return max(
+            self.in_flight / max(1, self.slots_cap),
+            self.own_uncached_prompt_tokens / policy.prefill_knee_tokens,
+            self.kv_prediction_ratio / policy.critical.kv_limit_ratio,
+        )
+
     def has_room(self, policy: PoolPolicy, now_s: float) -> bool:
         """Whether one more request may be sent here now."""
-        if self.view.draining or not self.is_fresh(policy, now_s):
+        if not self.live or not self.is_fresh(policy, now_s):
             return False
         return self.in_flight < min(policy.max_concurrency_per_replica, self.view.slots)

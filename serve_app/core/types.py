@@ -58,6 +58,7 @@ class Ticket:
     completion); ``max_tokens`` the most output tokens the request may produce, per
     choice times choices. ``prefix_hashes`` are chained block hashes of the prompt,
     shortest prefix first. ``expires_at_s`` is when the client stops caring, or None.
+    ``weight`` is the tenant's share of the capacity relative to other tenants'.
     """
 
     request_id: RequestId
@@ -72,6 +73,7 @@ class Ticket:
     session: str | None = None
     adapter: str | None = None
     expires_at_s: float | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

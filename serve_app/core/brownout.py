@@ -1,0 +1,101 @@
+"""The brownout ladder: what a pool gives up, rung by rung, before it fails everyone.
+
+rung 1  shed Sheddable        rung 3  Standard goes to the fallback pool
+rung 2  cap the output        rung 4  Critical only
+
+Steps up at once to the rung that the KV use, the queues or a preemption storm demand.
+Steps down one rung at a time, each after ``stable_s`` during which a lower rung was
+demanded even with ``hysteresis_ratio`` added to the load. So after any change the next
+step down is at least ``stable_s`` away, and the ladder cannot flap faster.
+"""
+
+from __future__ import annotations
+
+from serve_app.core.policy import BrownoutPolicy
+
+RUNGS = 4
+STORM_WINDOW_S = 5.0
+
+
+class Ladder:
+    """One pool's rung, in [0, 4]."""
+
+    __slots__ = ("_below_since_s", "_policy", "_storm_per_s", "_storm_s", "rung")
+
+    def __init__(self, policy: BrownoutPolicy) -> None:
+        self._policy = policy
+        self.rung = 0
+        self._below_since_s: float | None = None
+        self._storm_per_s = 0.0
+        self._storm_s: float | None = None
+
+    def reconfigure(self, policy: BrownoutPolicy) -> None:
+        """Use other thresholds from the next update on; the rung stays."""
+        self._policy = policy
+
+    @property
+    def sheds_sheddable(self) -> bool:
+        """Whether Sheddable is refused."""
+        return self.rung >= 1 and self._policy.shed_sheddable
+
+    @property
+    def caps_output(self) -> bool:
+        """Whether answers of less than Critical are shortened."""
+        return self.rung >= 2 and self._policy.cap_output
+
+    @property
+    def uses_fallback(self) -> bool:
+        """Whether Standard goes to the fallback pool."""
+        return self.rung >= 3 and self._policy.use_fallback
+
+    @property
+    def sheds_standard(self) -> bool:
+        """Whether Standard is refused."""
+        return self.rung >= 4 and self._policy.critical_only
+
+    def preempted(self, preemptions: int, replicas: int, now_s: float) -> None:
+        """Count preemptions that engines reported since the last call."""
+        if self._storm_s is not None:
+            elapsed_s = now_s - self._storm_s
+            self._storm_per_s *= STORM_WINDOW_S / (STORM_WINDOW_S + elapsed_s)
+        self._storm_s = now_s
+        self._storm_per_s += preemptions / (STORM_WINDOW_S * max(1, replicas))
+
+    def update(self, kv_usage_ratio: float, queue_ratio: float, now_s: float) -> int | None:
+        """Move to the rung the load demands; return the new rung if it changed."""
+        demanded = self._demanded(kv_usage_ratio, queue_ratio, now_s)
+        if demanded > self.rung:
+            self.rung = demanded
+            self._below_since_s = None
+            return self.rung
+        margin = self._policy.hysteresis_ratio
+        if self._demanded(kv_usage_ratio + margin, queue_ratio + margin, now_s) >= self.rung:
+            self._below_since_s = None
+            return None
+        if self._below_since_s is None:
+            self._below_since_s = now_s
+            return None
+        if now_s - self._below_since_s < self._policy.stable_s:
+            return None
+        self.rung -= 1
+        self._below_since_s = now_s
+        return self.rung
+
+    def _demanded(self, kv_usage_ratio: float, queue_ratio: float, now_s: float) -> int:
+        policy = self._policy
+        if self._storm(now_s) >= policy.storm_preemptions_per_s:
+            return RUNGS
+        rung = 0
+        for kv_threshold, queue_threshold in zip(
+            policy.kv_ratios, policy.queue_ratios, strict=True
+        ):
+            if kv_usage_ratio < kv_threshold and queue_ratio < queue_threshold:
+                break
+            rung += 1
+        return rung
+
+    def _storm(self, now_s: float) -> float:
+        if self._storm_s is None:
+            return 0.0
+        elapsed_s = now_s - self._storm_s
+        return self._storm_per_s * STORM_WINDOW_S / (STORM_WINDOW_S + elapsed_s)
