@@ -129,7 +129,9 @@ class VllmEngine:
     async def abort(self, request_id: RequestId) -> None:
         """Stop a generation at the next step; unknown ids are ignored."""
         generation = self._in_flight.get(request_id)
-        if generation is not None and self._llm is not None:
+        if generation is None or self._llm is None:
+            return
+        if generation.collectors or not generation.started:
             generation.aborted = True
             await self._llm.abort(list(generation.collectors))
 

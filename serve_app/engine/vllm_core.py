@@ -112,8 +112,7 @@ class MeteredAsyncLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is untyped here
             await self.abort(request_id)
             raise
         if generation is not None:
-            generation.started = True
-            generation.collectors[request_id] = collector
+            generation.opened(request_id, collector)
             if generation.aborted:
                 await self.abort(request_id)
         return collector
@@ -179,9 +178,10 @@ async def _metered(
     finally:
         await stream.aclose()
         # What the engine had generated and nobody had fetched when the stream was closed.
-        collector = generation.collectors.pop(request_id, None)
+        collector = generation.collectors.get(request_id)
         if collector is not None and isinstance(collector.output, RequestOutput):
             _observe(collector.output, generation, prompt)
+        generation.closed(request_id)
 
 
 def _observe(output: RequestOutput, generation: Generation, prompt: PromptMeter) -> list[int]:

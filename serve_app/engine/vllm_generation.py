@@ -55,7 +55,28 @@ class Generation:
     _strings: list[str] = field(default_factory=list)
     _token_ids: list[int] = field(default_factory=list)
     _ready: asyncio.Event = field(default_factory=asyncio.Event)
+    _closed: asyncio.Event = field(default_factory=asyncio.Event)
     _ended: bool = False
+
+    def opened(self, vllm_id: str, collector: Any) -> None:
+        """Note that vLLM has a prompt of this request, under this id of vLLM's."""
+        self.started = True
+        self.collectors[vllm_id] = collector
+
+    def closed(self, vllm_id: str) -> None:
+        """Note that vLLM is done with a prompt and its tokens are counted."""
+        self.collectors.pop(vllm_id, None)
+        self._closed.set()
+
+    async def wait_closed(self) -> None:
+        """Return when vLLM is done with every prompt.
+
+        A cancelled request of several prompts has tasks inside vLLM's layer which learn
+        of the cancellation after the layer has returned.
+        """
+        while self.collectors:
+            self._closed.clear()
+            await self._closed.wait()
 
     @property
     def has_output(self) -> bool:
