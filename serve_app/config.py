@@ -28,7 +28,9 @@ class VllmSettings(Strict):
 
     kind: Literal["vllm"] = "vllm"
     model: str = Field(description="Path of a safetensors folder, or `smollm2` for the default.")
-    revision: str = Field("local", description="Pinned revision of the model, for audit and caches.")
+    revision: str = Field(
+        "local", description="Pinned revision of the model, for audit and caches."
+    )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     quantization: Literal["fp8", "awq", "gptq"] | None = None
     kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"] = "auto"
@@ -79,6 +81,16 @@ class SimSettings(Strict):
 EngineSettings = Annotated[VllmSettings | SimSettings, Field(discriminator="kind")]
 
 
+class ControlLinkSettings(Strict):
+    """How a process keeps in touch with Control."""
+
+    app: Name = Field("control", description="The control application's name.")
+    heartbeat_period_s: float = Field(1.0, gt=0, le=10)
+    metrics_period_s: float = Field(
+        5.0, gt=0, le=60, description="How often the process hands over its rendered metrics."
+    )
+
+
 class ReplicaSettings(Strict):
     """How many replicas a deployment has and what each takes from Ray."""
 
@@ -102,6 +114,7 @@ class PoolArgs(Strict):
     env: dict[str, str] = Field(default_factory=dict, description="Environment of the replicas.")
     snapshot_period_s: float = Field(0.1, gt=0, le=5)
     drain_timeout_s: float = Field(600, ge=0)
+    control: ControlLinkSettings = ControlLinkSettings()
 
 
 class ControlArgs(Strict):
@@ -110,8 +123,12 @@ class ControlArgs(Strict):
     database: str = Field(
         "sqlite:///.headrace/headrace.db", description="Where keys are kept (SQLAlchemy URL)."
     )
-    heartbeat_period_s: float = Field(1.0, gt=0, le=10)
-    metrics_period_s: float = Field(5.0, gt=0, le=60, description="Processes send metrics.")
+    follow_period_s: float = Field(
+        0.5, gt=0, le=10, description="How often a changed key table is looked for."
+    )
+    forget_after_s: float = Field(
+        30, gt=0, description="Metrics of a process silent for this long are dropped."
+    )
     num_cpus: float = Field(0.1, ge=0)
     resources: dict[str, float] = Field(default_factory=dict)
 
@@ -137,7 +154,7 @@ class GatewayArgs(Strict):
     )
     limits: LimitSettings = LimitSettings()
     metrics_public: bool = Field(True, description="/metrics answers without a key.")
-    control_app: Name = "control"
+    control: ControlLinkSettings = ControlLinkSettings()
 
 
 class PoolPolicy(Strict):

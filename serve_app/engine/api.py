@@ -49,6 +49,15 @@ class GenerateCall:
 
 
 @dataclass(frozen=True, slots=True)
+class WatchCall:
+    """A router's subscription to the load of one replica, ``target``."""
+
+    router: str
+    target: ReplicaId
+    fallbacks: tuple[ReplicaId, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Frame:
     """Bytes for the client and the output token ids they stand for.
 

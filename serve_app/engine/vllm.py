@@ -42,6 +42,8 @@ from serve_app.engine.vllm_args import prepare_environment, served_name
 from serve_app.engine.vllm_generation import Generation
 
 if TYPE_CHECKING:
+    import psutil  # type: ignore[import-untyped]  # a dependency of vLLM's, without stubs
+
     from serve_app.engine.vllm_core import MeteredAsyncLLM
     from serve_app.engine.vllm_serving import OpenAILayer
 
@@ -167,6 +169,11 @@ class VllmEngine:
     def on_metered(self, listener: Callable[[Metered], None]) -> None:
         """Call ``listener`` once for every request that the engine took and that ended."""
         self._listeners.append(listener)
+
+    @property
+    def processes(self) -> list[psutil.Process]:
+        """Return vLLM's processes: the engine core, then its workers. Empty once stopped."""
+        return list(self._llm.processes) if self._llm is not None else []
 
     async def check_health(self) -> None:
         """Return if the engine can generate.

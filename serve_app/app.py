@@ -1,0 +1,82 @@
+"""The application builders: the only place where deployments are wired.
+
+configs/*.yaml name these as ``import_path``; Ray Serve calls each with its ``args``.
+This module must not postpone the evaluation of annotations: Serve reads the builders'
+argument types to validate ``args``, and a string there turns validation off silently.
+"""
+
+from typing import Any
+
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+
+from serve_app.config import ControlArgs, GatewayArgs, PoolArgs, ReplicaSettings
+from serve_app.control import Control
+from serve_app.engine.replica import EngineReplica, Pool
+from serve_app.router import Router
+
+# A replica also answers probes, load subscriptions of routers and Control's calls.
+SPARE_CALLS = 64
+
+
+def control(args: ControlArgs) -> serve.Application:
+    """Build the control application: one replica on a CPU node."""
+    deployment = serve.deployment(
+        Control,
+        name="Control",
+        num_replicas=1,
+        max_ongoing_requests=1000,
+        ray_actor_options={"num_cpus": args.num_cpus, "resources": args.resources},
+        health_check_period_s=2,
+        graceful_shutdown_timeout_s=5,
+    )
+    return deployment.bind(args.model_dump())
+
+
+def pool(args: PoolArgs) -> serve.Application:
+    """Build one model pool: engine replicas behind an ingress that serves nothing."""
+    engine = serve.deployment(
+        EngineReplica,
+        name="Engine",
+        max_ongoing_requests=args.engine.max_num_seqs + SPARE_CALLS,
+        request_router_config=RequestRouterConfig(
+            request_router_class="serve_app.engine.placement.PlacementRouter"
+        ),
+        **_replica_options(args.replicas, args.env),
+    )
+    ingress = serve.deployment(
+        Pool,
+        name="Pool",
+        autoscaling_config={"min_replicas": 0, "initial_replicas": 0, "max_replicas": 1},
+        ray_actor_options={"num_cpus": 0},
+    )
+    return ingress.bind(engine.bind(args.model_dump()))
+
+
+def gateway(args: GatewayArgs) -> serve.Application:
+    """Build the gateway: the routers."""
+    router = serve.deployment(
+        serve.ingress()(Router),
+        name="Router",
+        max_ongoing_requests=args.max_in_flight + SPARE_CALLS,
+        **_replica_options(args.replicas, {}),
+    )
+    return router.bind(args.model_dump())
+
+
+def _replica_options(replicas: ReplicaSettings, env: dict[str, str]) -> dict[str, Any]:
+    """Return the deployment options that follow from the replicas' settings."""
+    actor: dict[str, Any] = {
+        "num_cpus": replicas.num_cpus,
+        "num_gpus": replicas.num_gpus,
+        "resources": replicas.resources,
+    }
+    if env:
+        actor["runtime_env"] = {"env_vars": env}
+    return {
+        "num_replicas": replicas.num_replicas,
+        "ray_actor_options": actor,
+        "graceful_shutdown_timeout_s": replicas.graceful_shutdown_timeout_s,
+        "health_check_period_s": replicas.health_check_period_s,
+        "health_check_timeout_s": replicas.health_check_timeout_s,
+    }

@@ -1,0 +1,114 @@
+"""The Control deployment: what must be decided or kept once.
+
+Today: the key table (read from the database, handed to routers by heartbeat) and the
+metrics of the whole application (each process renders its own; Control concatenates).
+No request waits for Control; when it is away, routers work on what they hold.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from serve_app.config import ControlArgs
+from serve_app.keys import KeyRecord, KeyTable, KeyWish, bootstrap_record
+from serve_app.ledger.store import KeyStore
+from serve_app.telemetry.exposition import Family, merge
+from serve_app.telemetry.logs import configure
+from serve_app.telemetry.uplink import Heartbeat, Tables
+
+logger = logging.getLogger("headrace.control")
+
+
+@dataclass(slots=True)
+class _Process:
+    """What Control remembers of a process that reports to it."""
+
+    beat: Heartbeat
+    heard_at_s: float
+    families: Mapping[str, Family]
+
+
+class Control:
+    """One replica; its methods are called through Serve handles."""
+
+    async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+        configure()
+        self._args = ControlArgs.model_validate(args)
+        self._store = KeyStore(self._args.database)
+        self._bootstrap = os.environ.get("HEADRACE_BOOTSTRAP_KEY")
+        self._processes: dict[str, _Process] = {}
+        self._table = await asyncio.to_thread(self._read_table)
+        self._watch = asyncio.create_task(self._follow_store())
+
+    async def heartbeat(self, beat: Heartbeat) -> Tables:
+        """Take a process's heartbeat; return the key table if it holds another version."""
+        known = self._processes.get(beat.process)
+        families = known.families if known is not None else {}
+        self._processes[beat.process] = _Process(beat, time.monotonic(), families)
+        if beat.keys_version is None or beat.keys_version == self._table.version:
+            return Tables(self._table.version)
+        return Tables(self._table.version, self._table.records)
+
+    async def report_metrics(self, process: str, families: Mapping[str, Family]) -> None:
+        """Keep the latest rendered metrics of a process that has sent a heartbeat."""
+        known = self._processes.get(process)
+        if known is not None:
+            known.families = families
+
+    async def scrape(self) -> bytes:
+        """Return the metrics of every live process in Prometheus' text format."""
+        self._forget_silent()
+        return merge([process.families for process in self._processes.values()])
+
+    async def list_keys(self) -> list[KeyRecord]:
+        """Return all keys, revoked ones included; never a secret."""
+        return await asyncio.to_thread(lambda: list(self._store.list()))
+
+    async def create_key(self, wish: KeyWish) -> tuple[str, KeyRecord]:
+        """Create a key; return its secret, which is stored nowhere, and its record."""
+        created = await asyncio.to_thread(self._store.create, wish)
+        await self._refresh()
+        return created
+
+    async def revoke_key(self, key_id: str) -> KeyRecord | None:
+        """Revoke a key; None if there is none of that id."""
+        revoked = await asyncio.to_thread(self._store.revoke, key_id)
+        await self._refresh()
+        return revoked
+
+    async def check_health(self) -> None:
+        """Serve's probe: the store must be followed."""
+        if self._watch.done():
+            raise RuntimeError("the key store is no longer followed")
+
+    def _read_table(self) -> KeyTable:
+        table = self._store.snapshot()
+        return table.with_record(bootstrap_record(self._bootstrap)) if self._bootstrap else table
+
+    async def _refresh(self) -> None:
+        self._table = await asyncio.to_thread(self._read_table)
+
+    async def _follow_store(self) -> None:
+        """Notice keys that the command line changed in the same database."""
+        while True:
+            await asyncio.sleep(self._args.follow_period_s)
+            try:
+                version = await asyncio.to_thread(self._store.version)
+                if version != self._table.version:
+                    await self._refresh()
+            except asyncio.CancelledError:
+                raise
+            except Exception:
+                logger.exception("the key store cannot be read; keys stay as they are")
+
+    def _forget_silent(self) -> None:
+        oldest_s = time.monotonic() - self._args.forget_after_s
+        for name, process in list(self._processes.items()):
+            if process.heard_at_s < oldest_s:
+                del self._processes[name]

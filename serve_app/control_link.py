@@ -1,0 +1,58 @@
+"""Control as seen from the other processes: calls through its Serve handle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ray import serve
+
+from serve_app.keys import KeyRecord, KeyWish
+from serve_app.telemetry.exposition import Family
+from serve_app.telemetry.uplink import Heartbeat, Tables
+
+
+class HandleControlLink:
+    """Calls the one replica of Control. Whatever Serve raises means Control is away."""
+
+    def __init__(self, app_name: str) -> None:
+        """``app_name`` is Control's application; it need not be deployed yet."""
+        self._app_name = app_name
+        self._known: Any = None
+
+    async def heartbeat(self, beat: Heartbeat) -> Tables:
+        """See ControlLink."""
+        tables: Tables = await self._handle.heartbeat.remote(beat)
+        return tables
+
+    async def report_metrics(self, process: str, families: Mapping[str, Family]) -> None:
+        """See ControlLink."""
+        await self._handle.report_metrics.remote(process, families)
+
+    async def scrape(self) -> bytes:
+        """Return the application's metrics as Prometheus text."""
+        text: bytes = await self._handle.scrape.remote()
+        return text
+
+    async def list_keys(self) -> list[KeyRecord]:
+        """Return all keys."""
+        records: list[KeyRecord] = await self._handle.list_keys.remote()
+        return records
+
+    async def create_key(self, wish: KeyWish) -> tuple[str, KeyRecord]:
+        """Create a key; return its secret and its record."""
+        created: tuple[str, KeyRecord] = await self._handle.create_key.remote(wish)
+        return created
+
+    async def revoke_key(self, key_id: str) -> KeyRecord | None:
+        """Revoke a key; None if there is none of that id."""
+        revoked: KeyRecord | None = await self._handle.revoke_key.remote(key_id)
+        return revoked
+
+    @property
+    def _handle(self) -> Any:
+        if self._known is None:
+            self._known = serve.get_deployment_handle(
+                "Control", app_name=self._app_name, _check_exists=False
+            )
+        return self._known

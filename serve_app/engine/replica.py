@@ -1,0 +1,110 @@
+"""The Engine deployment: one engine per replica, its load pushed to every router.
+
+A router's subscription is a stream that this replica writes a view to every
+``snapshot_period_s``. Control hears from the replica through heartbeats.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import REGISTRY
+from ray import serve
+
+from serve_app import models
+from serve_app.config import PoolArgs, SimSettings
+from serve_app.control_link import HandleControlLink
+from serve_app.core.types import PoolName, ReplicaId, ReplicaView
+from serve_app.engine.api import (
+    Engine,
+    GenerateCall,
+    GenerateItem,
+    WatchCall,
+)
+from serve_app.telemetry.exposition import Family, render_families
+from serve_app.telemetry.logs import configure
+from serve_app.telemetry.metrics import EngineMetrics
+from serve_app.telemetry.uplink import Heartbeat, Uplink
+
+
+def build_engine(args: PoolArgs, replica: ReplicaId) -> Engine:
+    """Build the engine that ``args.engine`` describes; it is not started.
+
+    Raises:
+        ValueError: the model cannot be found; the message says how to get it.
+    """
+    pool = PoolName(args.name)
+    if isinstance(args.engine, SimSettings):
+        from serve_app.engine.sim import SimEngine
+
+        return SimEngine(args.engine, pool, replica, time.monotonic)
+    from serve_app.engine.vllm import VllmEngine
+
+    path = models.resolve(args.engine.model, models.default_cache_dir())
+    return VllmEngine(args.engine, Path(path), pool, replica, time.monotonic)
+
+
+class EngineReplica:
+    """One replica of a pool. Its methods are called through Serve handles only."""
+
+    async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+        """Start the engine; Serve sends requests once this returns."""
+        configure()
+        self._args = PoolArgs.model_validate(args)
+        self._replica = ReplicaId(serve.get_replica_context().replica_id.unique_id)
+        # The default registry, since vLLM registers its own metrics there.
+        self._metrics = EngineMetrics(REGISTRY)
+        self._engine = build_engine(self._args, self._replica)
+        self._engine.on_metered(self._metrics.engine_metered)
+        self._metrics.engine_started(await self._engine.start())
+        self._uplink = Uplink(
+            HandleControlLink(self._args.control.app),
+            beat=self._beat,
+            families=self._families,
+            heartbeat_period_s=self._args.control.heartbeat_period_s,
+            metrics_period_s=self._args.control.metrics_period_s,
+        )
+        self._uplink.start()
+
+    async def generate(self, call: GenerateCall) -> AsyncGenerator[GenerateItem, None]:
+        """Run one request on this replica's engine; see Engine.generate."""
+        async with aclosing(self._engine.generate(call)) as items:
+            async for item in items:
+                yield item
+
+    async def watch(self, call: WatchCall) -> AsyncGenerator[ReplicaView, None]:
+        """Yield this replica's load every snapshot period until the router goes away."""
+        while True:
+            yield self._engine.snapshot()
+            await asyncio.sleep(self._args.snapshot_period_s)
+
+    async def check_health(self) -> None:
+        """Serve's health probe: raises when the engine can no longer generate."""
+        await self._engine.check_health()
+
+    async def __del__(self) -> None:
+        await self._engine.stop()
+        await self._uplink.stop()
+
+    def _beat(self) -> Heartbeat:
+        return Heartbeat(process=self._replica, role="engine", pool=self._args.name)
+
+    def _families(self) -> Mapping[str, Family]:
+        self._metrics.engine_load(self._engine.snapshot())
+        return render_families(REGISTRY, {"pool": self._args.name, "replica": self._replica})
+
+
+class Pool:
+    """The pool application's ingress: it has no replicas and serves nothing.
+
+    Serve refuses a custom request router on an application's ingress deployment, and
+    gives the ingress HTTP ports; the engines must be neither.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine

@@ -1,0 +1,200 @@
+"""The asyncio shell around the core: requests wait here until the controller decides.
+
+    async with gate.place(ticket) as lease:
+        ...stream from lease.dispatch.replicas...
+        lease.settle(usage)
+
+Leaving the block always ends the request in the core: settled, failed or cancelled.
+Every event of the core is one synchronous call; effects are carried out before control
+returns to the loop, so nothing can change between a decision and its execution.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+
+from serve_app.core.controller import Controller
+from serve_app.core.policy import PoolPolicy
+from serve_app.core.types import (
+    Dispatch,
+    Effect,
+    Notice,
+    Outcome,
+    PoolName,
+    Reject,
+    ReplicaId,
+    ReplicaView,
+    RequestId,
+    Ticket,
+    Usage,
+)
+
+
+class Refused(Exception):
+    """The core turned the request away."""
+
+    def __init__(self, reject: Reject) -> None:
+        super().__init__(reject.reason.value)
+        self.reject = reject
+
+
+class Lease:
+    """A dispatched request's hold on its slot, ended once, when its block is left."""
+
+    def __init__(self, gate: Gate, ticket: Ticket, dispatch: Dispatch) -> None:
+        self._gate = gate
+        self.ticket = ticket
+        self.dispatch = dispatch
+        self.replica: ReplicaId = dispatch.replicas[0]
+        self.usage = Usage()
+        self.outcome = Outcome.FAILED
+
+    def progress(self, tokens: int) -> None:
+        """Count output tokens that arrived from the engine."""
+        self._gate.progress(self.replica, self.ticket.request_id, tokens)
+
+    def settle(self, usage: Usage) -> None:
+        """Record the engine's own count of a completed request."""
+        self.usage = usage
+        self.outcome = Outcome.COMPLETED
+
+    def move(self) -> None:
+        """Place the request on another replica; its present one could not serve it.
+
+        Raises:
+            Refused: there is no other replica.
+        """
+        self.dispatch = self._gate.fail(self.ticket.request_id, self.replica)
+        self.replica = self.dispatch.replicas[0]
+
+
+class Gate:
+    """Drives one controller from one event loop. Not thread-safe: the loop's only."""
+
+    def __init__(
+        self,
+        controller: Controller,
+        clock: Callable[[], float],
+        on_notice: Callable[[Notice], None],
+    ) -> None:
+        self._core = controller
+        self._clock = clock
+        self._on_notice = on_notice
+        self._waiting: dict[RequestId, asyncio.Future[Dispatch]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at_s: float | None = None
+
+    @asynccontextmanager
+    async def place(self, ticket: Ticket) -> AsyncIterator[Lease]:
+        """Wait for a place for the request; hold it while the block runs.
+
+        Raises:
+            Refused: the core refused the request, at once or after it had waited.
+        """
+        decision: asyncio.Future[Dispatch] = asyncio.get_running_loop().create_future()
+        self._waiting[ticket.request_id] = decision
+        lease: Lease | None = None
+        try:
+            self._apply(self._core.offer(ticket, self._clock()))
+            lease = Lease(self, ticket, await decision)
+            yield lease
+        except (asyncio.CancelledError, GeneratorExit):
+            if lease is not None and lease.outcome is not Outcome.COMPLETED:
+                lease.outcome = Outcome.CANCELLED
+            raise
+        finally:
+            self._waiting.pop(ticket.request_id, None)
+            self._end(ticket.request_id, lease)
+
+    def progress(self, replica: ReplicaId, request_id: RequestId, tokens: int) -> None:
+        """Tell the core of output tokens."""
+        self._apply(self._core.progress(replica, [(request_id, tokens)], self._clock()))
+
+    def fail(self, request_id: RequestId, replica: ReplicaId) -> Dispatch:
+        """Ask the core for another replica; see Lease.move."""
+        own: Effect | None = None
+        others: list[Effect] = []
+        for effect in self._core.fail(request_id, replica, self._clock()):
+            if not isinstance(effect, Notice) and effect.request_id == request_id:
+                own = effect
+            else:
+                others.append(effect)
+        self._apply(others)
+        if isinstance(own, Dispatch):
+            return own
+        assert isinstance(own, Reject), "a failed request is moved or refused"
+        raise Refused(own)
+
+    def observe(self, view: ReplicaView) -> None:
+        """Take a replica's load."""
+        self._apply(self._core.observe(view, self._clock()))
+
+    def forget(self, replica: ReplicaId) -> None:
+        """Drop a replica that is gone."""
+        self._apply(self._core.forget(replica, self._clock()))
+
+    def configure(self, pools: Mapping[PoolName, PoolPolicy]) -> None:
+        """Replace the pools' policies."""
+        self._apply(self._core.configure(pools, self._clock()))
+
+    def queue_depth(self, pool: PoolName) -> int:
+        """Return how many requests wait for ``pool``."""
+        return self._core.queue_depth(pool)
+
+    def in_flight(self, pool: PoolName) -> int:
+        """Return how many requests of ``pool`` are dispatched and not ended."""
+        return self._core.in_flight(pool)
+
+    def open_requests(self) -> int:
+        """Return how many requests are waiting or dispatched, in all pools."""
+        return self._core.open_requests()
+
+    def replicas(self, pool: PoolName) -> int:
+        """Return how many replicas of ``pool`` report their load."""
+        return len(self._core.replicas(pool))
+
+    def close(self) -> None:
+        """Stop the timer."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _end(self, request_id: RequestId, lease: Lease | None) -> None:
+        now_s = self._clock()
+        if lease is None or lease.outcome is Outcome.CANCELLED:
+            self._apply(self._core.cancel(request_id, now_s))
+        else:
+            self._apply(self._core.finish(request_id, lease.usage, lease.outcome, now_s))
+
+    def _apply(self, effects: Sequence[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Notice):
+                self._on_notice(effect)
+                continue
+            decision = self._waiting.pop(effect.request_id, None)
+            if decision is None or decision.done():
+                continue
+            if isinstance(effect, Dispatch):
+                decision.set_result(effect)
+            else:
+                decision.set_exception(Refused(effect))
+        self._arm()
+
+    def _arm(self) -> None:
+        """Have ``advance`` called when the core next wants it."""
+        due_s = self._core.next_wakeup_s()
+        if due_s == self._timer_at_s:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._timer_at_s = due_s
+        if due_s is not None:
+            delay_s = max(0.0, due_s - self._clock())
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._wake)
+
+    def _wake(self) -> None:
+        self._timer = None
+        self._timer_at_s = None
+        self._apply(self._core.advance(self._clock()))

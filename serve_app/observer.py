@@ -1,0 +1,138 @@
+"""What a process says of its requests: metrics and one log line each.
+
+Observers own a process's registries and turn domain events into samples; nothing else
+touches a metric.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+
+import ray
+from prometheus_client import CollectorRegistry
+
+from serve_app import __version__
+from serve_app.completions import Audit
+from serve_app.core.types import Notice, Outcome
+from serve_app.relay import Delivery
+from serve_app.telemetry.exposition import Family, render_families
+from serve_app.telemetry.logs import RequestLine, RequestLog
+from serve_app.telemetry.metrics import NO_POOL, ProcessMetrics, RouterMetrics, class_label
+
+logger = logging.getLogger("headrace.router")
+
+
+class RouterObserver:
+    """A router's metrics and request log."""
+
+    def __init__(self, process: str, log: RequestLog, wall_clock: Callable[[], float]) -> None:
+        self._process = process
+        self._log = log
+        self._wall_clock = wall_clock
+        self.metrics = RouterMetrics(CollectorRegistry())
+        describe_build(self.metrics, "router")
+
+    def audit(self, audit: Audit) -> None:
+        """Count a request that ended and write its log line."""
+        metrics, delivery = self.metrics, audit.delivery
+        pool, class_ = audit.pool or NO_POOL, class_label(audit.served_class)
+        outcome = audit.outcome.value if audit.outcome else "rejected"
+        metrics.requests_total.labels(pool, class_, outcome).inc()
+        metrics.responses_total.labels(audit.endpoint, str(audit.status)).inc()
+        if audit.outcome is None:
+            metrics.rejected_total.labels(pool, class_, audit.reason or "unknown").inc()
+        if audit.outcome is Outcome.CANCELLED:
+            metrics.client_disconnects_total.labels(pool).inc()
+        if delivery.attempts > 1:
+            metrics.retries_total.labels(pool).inc(delivery.attempts - 1)
+        if audit.outcome is Outcome.FAILED and delivery.first_byte_at_s is not None:
+            metrics.stream_errors_total.labels(pool).inc()
+        self._count_tokens(audit, pool)
+        self._time(audit, pool, class_)
+        self._log.write(request_line(audit, self._wall_clock()))
+
+    def notice(self, notice: Notice) -> None:
+        """Count and log what the core wants an operator to see."""
+        self.metrics.notices_total.labels(notice.pool, notice.kind).inc()
+        where = {"pool": notice.pool, "replica": notice.replica}
+        logger.info(notice.kind, extra={**where, **notice.detail})
+
+    def families(self) -> Mapping[str, Family]:
+        """Render the registry for Control."""
+        self._log.flush()
+        return render_families(self.metrics.registry, {"process": self._process})
+
+    def _count_tokens(self, audit: Audit, pool: str) -> None:
+        delivery, tokens = audit.delivery, self.metrics.tokens_total
+        if delivery.usage is not None:
+            tokens.labels(pool, "input").inc(delivery.usage.prompt_tokens)
+            tokens.labels(pool, "cached_input").inc(delivery.usage.cached_prompt_tokens)
+        completed = audit.outcome is Outcome.COMPLETED
+        count = delivery.usage.completion_tokens if delivery.usage else delivery.output_tokens
+        if count:
+            tokens.labels(pool, "output" if completed else "wasted").inc(count)
+
+    def _time(self, audit: Audit, pool: str, class_: str) -> None:
+        delivery, metrics = audit.delivery, self.metrics
+        if audit.queued_s is not None:
+            metrics.queue_wait_seconds.labels(pool, class_).observe(audit.queued_s)
+        ttft_s = _since(audit.arrived_at_s, delivery.first_byte_at_s)
+        if ttft_s is not None and delivery.streamed:
+            metrics.time_to_first_token_seconds.labels(pool, class_).observe(ttft_s)
+        duration_s = _since(audit.arrived_at_s, audit.ended_at_s)
+        if audit.outcome is Outcome.COMPLETED and duration_s is not None:
+            metrics.request_duration_seconds.labels(pool, class_).observe(duration_s)
+            interval_s = token_interval_s(delivery)
+            if interval_s is not None:
+                metrics.time_per_output_token_seconds.labels(pool, class_).observe(interval_s)
+
+
+def request_line(audit: Audit, ended_wall_s: float) -> RequestLine:
+    """Return a request's log line: who, what, decided how, ended how; never content."""
+    delivery, key, usage = audit.delivery, audit.key, audit.delivery.usage
+    return RequestLine(
+        ended_at_s=ended_wall_s,
+        request_id=audit.request_id,
+        endpoint=audit.endpoint,
+        status=audit.status,
+        decision=audit.decision,
+        outcome=audit.outcome.value if audit.outcome else "rejected",
+        reason=audit.reason,
+        client_request_id=audit.client_label,
+        tenant=key.tenant if key else None,
+        user=key.user if key else None,
+        key_id=key.key_id if key else None,
+        model=audit.model,
+        pool=audit.pool,
+        replica=audit.replica,
+        class_asked=class_label(audit.asked_class) or None,
+        class_served=class_label(audit.served_class) or None,
+        degraded=audit.degraded,
+        attempts=delivery.attempts or None,
+        finish_reason=delivery.finish_reason,
+        input_tokens=usage.prompt_tokens if usage else None,
+        cached_input_tokens=usage.cached_prompt_tokens if usage else None,
+        output_tokens=usage.completion_tokens if usage else delivery.output_tokens,
+        queue_wait_s=audit.queued_s,
+        time_to_first_token_s=_since(audit.arrived_at_s, delivery.first_byte_at_s),
+        time_per_output_token_s=token_interval_s(delivery),
+        duration_s=_since(audit.arrived_at_s, audit.ended_at_s),
+    )
+
+
+def token_interval_s(delivery: Delivery) -> float | None:
+    """Return the mean time between output tokens of a stream, None if it had no two."""
+    spread_s = _since(delivery.first_byte_at_s, delivery.last_byte_at_s)
+    if spread_s is None or not delivery.streamed or delivery.output_tokens < 2:
+        return None
+    return spread_s / (delivery.output_tokens - 1)
+
+
+def _since(start_s: float | None, at_s: float | None) -> float | None:
+    return None if start_s is None or at_s is None else at_s - start_s
+
+
+def describe_build(metrics: ProcessMetrics, role: str) -> None:
+    """Set the build information of a process."""
+    metrics.build_info.labels(__version__, ray.__version__, role).set(1)

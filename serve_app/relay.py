@@ -1,0 +1,140 @@
+"""One completion, from the engine's items to the client's bytes.
+
+The relay owns what makes a response end exactly once: done, error or cancelled. Until
+the first byte is out, a lost replica means another try elsewhere; after it, an SSE error
+event ends the stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from starlette.types import Send
+
+from serve_app.core.types import Dispatch, PriorityClass, Usage
+from serve_app.engine.api import EngineDead, Final, Frame, GenerateCall, Refusal
+from serve_app.engine.transport import Transport
+from serve_app.errors import (
+    ApiError,
+    ContextLengthExceeded,
+    EngineFailed,
+    InvalidRequest,
+    Unavailable,
+)
+from serve_app.gate import Lease
+from serve_app.gateway.http import StreamSender, send_json
+
+Headers = list[tuple[bytes, bytes]]
+
+
+@dataclass(slots=True)
+class Delivery:
+    """What was delivered to the client, as far as it got."""
+
+    output_tokens: int = 0
+    frames: int = 0
+    first_byte_at_s: float | None = None
+    last_byte_at_s: float | None = None
+    attempts: int = 0
+    streamed: bool = False
+    finish_reason: str | None = None
+    usage: Usage | None = None
+
+
+class Relay:
+    """Carries one dispatched request's output to its client."""
+
+    def __init__(
+        self, send: Send, headers: Iterable[tuple[bytes, bytes]], clock: Callable[[], float]
+    ) -> None:
+        self._send = send
+        self._headers: Headers = list(headers)
+        self._clock = clock
+        self.stream = StreamSender(send, self._headers)
+        self.delivery = Delivery()
+        self._answered = False
+
+    def describe(self, dispatch: Dispatch, served_class: PriorityClass) -> None:
+        """Add the response headers that say where and how the request is served."""
+        headers: Headers = [
+            (b"x-headrace-pool", dispatch.pool.encode()),
+            (b"x-headrace-class", served_class.name.lower().encode()),
+        ]
+        if dispatch.degraded is not None:
+            headers.append((b"x-headrace-degraded", dispatch.degraded.encode()))
+        self._headers.extend(headers)
+        for name, value in headers:
+            self.stream.add_header(name, value)
+
+    async def fail(self, error: ApiError) -> None:
+        """End the response with ``error``, unless it has ended already."""
+        if not self.stream.ended and not self._answered:
+            await self.stream.fail(error)
+
+    async def run(
+        self, lease: Lease, transport: Transport, call_for: Callable[[Lease], GenerateCall]
+    ) -> None:
+        """Deliver the whole response, trying other replicas until the first byte is out.
+
+        Raises:
+            ApiError: the engine refused or failed; nothing was sent, or the stream is
+                open and still wants its error event.
+            Refused: no other replica could take the request.
+        """
+        while True:
+            self.delivery.attempts += 1
+            try:
+                await self._attempt(lease, transport, call_for(lease))
+                return
+            except EngineDead as error:
+                if self.delivery.first_byte_at_s is not None:
+                    raise EngineFailed(
+                        "The engine failed while it was generating; the response is incomplete.",
+                        should_retry=True,
+                    ) from error
+                lease.move()
+
+    async def _attempt(self, lease: Lease, transport: Transport, call: GenerateCall) -> None:
+        async with aclosing(transport.generate(call)) as items:
+            async for item in items:
+                if isinstance(item, Frame):
+                    await self._deliver(lease, item, streamed=call.stream)
+                elif isinstance(item, Final):
+                    self.delivery.usage = item.usage
+                    self.delivery.finish_reason = item.finish_reason
+                    lease.settle(item.usage)
+                else:
+                    raise error_of(item)
+        if call.stream:
+            await self.stream.finish()
+
+    async def _deliver(self, lease: Lease, frame: Frame, *, streamed: bool) -> None:
+        tokens = len(frame.token_ids)
+        if tokens:
+            self.delivery.output_tokens += tokens
+            lease.progress(tokens)
+        now_s = self._clock()
+        if self.delivery.first_byte_at_s is None:
+            self.delivery.first_byte_at_s = now_s
+        self.delivery.last_byte_at_s = now_s
+        self.delivery.frames += 1
+        self.delivery.streamed = streamed
+        if streamed:
+            await self.stream.write(frame.data)
+        else:
+            self._answered = True
+            await send_json(self._send, frame.data, headers=self._headers)
+
+
+def error_of(refusal: Refusal) -> ApiError:
+    """Return the client's error for what the engine's own layer refused."""
+    if refusal.code == "context_length_exceeded":
+        return ContextLengthExceeded(refusal.message, param=refusal.param)
+    if refusal.status >= 500:
+        return Unavailable(refusal.message, code=refusal.code, retry_after_s=1.0)
+    error = InvalidRequest(refusal.message, param=refusal.param, code=refusal.code)
+    error.status = refusal.status
+    error.type = refusal.type
+    return error

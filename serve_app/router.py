@@ -1,0 +1,159 @@
+"""The Router deployment: the only HTTP ingress, as many replicas as traffic wants.
+
+It wires the gate, the fleet and the endpoints together on its event loop. Pools and
+aliases come by ``reconfigure`` and change in place.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from ray import serve
+from starlette.applications import Starlette
+from starlette.routing import Route
+
+from serve_app.completions import Completions, Routes
+from serve_app.config import GatewayArgs, RouterConfig
+from serve_app.control_link import HandleControlLink
+from serve_app.core.controller import Controller
+from serve_app.core.types import PoolName, PriorityClass
+from serve_app.engine.api import Endpoint
+from serve_app.engine.replica_directory import DIRECTORY
+from serve_app.engine.transport import HandleTransport, Transport
+from serve_app.fleet import Fleet
+from serve_app.gate import Gate
+from serve_app.gateway.admin import KeyAdministration
+from serve_app.gateway.http import exception_handlers
+from serve_app.keys import KeyTable
+from serve_app.observer import RouterObserver
+from serve_app.operations import MetricsCopy, Operations, Readiness
+from serve_app.telemetry.exposition import Family
+from serve_app.telemetry.logs import RequestLog, configure
+from serve_app.telemetry.uplink import Heartbeat, Tables, Uplink
+
+logger = logging.getLogger("headrace.router")
+
+FAST_PATH_FLAGS = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED")
+
+
+class Router:
+    """One replica of the gateway."""
+
+    async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
+        configure()
+        self._args = GatewayArgs.model_validate(args)
+        self._name = serve.get_replica_context().replica_id.unique_id
+        self._fast_path = all(os.environ.get(flag) == "1" for flag in FAST_PATH_FLAGS)
+        self._observer = RouterObserver(self._name, RequestLog(sys.stderr), time.time)
+        self._gate = Gate(Controller(), time.monotonic, self._observer.notice)
+        self._fleet = Fleet(self._name, self._gate, _connect, DIRECTORY)
+        self._control = HandleControlLink(self._args.control.app)
+        self._completions = Completions(
+            gate=self._gate,
+            transport=self._fleet.transport,
+            limits=self._args.limits,
+            on_audit=self._observer.audit,
+            random_bytes=os.urandom,
+            clock=time.monotonic,
+        )
+        self._config = RouterConfig()
+        self._uplink = Uplink(
+            self._control,
+            beat=self._beat,
+            families=self._families,
+            heartbeat_period_s=self._args.control.heartbeat_period_s,
+            metrics_period_s=self._args.control.metrics_period_s,
+            on_tables=self._take_tables,
+        )
+        self._fleet.start()
+        self._uplink.start()
+
+    async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """Take new pools and aliases; nothing in flight is touched.
+
+        A coroutine although it awaits nothing: Serve runs a plain method on a thread.
+        """
+        config = RouterConfig.model_validate(user_config)
+        pools = {PoolName(name): policy.to_core() for name, policy in config.pools.items()}
+        self._fleet.connect(pools)
+        self._gate.configure(pools)
+        self._completions.routes = Routes(
+            {alias: PoolName(pool) for alias, pool in config.aliases.items()}
+        )
+        self._config = config
+
+    def __serve_build_asgi_app__(self) -> Starlette:
+        """Build the HTTP application; Serve calls this once, after the constructor."""
+        operations = Operations(
+            completions=self._completions,
+            readiness=self._readiness,
+            metrics=MetricsCopy(self._control.scrape, time.monotonic),
+            metrics_public=self._args.metrics_public,
+            started_at_s=time.time(),
+        )
+        administration = KeyAdministration(self._completions.caller, self._control)
+        chat = self._completions.endpoint(Endpoint.CHAT)
+        completions = self._completions.endpoint(Endpoint.COMPLETIONS)
+        return Starlette(
+            routes=[
+                Route("/v1/chat/completions", chat, methods=["POST"]),
+                Route("/v1/completions", completions, methods=["POST"]),
+                Route("/v1/models", operations.models, methods=["GET"]),
+                Route("/v1/models/{name:path}", operations.model, methods=["GET"]),
+                Route("/health", operations.health, methods=["GET"]),
+                Route("/ready", operations.ready, methods=["GET"]),
+                Route("/metrics", operations.metrics, methods=["GET"]),
+                *administration.routes(),
+            ],
+            exception_handlers=exception_handlers(),
+        )
+
+    async def check_health(self) -> None:
+        """Serve's probe; answering at all is the check."""
+
+    async def __del__(self) -> None:
+        await self._uplink.stop()
+        await self._fleet.stop()
+        self._gate.close()
+
+    def _readiness(self) -> Readiness:
+        keys = self._completions.keys
+        return Readiness(
+            keys_loaded=keys is not None,
+            pools={name: self._gate.replicas(PoolName(name)) for name in self._config.pools},
+            fast_path=self._fast_path,
+            control_away=self._uplink.control_is_away,
+        )
+
+    def _beat(self) -> Heartbeat:
+        keys = self._completions.keys
+        version = -1 if keys is None else keys.version
+        return Heartbeat(process=self._name, role="router", pool=None, keys_version=version)
+
+    def _families(self) -> Mapping[str, Family]:
+        for pool in self._config.pools:
+            name = PoolName(pool)
+            self._observer.metrics.pool_load(
+                name,
+                queued={PriorityClass.STANDARD: self._gate.queue_depth(name)},
+                in_flight=self._gate.in_flight(name),
+                replicas=self._gate.replicas(name),
+            )
+        return self._observer.families()
+
+    def _take_tables(self, tables: Tables) -> None:
+        if tables.keys is not None:
+            self._completions.keys = KeyTable(tables.keys, tables.keys_version)
+
+
+def _connect(pool: PoolName) -> Transport:
+    """Return a transport to a pool's engines, which need not be deployed yet."""
+    handle = serve.get_deployment_handle("Engine", app_name=f"pool-{pool}", _check_exists=False)
+    # Serve builds a handle's request router lazily; the fleet needs the replica set now.
+    handle._init()
+    return HandleTransport(handle)

@@ -1,0 +1,109 @@
+"""Every process's link to Control: heartbeats up, tables down, metrics beside them.
+
+Losing Control loses nothing here: the process works on with the tables it holds, and
+the next heartbeat that gets through catches up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from serve_app.telemetry.exposition import Family
+
+logger = logging.getLogger("headrace.uplink")
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """A process saying that it lives, and which version of the key table it holds.
+
+    ``keys_version`` is None for a process that needs no keys.
+    """
+
+    process: str
+    role: str
+    pool: str | None = None
+    keys_version: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """Control's answer: ``keys`` is None when the process's version is the current one."""
+
+    keys_version: int
+    keys: Any | None = None
+
+
+class ControlLink(Protocol):
+    """What a process asks of Control. Any exception means Control is away."""
+
+    async def heartbeat(self, beat: Heartbeat) -> Tables:
+        """Exchange a heartbeat for the tables that changed."""
+
+    async def report_metrics(self, process: str, families: Mapping[str, Family]) -> None:
+        """Hand over the process's rendered metric families."""
+
+
+class Uplink:
+    """Runs the two periodic exchanges as one owned task each."""
+
+    def __init__(
+        self,
+        link: ControlLink,
+        *,
+        beat: Callable[[], Heartbeat],
+        families: Callable[[], Mapping[str, Family]],
+        heartbeat_period_s: float,
+        metrics_period_s: float,
+        on_tables: Callable[[Tables], None] | None = None,
+    ) -> None:
+        self._link = link
+        self._beat = beat
+        self._families = families
+        self._periods_s = (heartbeat_period_s, metrics_period_s)
+        self._on_tables = on_tables
+        self._tasks: list[asyncio.Task[None]] = []
+        self.control_is_away = True
+
+    def start(self) -> None:
+        """Begin both exchanges on the running loop."""
+        heartbeat_period_s, metrics_period_s = self._periods_s
+        self._tasks = [
+            asyncio.create_task(self._every(heartbeat_period_s, self._heartbeat)),
+            asyncio.create_task(self._every(metrics_period_s, self._report)),
+        ]
+
+    async def stop(self) -> None:
+        """End both exchanges."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+
+    async def _heartbeat(self) -> None:
+        tables = await self._link.heartbeat(self._beat())
+        if self._on_tables is not None:
+            self._on_tables(tables)
+
+    async def _report(self) -> None:
+        beat = self._beat()
+        await self._link.report_metrics(beat.process, self._families())
+
+    async def _every(self, period_s: float, exchange: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(max(5.0, 2 * period_s)):
+                    await exchange()
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:
+                if not self.control_is_away:
+                    logger.warning("control is away: %s: %.200s", type(error).__name__, error)
+                self.control_is_away = True
+            else:
+                self.control_is_away = False
+            await asyncio.sleep(period_s)
