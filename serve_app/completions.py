@@ -31,8 +31,8 @@ from serve_app.engine.transport import Transport
 from serve_app.errors import ApiError, DeadlineExceeded, ModelNotFound, RateLimited, Unavailable
 from serve_app.gate import Gate, Lease, Refused
 from serve_app.gateway.auth import authenticate, require_model
+from serve_app.gateway.edge import request_names
 from serve_app.gateway.http import ClientGone, read_body, require_json
-from serve_app.gateway.request_id import client_label, id_headers, new_request_id
 from serve_app.gateway.wire import ParsedRequest, ServiceTier, parse_chat, parse_completions
 from serve_app.keys import KeyRecord, KeyTable
 from serve_app.relay import Delivery, Relay
@@ -116,14 +116,12 @@ class Completions:
         transport: Callable[[PoolName], Transport],
         limits: LimitSettings,
         on_audit: Callable[[Audit], None],
-        random_bytes: Callable[[int], bytes],
         clock: Callable[[], float],
     ) -> None:
         self._gate = gate
         self._transport = transport
         self._limits = limits
         self._on_audit = on_audit
-        self._random_bytes = random_bytes
         self._clock = clock
         self.keys: KeyTable | None = None
         self.routes = Routes()
@@ -135,8 +133,7 @@ class Completions:
     async def serve(self, endpoint: Endpoint, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; every path writes exactly one response and one audit."""
         audit = self._open_audit(endpoint, scope)
-        headers = id_headers(audit.request_id, audit.client_label)
-        relay = Relay(send, headers, self._clock)
+        relay = Relay(send, [(b"x-headrace-request-id", audit.request_id.encode())], self._clock)
         audit.delivery = relay.delivery
         with self._closing(audit):
             try:
@@ -231,12 +228,8 @@ class Completions:
         )
 
     def _open_audit(self, endpoint: Endpoint, scope: Scope) -> Audit:
-        return Audit(
-            request_id=new_request_id(time.time_ns(), self._random_bytes(10)),
-            endpoint=endpoint.value,
-            arrived_at_s=self._clock(),
-            client_label=client_label(scope["headers"], self._limits.max_request_id_bytes),
-        )
+        request_id, label = request_names(scope)
+        return Audit(request_id, endpoint.value, self._clock(), label)
 
     @contextmanager
     def _closing(self, audit: Audit) -> Iterator[None]:

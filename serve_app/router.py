@@ -58,7 +58,6 @@ class Router:
             transport=self._fleet.transport,
             limits=self._args.limits,
             on_audit=self._observer.audit,
-            random_bytes=os.urandom,
             clock=time.monotonic,
         )
         self._config = RouterConfig()

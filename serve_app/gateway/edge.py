@@ -1,0 +1,90 @@
+"""The outermost ASGI layer, around Serve's own: what a client may say to Serve, and who is who.
+
+Ray Serve reads request headers before any application sees them: some let a client switch
+off the cancellation of a request it abandoned, set Serve's timeout or pick a replica. They
+end here. So does the client's ``x-request-id``: inside, every request bears an id of ours;
+the client's is a label, echoed if it is short and printable.
+
+Serve applies this where RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH (configs/ray.env) names
+``middlewares``.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve_app.core.types import RequestId
+from serve_app.gateway.request_id import client_label, new_request_id
+
+SCOPE_REQUEST_ID = "headrace.request_id"
+SCOPE_CLIENT_LABEL = "headrace.client_label"
+
+MAX_LABEL_BYTES = 128
+
+_SERVES_OWN = frozenset(
+    {
+        b"x-request-disconnect-disabled",
+        b"x-request-timeout-seconds",
+        b"x-session-id",
+        b"x-request-id",
+    }
+)
+_MULTIPLEX = b"serve_multiplexed_model_id"
+
+
+class EdgeHeaders:
+    """Removes Serve's control headers and names the request."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass an HTTP request on with headers of ours; anything else unchanged."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        label = client_label(scope["headers"], MAX_LABEL_BYTES)
+        request_id = new_request_id(time.time_ns(), os.urandom(10))
+        kept = [header for header in scope["headers"] if not _is_serves_own(header[0])]
+        inner = {
+            **scope,
+            "headers": [*kept, (b"x-request-id", request_id.encode())],
+            SCOPE_REQUEST_ID: request_id,
+            SCOPE_CLIENT_LABEL: label,
+        }
+        shown = (label or request_id).encode()
+
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                others = [h for h in message["headers"] if h[0].lower() != b"x-request-id"]
+                message = {**message, "headers": [*others, (b"x-request-id", shown)]}
+            await send(message)
+
+        await self._app(inner, receive, send_named)
+
+
+def middlewares() -> list[Middleware]:
+    """Return what Serve wraps its HTTP servers in."""
+    return [Middleware(EdgeHeaders)]
+
+
+def request_names(scope: Scope) -> tuple[RequestId, str | None]:
+    """Return a request's id and its client's label.
+
+    Without the edge layer (a plain ``serve run``) the id is made here, and the label is
+    whatever ``x-request-id`` Serve found or made.
+    """
+    request_id = scope.get(SCOPE_REQUEST_ID)
+    if request_id is not None:
+        return request_id, scope[SCOPE_CLIENT_LABEL]
+    own = new_request_id(time.time_ns(), os.urandom(10))
+    return own, client_label(scope["headers"], MAX_LABEL_BYTES)
+
+
+def _is_serves_own(name: bytes) -> bool:
+    lowered = name.lower()
+    return lowered in _SERVES_OWN or lowered.replace(b"-", b"_") == _MULTIPLEX
