@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 
 from serve_app.core.types import Outcome, PriorityClass, RejectReason
 from serve_app.sim.workload import Arrival
 
 PROMPT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0
+RANK_SLACK = 1e-9
 
 
 class Question:
@@ -84,7 +86,8 @@ def percentile(values: Iterable[float], ratio: float) -> float | None:
     ordered = sorted(values)
     if not ordered:
         return None
-    return ordered[min(len(ordered) - 1, max(0, round(ratio * len(ordered) + 0.5) - 1))]
+    rank = ceil(ratio * len(ordered) - RANK_SLACK)
+    return ordered[min(len(ordered), max(1, rank)) - 1]
 
 
 def jain_index(values: Sequence[float]) -> float:

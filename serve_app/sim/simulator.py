@@ -24,6 +24,7 @@ from serve_app.core.types import (
     Effect,
     KeyId,
     Outcome,
+    PoolName,
     PriorityClass,
     Reject,
     ReplicaId,
@@ -124,6 +125,22 @@ class Simulator:
             self._now_s = now_s
             handler(now_s, payload)
         return self._finish()
+
+    def open_requests(self) -> int:
+        """Return how many requests the routers still hold."""
+        return sum(controller.open_requests() for controller in self._controllers)
+
+    def engines_busy(self) -> int:
+        """Return how many live engines still have work."""
+        return sum(bool(node.attempts) or node.engine.busy for node in self._nodes.values())
+
+    def processed_tokens_by_pool(self) -> dict[PoolName, int]:
+        """Return the prompt and output tokens the engines of each pool have computed."""
+        tokens = dict.fromkeys(self._pools, 0)
+        for node in self._ever:
+            engine = node.engine
+            tokens[node.pool] += engine.prefill_tokens_total + engine.decode_tokens_total
+        return tokens
 
     # Events
 
@@ -502,9 +519,9 @@ class Simulator:
     def _finish(self) -> Run:
         run = self._run
         run.ended_at_s = self._now_s
+        run.processed_tokens = sum(self.processed_tokens_by_pool().values())
         for node in self._ever:
             engine = node.engine
-            run.processed_tokens += engine.prefill_tokens_total + engine.decode_tokens_total
             run.prefix_query_tokens += engine.prefix_query_tokens
             run.prefix_hit_tokens += engine.prefix_hit_tokens
             stopped_s = self._now_s if node.stopped_s is None else node.stopped_s

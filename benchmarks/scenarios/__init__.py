@@ -1,0 +1,1 @@
+"""The policies' scenario benchmarks; ``python -m benchmarks.scenarios`` runs them."""

@@ -1,0 +1,88 @@
+"""Run the scenarios with every contender and write ``benchmarks/reports/policies.md``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.scenarios.report import page
+from benchmarks.scenarios.targets import verdicts
+from serve_app.sim import plots
+from serve_app.sim.compare import calibration, compare, to_json
+from serve_app.sim.contenders import CONTENDERS, PRODUCT
+from serve_app.sim.scenarios import KNEES, MIX_OF, SCENARIOS, build_scenario, default_setup
+
+REPORT = Path("benchmarks/reports/policies.md")
+SLOW = {"diurnal": (PRODUCT, "least-loaded", "power-of-two")}
+"""The day is half a million requests: only a few contenders run it."""
+
+
+def main() -> int:
+    """Run, write the page, and say which promises are broken. Returns 0."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scenarios", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N-1 (default: 5)")
+    parser.add_argument("--scenario", action="append", choices=sorted(SCENARIOS))
+    parser.add_argument("--policy", action="append", metavar="NAME")
+    parser.add_argument("--duration-s", type=float, help="shorter than the scenarios' own")
+    parser.add_argument("--report", type=Path, default=REPORT, help="the page to write")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="figures and plots go here")
+    args = parser.parse_args()
+    sections, means = [], {}
+    setup = default_setup()
+    for name in args.scenario or SCENARIOS:
+        contenders = args.policy or SLOW.get(name, tuple(CONTENDERS))
+        scenario = build_scenario(name, setup, duration_s=args.duration_s)
+        started_s = time.monotonic()
+        results = compare(
+            scenario,
+            contenders,
+            range(args.seeds),
+            knee_goodput_per_s=KNEES[MIX_OF.get(name, "chat")][1],
+            on_progress=_bar(name),
+        )
+        _say(f"\r{name}: {time.monotonic() - started_s:.0f} s\n")
+        if args.out is not None:
+            folder = args.out / name
+            folder.mkdir(parents=True, exist_ok=True)
+            plots.draw(results, name, folder)
+        sections.append((name, scenario.summary, [to_json(result) for result in results]))
+        means[name] = {result.contender: result.mean for result in results}
+    judged = verdicts(means)
+    text = page(
+        sections,
+        judged,
+        seeds=args.seeds,
+        knees=KNEES,
+        calibration=calibration(setup),
+        command="make bench-policies",
+    )
+    args.report.parent.mkdir(parents=True, exist_ok=True)
+    args.report.write_text(text, encoding="utf-8")
+    if args.out is not None:
+        figures = {name: results for name, _, results in sections}
+        file = args.out / "policies.json"
+        file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    for each in judged:
+        mark = {True: "kept  ", False: "BROKEN", None: "not run"}[each.kept]
+        print(f"{mark} {each.scenario}: {each.promise} {each.limit}, measured {each.measured}")
+    return 0
+
+
+def _bar(name: str):
+    def show(done: float) -> None:
+        if sys.stderr.isatty():
+            _say(f"\r{name}: {100 * done:3.0f} %")
+
+    return show
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
