@@ -24,12 +24,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
-import openai
 import psutil
 import yaml
+
+if TYPE_CHECKING:
+    import openai
 
 ROOT = Path(__file__).resolve().parents[1]
 RAY_ENV = ROOT / "configs" / "ray.env"
@@ -57,11 +59,15 @@ class Stack:
 
     def openai(self, **options: Any) -> openai.OpenAI:
         """Return a client with the admin key that does not retry by itself."""
+        import openai  # takes a second
+
         settings = {"api_key": self.key, "max_retries": 0, "timeout": 120.0, **options}
         return openai.OpenAI(base_url=f"{self.url}/v1", **settings)
 
     def async_openai(self, **options: Any) -> openai.AsyncOpenAI:
         """Return an asynchronous client with the admin key that does not retry by itself."""
+        import openai  # takes a second
+
         settings = {"api_key": self.key, "max_retries": 0, "timeout": 120.0, **options}
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", **settings)
 
