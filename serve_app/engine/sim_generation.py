@@ -125,17 +125,22 @@ class Generation:
         return self._reason(self.streams[0])
 
     def usage(self) -> Usage:
-        """Return what this engine processed and generated for the request so far."""
+        """Return what this engine processed and generated for the request so far.
+
+        A prompt counts from its first output token on, as it does with a real engine.
+        """
         generated = self._model.generated
-        per_prompt = self.streams[:: self._job.choices_per_prompt]
-        return Usage(
-            prompt_tokens=sum(prompt.tokens for prompt in self._job.prompts),
-            cached_prompt_tokens=sum(
-                min(stream.sequence.cached_tokens, prompt.tokens)
-                for stream, prompt in zip(per_prompt, self._job.prompts, strict=True)
-            ),
-            completion_tokens=sum(generated(stream.sequence) for stream in self.streams),
-        )
+        choices = self._job.choices_per_prompt
+        prompt_tokens = cached_tokens = completion_tokens = 0
+        for number, prompt in enumerate(self._job.prompts):
+            sequences = [stream.sequence for stream in self.streams[number * choices :][:choices]]
+            made = sum(generated(sequence) for sequence in sequences)
+            if made:
+                completion_tokens += made
+                prompt_tokens += prompt.tokens
+                # The first choice pays for the prompt, the others find it in the cache.
+                cached_tokens += min(sequences[0].cached_tokens, prompt.tokens)
+        return Usage(prompt_tokens, cached_tokens, completion_tokens)
 
     def virtual_timings_s(self) -> tuple[float | None, float | None]:
         """Return waits until admission and first token of choice 0, in the model's time."""
@@ -156,7 +161,9 @@ class Generation:
         self.wake()
 
     async def progress(self) -> None:
-        """Return when there is something to render, or to notice."""
+        """Return when there is something to render; at once if it happened meanwhile."""
+        if self._has_news():
+            return
         self._waiter = asyncio.get_running_loop().create_future()
         try:
             await self._waiter
@@ -170,21 +177,24 @@ class Generation:
             waiter.set_result(None)
 
     def wake_if_progressed(self) -> None:
-        """Let the consumer look if there are tokens or an end it has not rendered."""
-        if self._waiter is None:
-            return
+        """Let the consumer look if it waits and there is something to render."""
+        if self._waiter is not None and self._has_news():
+            self.wake()
+
+    def _has_news(self) -> bool:
+        """Whether a choice ended, or has tokens to stream, that were not rendered."""
+        generated = self._model.generated
         for stream in self.streams:
             sequence = stream.sequence
             if sequence.phase is Phase.ENDED:
                 if not stream.ended:
-                    self.wake()
-                    return
+                    return True
             elif (
                 stream.events is not None
-                and stream.skipped + self._model.generated(sequence) > stream.delivered
+                and stream.skipped + generated(sequence) > stream.delivered
             ):
-                self.wake()
-                return
+                return True
+        return False
 
     def _reason(self, stream: _Stream) -> str:
         whole = stream.delivered >= stream.answer.tokens

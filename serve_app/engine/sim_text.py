@@ -152,7 +152,9 @@ def read_job(
         outputs.append(natural)
         reasons.append("length" if natural == limit else "stop")
     if call.resume_token_ids and len(prompts) * choices > 1:
-        return Refusal(400, "only a request with one choice can be continued")
+        return Refusal(
+            400, "only a request with one choice can be continued", code="resume_unsupported"
+        )
     return Job(
         call.endpoint, prompts, choices, tuple(outputs), tuple(reasons), stops, include_usage
     )

@@ -1,0 +1,45 @@
+"""The engines under contract. Each is started once and serves every test of the session."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+
+from serve_app.config import SimSettings
+from serve_app.core.types import PoolName, ReplicaId
+from serve_app.engine.api import Engine
+from serve_app.engine.sim import SimEngine
+
+# As large as the real model of the suite, and fast enough to be waited for.
+SIM = SimSettings(max_model_len=1024, max_num_seqs=4, token_budget=1024, kv_blocks=512)
+
+
+async def start_sim_engine() -> SimEngine:
+    """Start a simulated engine in real time: a token every seven milliseconds."""
+    engine = SimEngine(SIM, PoolName("contract"), ReplicaId("sim-0"), time.monotonic)
+    await engine.start()
+    return engine
+
+
+@pytest_asyncio.fixture(
+    scope="session",
+    loop_scope="session",
+    params=["sim", pytest.param("vllm", marks=pytest.mark.model)],
+)
+async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
+    """Yield each engine in turn, started."""
+    started: Engine
+    if request.param == "vllm":
+        # Imported here: the simulated half of the suite runs where vLLM is not installed.
+        from .vllm_fixture import start_vllm_engine
+
+        started = await start_vllm_engine()
+    else:
+        started = await start_sim_engine()
+    try:
+        yield started
+    finally:
+        await started.stop()
