@@ -67,6 +67,8 @@ class Router:
             families=self._families,
             heartbeat_period_s=self._args.control.heartbeat_period_s,
             metrics_period_s=self._args.control.metrics_period_s,
+            metrics=self._observer.metrics,
+            clock=time.monotonic,
             on_tables=self._take_tables,
         )
         self._fleet.start()

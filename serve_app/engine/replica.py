@@ -13,10 +13,11 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+import ray
 from prometheus_client import REGISTRY
 from ray import serve
 
-from serve_app import models
+from serve_app import __version__, models
 from serve_app.config import PoolArgs, SimSettings
 from serve_app.control_link import HandleControlLink
 from serve_app.core.types import PoolName, ReplicaId, ReplicaView
@@ -59,6 +60,7 @@ class EngineReplica:
         self._replica = ReplicaId(serve.get_replica_context().replica_id.unique_id)
         # The default registry, since vLLM registers its own metrics there.
         self._metrics = EngineMetrics(REGISTRY)
+        self._metrics.build_info.labels(__version__, ray.__version__, "engine").set(1)
         self._engine = build_engine(self._args, self._replica)
         self._engine.on_metered(self._metrics.engine_metered)
         self._metrics.engine_started(await self._engine.start())
@@ -68,6 +70,8 @@ class EngineReplica:
             families=self._families,
             heartbeat_period_s=self._args.control.heartbeat_period_s,
             metrics_period_s=self._args.control.metrics_period_s,
+            metrics=self._metrics,
+            clock=time.monotonic,
         )
         self._uplink.start()
 
@@ -78,8 +82,14 @@ class EngineReplica:
                 yield item
 
     async def watch(self, call: WatchCall) -> AsyncGenerator[ReplicaView, None]:
-        """Yield this replica's load every snapshot period until the router goes away."""
+        """Yield this replica's load every snapshot period until the router goes away.
+
+        Raises:
+            EngineDead: the engine cannot generate; a replica that answers but serves
+                nothing must not look idle.
+        """
         while True:
+            await self._engine.check_health()
             yield self._engine.snapshot()
             await asyncio.sleep(self._args.snapshot_period_s)
 

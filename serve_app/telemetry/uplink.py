@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from serve_app.telemetry.exposition import Family
+from serve_app.telemetry.metrics import ProcessMetrics
 
 logger = logging.getLogger("headrace.uplink")
+
+LOOP_PROBE_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,8 @@ class Uplink:
         families: Callable[[], Mapping[str, Family]],
         heartbeat_period_s: float,
         metrics_period_s: float,
+        metrics: ProcessMetrics,
+        clock: Callable[[], float],
         on_tables: Callable[[Tables], None] | None = None,
     ) -> None:
         self._link = link
@@ -66,6 +71,9 @@ class Uplink:
         self._families = families
         self._periods_s = (heartbeat_period_s, metrics_period_s)
         self._on_tables = on_tables
+        self._metrics = metrics
+        self._clock = clock
+        self._reached_at_s = clock()
         self._tasks: list[asyncio.Task[None]] = []
         self.control_is_away = True
 
@@ -75,6 +83,7 @@ class Uplink:
         self._tasks = [
             asyncio.create_task(self._every(heartbeat_period_s, self._heartbeat)),
             asyncio.create_task(self._every(metrics_period_s, self._report)),
+            asyncio.create_task(self._measure_loop()),
         ]
 
     async def stop(self) -> None:
@@ -86,12 +95,22 @@ class Uplink:
 
     async def _heartbeat(self) -> None:
         tables = await self._link.heartbeat(self._beat())
+        self._reached_at_s = self._clock()
         if self._on_tables is not None:
             self._on_tables(tables)
 
     async def _report(self) -> None:
         beat = self._beat()
+        age_s = self._clock() - self._reached_at_s
+        self._metrics.control_heartbeat_age_seconds.set(age_s)
         await self._link.report_metrics(beat.process, self._families())
+
+    async def _measure_loop(self) -> None:
+        """Observe how late this loop wakes a timer: what probes and tokens wait for, too."""
+        while True:
+            due_s = self._clock() + LOOP_PROBE_S
+            await asyncio.sleep(LOOP_PROBE_S)
+            self._metrics.event_loop_lag_seconds.observe(max(0.0, self._clock() - due_s))
 
     async def _every(self, period_s: float, exchange: Callable[[], Awaitable[None]]) -> None:
         while True:
