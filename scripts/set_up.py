@@ -132,7 +132,9 @@ def verify(variant: str) -> str | None:
 
 def install(variant: str) -> None:
     """Run every step; each is safe to repeat, so an interrupted set-up goes on."""
-    STAMP.unlink(missing_ok=True)
+    if STAMP.exists():
+        print(f"==> .venv is not what the locks say: {verify(variant) or 'they changed'}")
+        STAMP.unlink()
     step("create .venv", create_venv)
     step("install uv", lambda: pip_install(REQUIREMENTS / "bootstrap.lock"))
     environments = [
