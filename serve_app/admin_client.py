@@ -10,7 +10,7 @@ import httpx
 from serve_app.errors import ApiError, ConfigError
 from serve_app.gateway.admin import key_json, key_request
 from serve_app.keys import BOOTSTRAP_KEY_ID
-from serve_app.ledger.store import KeyStore, StoreUnavailable
+from serve_app.ledger.store import KeyStore
 from serve_app.terminal import CommandFailed
 
 _TIMEOUT_S = 15.0
@@ -19,7 +19,7 @@ _TIMEOUT_S = 15.0
 class Keys(Protocol):
     """What `headrace keys` does. Records are the JSON objects of /admin/keys.
 
-    Every method raises CommandFailed with one line for the user.
+    Every method raises CommandFailed or StoreUnavailable with one line for the user.
     """
 
     def create(self, fields: dict[str, Any]) -> dict[str, Any]:
@@ -36,23 +36,20 @@ class DatabaseKeys:
     """Keys in the database that a configuration names; the service need not run."""
 
     def __init__(self, url: str) -> None:
-        self._store = _opened(url)
+        self._store = KeyStore(url)
 
     def create(self, fields: dict[str, Any]) -> dict[str, Any]:
         """See Keys."""
         now_s = time.time()
         try:
             secret, record = self._store.create(key_request(fields).wish(now_s))
-        except (ApiError, StoreUnavailable) as error:
+        except ApiError as error:
             raise CommandFailed(str(error)) from error
         return {**key_json(record, now_s), "key": secret}
 
     def list(self) -> list[dict[str, Any]]:
         """See Keys."""
-        try:
-            return [key_json(record, time.time()) for record in self._store.list()]
-        except StoreUnavailable as error:
-            raise CommandFailed(str(error)) from error
+        return [key_json(record, time.time()) for record in self._store.list()]
 
     def revoke(self, key_id: str) -> dict[str, Any]:
         """See Keys."""
@@ -60,10 +57,7 @@ class DatabaseKeys:
             raise CommandFailed(
                 "the bootstrap key comes from HEADRACE_BOOTSTRAP_KEY; unset it and restart"
             )
-        try:
-            record = self._store.revoke(key_id)
-        except StoreUnavailable as error:
-            raise CommandFailed(str(error)) from error
+        record = self._store.revoke(key_id)
         if record is None:
             raise CommandFailed(f"there is no key {key_id!r}; see `headrace keys list`")
         return key_json(record, time.time())
@@ -120,16 +114,9 @@ class HttpKeys:
         return body
 
 
-def _opened(url: str) -> KeyStore:
-    try:
-        return KeyStore(url)
-    except StoreUnavailable as error:
-        raise CommandFailed(str(error)) from error
-
-
 def _problem(status: int, body: object) -> str:
     error = body.get("error") if isinstance(body, dict) else None
     message = error.get("message") if isinstance(error, dict) else None
     if status == 401:
         return "the service does not know this admin key (HEADRACE_ADMIN_KEY or --admin-key)"
-    return f"the service answered {status}: {message or body!r:.200}"
+    return f"the service answered {status}: {message or repr(body)[:200]}"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import os
-import pkgutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from serve_app import commands
-from serve_app.errors import ConfigError
+from serve_app.errors import ConfigError, StoreUnavailable
 from serve_app.terminal import CommandFailed, note
 
 EXIT_FAILED = 1
@@ -38,12 +39,13 @@ configuration."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     try:
-        args = build_parser().parse_args(argv)
+        words = sys.argv[1:] if argv is None else argv
+        args = build_parser(words[0] if words else None).parse_args(words)
         return int(args.run(args))
     except ConfigError as error:
         note(f"headrace: {error}")
         return EXIT_USAGE
-    except CommandFailed as error:
+    except (CommandFailed, StoreUnavailable) as error:
         note(f"headrace: {error}")
         return EXIT_FAILED
     except KeyboardInterrupt:
@@ -56,8 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILED
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser with every module of serve_app.commands registered."""
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser; only the module of ``command`` is imported.
+
+    The others stand in it with their names and the first line of their docstrings, so
+    that no command pays for what another one needs.
+    """
     parser = argparse.ArgumentParser(
         prog="headrace",
         description=_DESCRIPTION,
@@ -66,9 +72,25 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in pkgutil.iter_modules(commands.__path__):
-        importlib.import_module(f"{commands.__name__}.{module.name}").add_parser(subparsers)
+    for name, summary in command_summaries().items():
+        if name == command:
+            module = f"{commands.__name__}.{name.replace('-', '_')}"
+            importlib.import_module(module).add_parser(subparsers)
+        else:
+            subparsers.add_parser(name, help=summary)
     return parser
+
+
+def command_summaries() -> dict[str, str]:
+    """Return what each command does in a line, by its name, without importing it."""
+    summaries = {}
+    for folder in commands.__path__:
+        for file in sorted(Path(folder).glob("[a-z]*.py")):
+            docstring = ast.get_docstring(ast.parse(file.read_bytes())) or ""
+            first_line = docstring.partition("\n")[0]
+            summary = first_line.partition(": ")[2] or first_line
+            summaries[file.stem.replace("_", "-")] = summary.rstrip(".")
+    return summaries
 
 
 if __name__ == "__main__":

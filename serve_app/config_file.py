@@ -26,12 +26,16 @@ from serve_app.config_ray import (
     HTTP_FIELDS,
     ray_problems,
 )
+from serve_app.config_rules import (
+    CONTROL,
+    GATEWAY,
+    POOL,
+    Application,
+    cross_problems,
+    warnings,
+)
 from serve_app.errors import ConfigError
 
-GATEWAY: Final = "serve_app.app:gateway"
-POOL: Final = "serve_app.app:pool"
-CONTROL: Final = "serve_app.app:control"
-POOL_PREFIX: Final = "pool-"
 DEFAULT_PORT: Final = 8000
 
 _BUILDERS: Final[Mapping[str, type[BaseModel]]] = {
@@ -45,17 +49,6 @@ _DEPLOYMENTS: Final[Mapping[str, tuple[str, ...]]] = {
     CONTROL: ("Control",),
 }
 _MAX_FILE_BYTES: Final = 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class Application:
-    """One application of a file. ``args`` is None when it is not one of ours."""
-
-    name: str
-    import_path: str
-    where: str
-    args: GatewayArgs | PoolArgs | ControlArgs | None
-    router: RouterConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +111,7 @@ class ServeFile:
 
 
 def load(file: Path | str) -> ServeFile:
-    """Read and check a configuration.
+    """Read and check a configuration, without importing Ray.
 
     Raises:
         ConfigError: every problem found, one per line, each with its field and the fix.
@@ -130,12 +123,21 @@ def load(file: Path | str) -> ServeFile:
     problems += more
     problems += _port_problems(document)
     if not problems:
-        problems = _cross_problems(document, applications)
-    if not problems:
-        problems = ray_problems(document)
-    if problems:
-        raise ConfigError("\n".join(f"{location}: {line}" for line in dict.fromkeys(problems)))
-    return ServeFile(location, document, tuple(applications), tuple(_warnings(applications)))
+        problems = cross_problems(applications)
+    _raise_if_any(location, problems)
+    return ServeFile(location, document, tuple(applications), tuple(warnings(applications)))
+
+
+def ask_ray(file: ServeFile) -> None:
+    """Check a file with Ray Serve's own models; does nothing where Ray is not installed.
+
+    Apart from ``load`` because Ray reads its flags from the environment when imported:
+    whoever starts Ray must set them first.
+
+    Raises:
+        ConfigError: what Ray refuses, one problem per line.
+    """
+    _raise_if_any(file.path, ray_problems(file.document))
 
 
 def with_port(file: ServeFile, port: int) -> ServeFile:
@@ -153,6 +155,11 @@ def parse_port(text: str, where: str) -> int:
     if not (text.isascii() and text.isdigit() and 1 <= int(text) <= 65535):
         raise ConfigError(f"{where} must be a port from 1 to 65535; got {text!r:.40}")
     return int(text)
+
+
+def _raise_if_any(location: Path, problems: list[str]) -> None:
+    if problems:
+        raise ConfigError("\n".join(f"{location}: {line}" for line in dict.fromkeys(problems)))
 
 
 class _Loader(yaml.SafeLoader):
@@ -313,79 +320,6 @@ def _model(
     except ValidationError as error:
         problems += from_validation(error, model, given, where)
         return None
-
-
-def _cross_problems(document: Mapping[str, Any], applications: list[Application]) -> list[str]:
-    """Return what is wrong between applications that are each right by themselves."""
-    problems: list[str] = []
-    by_kind = {kind: [a for a in applications if a.import_path == kind] for kind in _BUILDERS}
-    for kind, what in ((GATEWAY, "gateway"), (CONTROL, "control")):
-        if len(by_kind[kind]) != 1:
-            problems.append(
-                f"applications: there must be exactly one {what} "
-                f"(import_path: {kind}); found {len(by_kind[kind])}"
-            )
-    for pool in by_kind[POOL]:
-        assert isinstance(pool.args, PoolArgs)
-        if pool.name != POOL_PREFIX + pool.args.name:
-            problems.append(
-                f"{pool.where}.name: must be {POOL_PREFIX + pool.args.name}, after "
-                f"{pool.where}.args.name; got {pool.name}"
-            )
-    for gateway in by_kind[GATEWAY]:
-        problems += _pool_problems(gateway, by_kind[POOL])
-    for control in by_kind[CONTROL]:
-        problems += _control_problems(control, by_kind[GATEWAY] + by_kind[POOL])
-    return problems
-
-
-def _pool_problems(gateway: Application, pools: list[Application]) -> list[str]:
-    router = gateway.router or RouterConfig()
-    config = f"{gateway.where}.deployments[0].user_config"
-    served = {a.args.name: a for a in pools if isinstance(a.args, PoolArgs)}
-    problems = [
-        f"{config}.pools.{name}: there is no application {POOL_PREFIX}{name}; "
-        f"add one with import_path: {POOL}"
-        for name in router.pools
-        if name not in served
-    ]
-    problems += [
-        f"{application.where}: no router uses the pool {name!r}; add it under {config}.pools"
-        for name, application in served.items()
-        if name not in router.pools
-    ]
-    return problems
-
-
-def _control_problems(control: Application, reporting: list[Application]) -> list[str]:
-    return [
-        f"{application.where}.args.control.app: there is no control application "
-        f"{application.args.control.app!r}; it is named {control.name!r}"
-        for application in reporting
-        if isinstance(application.args, GatewayArgs | PoolArgs)
-        and application.args.control.app != control.name
-    ]
-
-
-def _warnings(applications: list[Application]) -> list[str]:
-    longest_s = max(
-        (a.args.limits.max_stream_s for a in applications if isinstance(a.args, GatewayArgs)),
-        default=0.0,
-    )
-    warnings = []
-    for application in applications:
-        args = application.args
-        if isinstance(args, GatewayArgs | PoolArgs):
-            grace_s = args.replicas.graceful_shutdown_timeout_s
-            if grace_s < longest_s:
-                warnings.append(
-                    f"{application.where}.args.replicas.graceful_shutdown_timeout_s: {grace_s:g} s "
-                    f"is below the longest stream ({longest_s:g} s, limits.max_stream_s): an "
-                    "update cuts streams"
-                )
-        if isinstance(args, GatewayArgs) and not (application.router or RouterConfig()).aliases:
-            warnings.append(f"{application.where}: no aliases, so no model can be called")
-    return warnings
 
 
 def _resolved(raw: Mapping[str, Any], application: Application) -> dict[str, Any]:

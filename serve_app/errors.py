@@ -17,6 +17,7 @@
      +- DeadlineExceeded           504    server_error            deadline_exceeded
 
     ConfigError                   a configuration that cannot be served
+    StoreUnavailable              the database cannot be reached
 
 The body is OpenAI's: {"error": {"message", "type", "param", "code"}}.
 """
@@ -160,3 +161,7 @@ class DeadlineExceeded(ApiError):
 
 class ConfigError(Exception):
     """A configuration that cannot be served; the message names the field and the fix."""
+
+
+class StoreUnavailable(Exception):
+    """The database cannot be reached or answered with an error; the message has no secret."""

@@ -1,4 +1,4 @@
-"""``headrace check-config``"""
+"""``headrace check-config``: check configurations and print them resolved."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print each file; the status is 2 if any has a problem."""
-    from serve_app.config_file import load, parse_port, with_port
+    from serve_app.config_file import ask_ray, load, parse_port, with_port
     from serve_app.errors import ConfigError
 
     port_text = os.environ.get("HEADRACE_PORT")
@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     for name in args.files:
         try:
             file = load(name)
+            ask_ray(file)
         except ConfigError as error:
             note(str(error))
             status = 2

@@ -1,4 +1,4 @@
-"""``headrace keys``"""
+"""``headrace keys``: create, list and revoke API keys."""
 
 from __future__ import annotations
 

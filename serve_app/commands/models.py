@@ -1,4 +1,4 @@
-"""``headrace models``"""
+"""``headrace models``: prepare, check and list model folders."""
 
 from __future__ import annotations
 

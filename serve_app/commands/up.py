@@ -10,13 +10,12 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from serve_app import config_file, keys, models
-from serve_app.config import VllmSettings
-from serve_app.core.types import PriorityClass
-from serve_app.ledger.store import KeyStore
 from serve_app.terminal import note, out
+
+if TYPE_CHECKING:
+    from serve_app.config_file import ServeFile
 
 POLL_S = 0.5
 
@@ -48,6 +47,9 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: the file cannot be served; nothing was started.
     """
+    # Imported here, like everything heavy in a command: `headrace --help` stays quick.
+    from serve_app import config_file
+
     started_at_s = time.monotonic()
     say = _narrator(started_at_s)
     port = os.environ.get("HEADRACE_PORT")
@@ -55,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     if port:
         file = config_file.with_port(file, config_file.parse_port(port, "HEADRACE_PORT"))
     _apply_ray_env(args.file.parent / "ray.env")
+    config_file.ask_ray(file)
     _prepare_models(file, say)
     secret = _first_key(file)
     stop = threading.Event()
@@ -66,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         stack.wait_until_running(started_at_s + args.timeout_s, stop)
         if not stop.is_set():
             say("serving")
-            out(_banner(file, secret))
+            out(_banner(file, stack.dashboard_url, secret))
         stop.wait()
         say("stopping")
         return 0
@@ -84,9 +87,10 @@ class _NotStarted(Exception):
 class _Stack:
     """A Ray instance of our own, with the file's applications on it."""
 
-    def __init__(self, file: config_file.ServeFile, say: Callable[[str], None]) -> None:
+    def __init__(self, file: ServeFile, say: Callable[[str], None]) -> None:
         self._file = file
         self._say = say
+        self.dashboard_url = ""
 
     def start(self) -> None:
         """Start Ray and hand Serve the applications.
@@ -100,7 +104,8 @@ class _Stack:
         from ray.serve.context import _get_global_client
         from ray.serve.schema import ServeDeploySchema
 
-        ray.init(address="local", log_to_driver=False, logging_level=logging.ERROR)
+        context = ray.init(address="local", log_to_driver=False, logging_level=logging.ERROR)
+        self.dashboard_url = f"http://{context.dashboard_url}"
         schema = ServeDeploySchema.model_validate(dict(self._file.document))
         try:
             serve.start(
@@ -170,22 +175,29 @@ def _apply_ray_env(path: Path) -> None:
             os.environ.setdefault(name.strip(), value.strip().strip("'\""))
 
 
-def _prepare_models(file: config_file.ServeFile, say: Callable[[str], None]) -> None:
+def _prepare_models(file: ServeFile, say: Callable[[str], None]) -> None:
+    from serve_app import models
+    from serve_app.config import VllmSettings
+
     built_in = {model.name for model in models.BUILT_IN}
     for pool in file.pools.values():
         if isinstance(pool.engine, VllmSettings) and pool.engine.model in built_in:
             models.prepare(pool.engine.model, models.default_cache_dir(), say)
 
 
-def _first_key(file: config_file.ServeFile) -> str | None:
+def _first_key(file: ServeFile) -> str | None:
     """Create an admin key if the store has none; return its secret, else None."""
+    from serve_app.core.types import PriorityClass
+    from serve_app.keys import KeyWish
+    from serve_app.ledger.store import KeyStore
+
     if os.environ.get("HEADRACE_BOOTSTRAP_KEY"):
         return None
     store = KeyStore(file.control.database)
     try:
         if store.list():
             return None
-        wish = keys.KeyWish(name="first", admin=True, priority_ceiling=PriorityClass.CRITICAL)
+        wish = KeyWish(name="first", admin=True, priority_ceiling=PriorityClass.CRITICAL)
         secret, _ = store.create(wish)
         return secret
     finally:
@@ -199,18 +211,19 @@ def _reason(message: str) -> str:
     return (telling or lines or ["no reason given"])[-1]
 
 
-def _base_url(file: config_file.ServeFile) -> str:
+def _base_url(file: ServeFile) -> str:
     """Return where a client on this machine finds the gateway."""
     host = str((file.document.get("http_options") or {}).get("host", "127.0.0.1"))
     everywhere = host in ("0.0.0.0", "::")  # noqa: S104  # recognised here, not bound
     return f"http://{'127.0.0.1' if everywhere else host}:{file.port}"
 
 
-def _banner(file: config_file.ServeFile, secret: str | None) -> str:
+def _banner(file: ServeFile, secret: str | None) -> str:
     model = next(iter(file.router.aliases), "MODEL")
     base_url = _base_url(file)
     shown = secret or "$HEADRACE_API_KEY"
     lines = ["", f"  endpoint  {base_url}/v1", f"  models    {', '.join(file.router.aliases)}"]
+    lines.append(f"  dashboard {dashboard_url}")
     if secret is not None:
         lines.append(f"  key       {secret}   (shown once)")
     else:

@@ -1,4 +1,4 @@
-"""``headrace version``"""
+"""``headrace version``: print the versions of Headrace and of what it stands on."""
 
 from __future__ import annotations
 

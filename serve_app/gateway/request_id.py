@@ -41,13 +41,5 @@ def client_label(headers: Iterable[tuple[bytes, bytes]], max_bytes: int) -> str 
     return None
 
 
-def id_headers(request_id: RequestId, label: str | None) -> list[tuple[bytes, bytes]]:
-    """Return the headers that name a request: the echoed label or our id, and our id."""
-    return [
-        (b"x-request-id", (label or request_id).encode()),
-        (b"x-headrace-request-id", request_id.encode()),
-    ]
-
-
 def _is_visible_ascii(value: bytes) -> bool:
     return all(0x21 <= byte <= 0x7E for byte in value)

@@ -21,16 +21,12 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
 from sqlalchemy.schema import CreateTable
 
 from serve_app.core.types import KeyId, PriorityClass, TenantId, UserId
-from serve_app.errors import ConfigError
+from serve_app.errors import ConfigError, StoreUnavailable
 from serve_app.keys import KeyRecord, KeyTable, KeyWish, new_key
 from serve_app.ledger.schema import API_KEY, KEY_TABLE_VERSION, META, METADATA
 
 _BUSY_TIMEOUT_S = 10.0
 _CREATE_ATTEMPTS = 3
-
-
-class StoreUnavailable(RuntimeError):
-    """The database cannot be reached or answered with an error; the message has no secret."""
 
 
 class KeyStore:

@@ -6,7 +6,7 @@ import uuid
 
 import pytest
 
-from serve_app.gateway.request_id import client_label, id_headers, new_request_id
+from serve_app.gateway.request_id import client_label, new_request_id
 
 
 def test_an_id_is_a_version_7_uuid_of_its_moment() -> None:
@@ -43,9 +43,10 @@ def test_only_short_visible_ascii_is_echoed(value: bytes, label: str | None) -> 
     assert client_label([(b"x-request-id", value)], 16) == label
 
 
-def test_our_id_is_always_on_the_response() -> None:
-    request_id = new_request_id(0, b"\x00" * 10)
-    assert id_headers(request_id, "mine")[0] == (b"x-request-id", b"mine")
-    assert id_headers(request_id, None)[0] == (b"x-request-id", request_id.encode())
-    assert (b"x-headrace-request-id", request_id.encode()) in id_headers(request_id, "mine")
-    assert client_label([], 16) is None
+def test_a_request_without_the_header_has_no_label() -> None:
+    assert client_label([(b"x-other", b"mine")], 16) is None
+
+
+def test_the_first_of_several_labels_decides() -> None:
+    headers = [(b"X-Request-Id", b"one"), (b"x-request-id", b"two")]
+    assert client_label(headers, 16) == "one"
