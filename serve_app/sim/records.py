@@ -79,6 +79,7 @@ class Run:
     replica_s: float = 0.0
     ended_at_s: float = 0.0
     wall_s: float = 0.0
+    cpu_s: float = 0.0
 
 
 def percentile(values: Iterable[float], ratio: float) -> float | None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from heapq import heappop, heappush
 from math import inf
-from time import perf_counter
+from time import perf_counter, process_time
 
 from serve_app.core.controller import Controller, RoutingPolicy
 from serve_app.core.engine_model import EventKind
@@ -59,10 +59,10 @@ def replay(
 ) -> Run:
     """Run one setup under given arrivals, in order of time.
 
-    The same arguments give the same run, but for its ``wall_s``. ``on_progress`` gets the
-    share done, in [0, 1], once per simulated second.
+    The same arguments give the same run, but for its ``wall_s`` and ``cpu_s``.
+    ``on_progress`` gets the share done, in [0, 1], once per simulated second.
     """
-    started_s = perf_counter()
+    started_s, started_cpu_s = perf_counter(), process_time()
     collecting = gc.isenabled()
     # A run makes millions of small objects and hardly a cycle: collection only costs.
     gc.disable()
@@ -72,6 +72,7 @@ def replay(
         if collecting:
             gc.enable()
     run.wall_s = perf_counter() - started_s
+    run.cpu_s = process_time() - started_cpu_s
     return run
 
 
@@ -185,9 +186,9 @@ class Simulator:
         router = run.offered_attempts % setup.routers
         attempt = Attempt(question, ticket, router, now_s)
         self._attempts[ticket.request_id] = attempt
-        if setup.clients.patience_s < inf:
-            self._at(now_s + setup.clients.patience_s, self._lose_patience, attempt)
         self._apply(router, self._controllers[router].offer(ticket, now_s), now_s)
+        if setup.clients.patience_s < inf and not attempt.ended:
+            self._at(now_s + setup.clients.patience_s, self._lose_patience, attempt)
 
     def _lose_patience(self, now_s: float, attempt: Attempt) -> None:
         if attempt.ended or attempt.first_token_s is not None:
@@ -233,7 +234,10 @@ class Simulator:
         return ()
 
     def _refused(self, effect: Reject, now_s: float) -> None:
-        attempt = self._attempts.pop(effect.request_id)
+        attempt = self._attempts.pop(effect.request_id, None)
+        if attempt is None:
+            # Its client left at the very moment its time was up.
+            return
         attempt.ended = True
         question = attempt.question
         question.outcome = None

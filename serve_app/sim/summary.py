@@ -31,11 +31,11 @@ def is_good(question: Question, slo: Slo) -> bool:
 def summarise(run: Run, setup: Setup, knee_per_s: float | None = None) -> Figures:
     """Return the figures of a run, over the questions that arrived in the measured window.
 
-    Keys with a unit in their name are in that unit; ``*_ratio`` are shares. By class and
-    by kind of traffic where that matters. ``goodput_ratio`` is of ``knee_per_s``, None
-    without one. ``jain`` is over what each tenant was served, as a share of its max-min
-    fair share, both in fair queueing's cost. ``wasted_token_ratio`` is of all tokens the
-    engines processed: those of requests that did not complete, and recomputed ones.
+    A question is what a client wants answered, a request each time it asks. Keys with a
+    unit in their name are in that unit; ``*_ratio`` are shares. By class and by kind of
+    traffic where that matters. ``goodput_ratio`` is of ``knee_per_s``, None without one.
+    ``jain`` is over ``served_shares``. ``wasted_token_ratio`` is of all tokens the engines
+    processed: those of requests that did not complete, and recomputed ones.
     """
     window_s = setup.duration_s - setup.warmup_s
     measured = [each for each in run.questions if each.arrival.arrival_s >= setup.warmup_s]
@@ -43,7 +43,8 @@ def summarise(run: Run, setup: Setup, knee_per_s: float | None = None) -> Figure
     goodput_per_s = good / window_s
     asked = max(1, len(run.questions))
     return {
-        "requests": len(run.questions),
+        "questions": len(run.questions),
+        "requests": run.offered_attempts,
         "offered_per_s": len(measured) / window_s,
         "knee_per_s": knee_per_s,
         "goodput_per_s": goodput_per_s,
@@ -71,7 +72,8 @@ def summarise(run: Run, setup: Setup, knee_per_s: float | None = None) -> Figure
         "degraded_ratio": sum(each.degraded for each in run.questions) / asked,
         "replica_hours": run.replica_s / 3600.0,
         "simulated_s": run.ended_at_s,
-        "requests_per_wall_s": len(run.questions) / run.wall_s if run.wall_s else None,
+        "requests_per_wall_s": run.offered_attempts / run.wall_s if run.wall_s else None,
+        "requests_per_cpu_s": run.offered_attempts / run.cpu_s if run.cpu_s else None,
     }
 
 

@@ -74,19 +74,22 @@ def test_baselines_have_no_admission_and_keep_the_products_targets() -> None:
     assert set(CONTENDERS) == {PRODUCT, *BASELINES}
 
 
-@pytest.mark.parametrize("mix", ["chat", "burst"])
+@pytest.mark.parametrize(
+    "mix",
+    ["chat", pytest.param("burst", marks=pytest.mark.proof)],
+)
 def test_the_stated_knee_holds_and_a_little_more_does_not(mix: str) -> None:
-    setup = replace(default_setup(), warmup_s=20.0, duration_s=80.0)
+    setup = replace(default_setup(), warmup_s=20.0, duration_s=60.0)
     setup = contend(setup, "least-loaded")
     knee_per_s = KNEES[mix][0]
-    knee = find_knee(setup, MIXES[mix], bracket_per_s=(0.95 * knee_per_s, 1.1 * knee_per_s))
+    knee = find_knee(setup, MIXES[mix], bracket_per_s=(0.94 * knee_per_s, 1.08 * knee_per_s))
     assert knee.rate_per_s == pytest.approx(knee_per_s, rel=0.07)
     assert knee.goodput_per_s == pytest.approx(KNEES[mix][1], rel=0.07)
     assert not knee.points[-1].holds
 
 
 def test_a_bracket_that_fails_at_its_lower_end_is_refused() -> None:
-    setup = replace(default_setup(), warmup_s=2.0, duration_s=10.0)
+    setup = replace(default_setup(), warmup_s=2.0, duration_s=4.0)
     setup = contend(setup, "least-loaded")
     with pytest.raises(ValueError, match=r"misses its targets at 400"):
         find_knee(setup, MIXES["chat"], bracket_per_s=(400.0, 500.0))
