@@ -214,6 +214,11 @@ class ClientThrottle:
         chance = (client.ignored - 2.0 * client.accepts) / (client.ignored + 1.0)
         return hashed_fraction(request_id) < chance
 
+    def remaining_s(self, key: KeyId, rank: int, now_s: float) -> float:
+        """Return how long a key was advised to stay away, from now."""
+        client = self._clients.get((key, rank))
+        return max(0.0, client.not_before_s - now_s) if client else 0.0
+
     def accepted(self, key: KeyId, rank: int, now_s: float) -> None:
         """A request of the key was admitted."""
         client = self._clients.get((key, rank))

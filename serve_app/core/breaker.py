@@ -25,6 +25,11 @@ class Breaker:
         self.is_open = False
         self.closed_until_s = -inf
 
+    def configure(self, policy: BreakerPolicy) -> None:
+        """Use another policy from now on; the state stays."""
+        self._policy = policy
+        self._open_s = min(self._open_s, policy.open_max_s)
+
     def sent(self) -> None:
         """A request was sent; if the breaker is half open, it is the probe."""
         if self.is_open:
@@ -69,6 +74,11 @@ class RetryBudget:
     def __init__(self, policy: BreakerPolicy) -> None:
         self._policy = policy
         self._balance = policy.retry_reserve
+
+    def configure(self, policy: BreakerPolicy) -> None:
+        """Use another policy from now on; the balance stays within its reserve."""
+        self._policy = policy
+        self._balance = min(self._balance, policy.retry_reserve)
 
     @property
     def balance(self) -> float:

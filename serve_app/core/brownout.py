@@ -29,7 +29,7 @@ class Ladder:
         self._storm_per_s = 0.0
         self._storm_s: float | None = None
 
-    def reconfigure(self, policy: BrownoutPolicy) -> None:
+    def configure(self, policy: BrownoutPolicy) -> None:
         """Use other thresholds from the next update on; the rung stays."""
         self._policy = policy
 
@@ -61,15 +61,20 @@ class Ladder:
         self._storm_s = now_s
         self._storm_per_s += preemptions / (STORM_WINDOW_S * max(1, replicas))
 
-    def update(self, kv_usage_ratio: float, queue_ratio: float, now_s: float) -> int | None:
-        """Move to the rung the load demands; return the new rung if it changed."""
-        demanded = self._demanded(kv_usage_ratio, queue_ratio, now_s)
+    def update(
+        self, kv_usage_ratio: float, queue_ratios: tuple[float, float], now_s: float
+    ) -> int | None:
+        """Move to the rung the load demands; return the new rung if it changed.
+
+        ``queue_ratios`` say how full the Critical and the Standard queue are.
+        """
+        demanded = self._demanded(kv_usage_ratio, queue_ratios, 0.0, now_s)
         if demanded > self.rung:
             self.rung = demanded
             self._below_since_s = None
             return self.rung
         margin = self._policy.hysteresis_ratio
-        if self._demanded(kv_usage_ratio + margin, queue_ratio + margin, now_s) >= self.rung:
+        if self._demanded(kv_usage_ratio, queue_ratios, margin, now_s) >= self.rung:
             self._below_since_s = None
             return None
         if self._below_since_s is None:
@@ -81,18 +86,24 @@ class Ladder:
         self._below_since_s = now_s
         return self.rung
 
-    def _demanded(self, kv_usage_ratio: float, queue_ratio: float, now_s: float) -> int:
+    def _demanded(
+        self, kv_usage_ratio: float, queue_ratios: tuple[float, float], margin: float, now_s: float
+    ) -> int:
+        """Return the highest rung demanded with ``margin`` added to the load.
+
+        Standard is shed for a full Critical queue, never for its own.
+        """
         policy = self._policy
         if self._storm(now_s) >= policy.storm_preemptions_per_s:
             return RUNGS
-        rung = 0
-        for kv_threshold, queue_threshold in zip(
-            policy.kv_ratios, policy.queue_ratios, strict=True
-        ):
-            if kv_usage_ratio < kv_threshold and queue_ratio < queue_threshold:
-                break
-            rung += 1
-        return rung
+        for rung in range(RUNGS, 0, -1):
+            fill = queue_ratios[0] if rung == RUNGS else max(queue_ratios)
+            if (
+                kv_usage_ratio + margin >= policy.kv_ratios[rung - 1]
+                or fill + margin >= policy.queue_ratios[rung - 1]
+            ):
+                return rung
+        return 0
 
     def _storm(self, now_s: float) -> float:
         if self._storm_s is None:

@@ -9,21 +9,26 @@ A request is *offered* once and decided once: Dispatch or Reject. A dispatched r
 ends once, by ``finish``, ``cancel`` or a ``fail`` that returns Reject; a ``fail`` that
 returns Dispatch has moved it to another replica. Ending an unknown id returns no effect,
 so a shell may end a request from every path that can.
+
+What a pool decides and how is in pool.py and refusals.py; here is which pool an event
+belongs to, every open request, and every deadline.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import exp, inf
-from typing import Protocol
+from math import inf
 
+from serve_app.core.entry import Entry
+from serve_app.core.figures import PoolFigures, pool_figures
 from serve_app.core.policy import PoolPolicy
+from serve_app.core.pool import Pool, RoutingPolicy
+from serve_app.core.refusals import refusal_at_offer, refusal_to_wait, refuse, sheds
 from serve_app.core.saturation import Replica
 from serve_app.core.types import (
-    Dispatch,
     Effect,
+    Notice,
     Outcome,
     PoolName,
     Reject,
@@ -31,35 +36,12 @@ from serve_app.core.types import (
     ReplicaId,
     ReplicaView,
     RequestId,
+    TenantId,
     Ticket,
     Usage,
 )
 
-FALLBACKS_MAX = 3
-DRAIN_WINDOW_S = 30.0
-
-
-class RoutingPolicy(Protocol):
-    """Orders replicas for a request. One instance per pool; calls are in event order."""
-
-    def rank(
-        self, ticket: Ticket, candidates: Sequence[Replica], now_s: float
-    ) -> Sequence[ReplicaId]:
-        """Return ids of ``candidates``, best first.
-
-        ``candidates`` is not empty and holds replicas that have room now; the order
-        given is the order in which they were first seen. An empty answer means
-        "none of these yet": the request keeps waiting.
-        """
-
-    def overlap_tokens(self, ticket: Ticket, replica: ReplicaId) -> int:
-        """Return how many of the prompt's tokens the replica probably has cached."""
-
-    def placed(self, ticket: Ticket, replica: ReplicaId, now_s: float) -> None:
-        """Take note that the request went to ``replica``."""
-
-    def forgotten(self, replica: ReplicaId) -> None:
-        """Take note that the replica is gone; drop what was kept for it."""
+__all__ = ["Controller", "LeastLoaded", "RoutingPolicy", "least_loaded"]
 
 
 class LeastLoaded:
@@ -86,103 +68,15 @@ def least_loaded(policy: PoolPolicy) -> RoutingPolicy:
     return LeastLoaded()
 
 
-class _Entry:
-    """An open request: waiting while ``replica`` is None, dispatched afterwards."""
-
-    __slots__ = ("deadline_s", "excluded", "offered_s", "pool", "replica", "ticket", "tokens")
-
-    def __init__(self, ticket: Ticket, pool: _Pool, now_s: float) -> None:
-        self.ticket = ticket
-        self.pool = pool
-        self.offered_s = now_s
-        deadline_s = now_s + pool.policy.queue_timeout_s
-        if ticket.expires_at_s is not None:
-            deadline_s = min(deadline_s, ticket.expires_at_s)
-        self.deadline_s = deadline_s
-        self.replica: Replica | None = None
-        self.excluded: tuple[ReplicaId, ...] = ()
-        self.tokens = 0
-
-
-class _DrainRate:
-    """Requests ended per second, exponentially forgotten over ``DRAIN_WINDOW_S``."""
-
-    __slots__ = ("started_s", "updated_s", "weight")
-
-    def __init__(self, now_s: float) -> None:
-        self.weight = 0.0
-        self.updated_s = now_s
-        self.started_s = now_s
-
-    def ended(self, now_s: float) -> None:
-        self.weight = self.weight * exp((self.updated_s - now_s) / DRAIN_WINDOW_S) + 1.0
-        self.updated_s = now_s
-
-    def per_s(self, now_s: float) -> float:
-        weight = self.weight * exp((self.updated_s - now_s) / DRAIN_WINDOW_S)
-        seen = 1.0 - exp((self.started_s - now_s) / DRAIN_WINDOW_S)
-        return weight / (DRAIN_WINDOW_S * max(seen, 0.03))
-
-
-class _Pool:
-    """One pool's replicas and waiting requests."""
-
-    __slots__ = (
-        "closing",
-        "drain",
-        "empty_since_s",
-        "in_flight",
-        "name",
-        "policy",
-        "replicas",
-        "routing",
-        "waiting",
-    )
-
-    def __init__(
-        self, name: PoolName, policy: PoolPolicy, routing: RoutingPolicy, now_s: float
-    ) -> None:
-        self.name = name
-        self.policy = policy
-        self.routing = routing
-        self.replicas: dict[ReplicaId, Replica] = {}
-        self.waiting: OrderedDict[RequestId, _Entry] = OrderedDict()
-        self.in_flight = 0
-        self.closing = False
-        self.empty_since_s: float | None = now_s
-        self.drain = _DrainRate(now_s)
-
-    def retry_after_s(self, now_s: float) -> float:
-        """When a refused client may find room, from the queue and the observed drain rate."""
-        policy = self.policy
-        per_s = self.drain.per_s(now_s)
-        wait_s = (len(self.waiting) + 1) / per_s if per_s > 0 else policy.retry_after_min_s
-        return min(max(wait_s, policy.retry_after_min_s), policy.retry_after_max_s)
-
-    def candidates(self, excluded: tuple[ReplicaId, ...], now_s: float) -> list[Replica]:
-        return [
-            replica
-            for replica in self.replicas.values()
-            if replica.has_room(self.policy, now_s) and replica.id not in excluded
-        ]
-
-    def hold_deadline_s(self) -> float:
-        """When the oldest waiting request has been without any replica for too long."""
-        if self.empty_since_s is None or not self.waiting:
-            return inf
-        oldest = next(iter(self.waiting.values()))
-        return max(oldest.offered_s, self.empty_since_s) + self.policy.hold_without_replica_s
-
-
 class Controller:
     """Admission, queueing and routing of every pool, for one router."""
 
     def __init__(self, routing: Callable[[PoolPolicy], RoutingPolicy] = least_loaded) -> None:
         """Start with no pools; ``routing`` builds each pool's ranking from its policy."""
         self._build_routing = routing
-        self._pools: dict[PoolName, _Pool] = {}
-        self._entries: dict[RequestId, _Entry] = {}
-        self._pool_of: dict[ReplicaId, _Pool] = {}
+        self._pools: dict[PoolName, Pool] = {}
+        self._entries: dict[RequestId, Entry] = {}
+        self._pool_of: dict[ReplicaId, Pool] = {}
         self._deadlines: list[tuple[float, int, RequestId]] = []
         self._order = 0
         self._now_s = -inf
@@ -199,11 +93,11 @@ class Controller:
         for name, policy in pools.items():
             pool = self._pools.get(name)
             if pool is None:
-                self._pools[name] = _Pool(name, policy, self._build_routing(policy), now_s)
+                self._pools[name] = Pool(name, policy, self._build_routing(policy), now_s)
                 continue
             if pool.policy.routing != policy.routing:
                 pool.routing = self._build_routing(policy)
-            pool.policy = policy
+            pool.reconfigure(policy)
             pool.closing = False
         for name, pool in list(self._pools.items()):
             if name not in pools:
@@ -218,26 +112,33 @@ class Controller:
 
         Ids are made by the server: offering an open id again is a bug and asserts.
         """
-        assert ticket.request_id not in self._entries, "request ids are offered once"
+        request_id = ticket.request_id
+        assert request_id not in self._entries, "request ids are offered once"
         now_s, effects = self._begin(now_s)
         pool = self._pools.get(ticket.pool)
         if pool is None or pool.closing:
-            effects.append(Reject(ticket.request_id, RejectReason.UNKNOWN_POOL, None))
+            effects.append(Reject(request_id, RejectReason.UNKNOWN_POOL, None))
             return effects
-        entry = _Entry(ticket, pool, now_s)
-        if entry.deadline_s <= now_s:
-            self._refuse(entry, RejectReason.QUEUE_TIMEOUT, now_s, effects)
+        pool, entry = self._entry(pool, ticket, now_s)
+        reason = refusal_at_offer(pool, entry, now_s)
+        if reason is not None:
+            effects.append(refuse(pool, entry, reason, now_s))
             return effects
-        if not pool.waiting:
-            dispatch = self._place(entry, now_s)
-            if dispatch is not None:
-                self._entries[ticket.request_id] = entry
-                effects.append(dispatch)
-                return effects
-        if len(pool.waiting) >= pool.policy.queue_capacity:
-            self._refuse(entry, RejectReason.QUEUE_FULL, now_s, effects)
+        pool.load.enter(ticket.tenant)
+        dispatch = pool.dispatch_at_once(entry, now_s)
+        if dispatch is not None:
+            self._entries[request_id] = entry
+            effects.append(dispatch)
             return effects
-        self._enqueue(entry)
+        reason = refusal_to_wait(pool, entry, now_s)
+        if reason is not None:
+            pool.load.leave(ticket.tenant)
+            effects.append(refuse(pool, entry, reason, now_s))
+            return effects
+        self._entries[request_id] = entry
+        heapq.heappush(self._deadlines, (entry.deadline_s, entry.order, request_id))
+        pool.enqueue(entry, now_s)
+        self._pump(pool, now_s, effects)
         return effects
 
     def progress(
@@ -249,31 +150,34 @@ class Controller:
         moved there.
         """
         now_s, effects = self._begin(now_s)
-        moved: _Pool | None = None
+        entries = self._entries
+        changed: Pool | None = None
         for request_id, count in tokens:
-            entry = self._entries.get(request_id)
+            entry = entries.get(request_id)
             if entry is None or entry.replica is None:
                 continue
-            entry.tokens += count
             if entry.replica.id != replica:
-                actual = entry.pool.replicas.get(replica)
-                if actual is not None:
-                    self._release_replica(entry)
-                    self._hold_replica(entry, actual)
-                    moved = entry.pool
-        if moved is not None:
-            self._pump(moved, now_s, effects)
+                changed = self._move_load(entry, replica, now_s) or changed
+            entry.tokens += count
+            entry.replica.own_present_tokens += count
+            if not entry.has_first_token:
+                changed = self._first_token(entry, now_s, effects)
+            if entry.tokens > entry.expected_output:
+                self._pools[entry.pool].outgrown(entry, now_s)
+        if changed is not None:
+            changed.capacity_changed()
+            self._pump(changed, now_s, effects)
         return effects
 
     def finish(
         self, request_id: RequestId, usage: Usage, outcome: Outcome, now_s: float
     ) -> list[Effect]:
         """End a request with the engine's count; frees its slot. Unknown ids: no effect."""
-        return self._end(request_id, now_s)
+        return self._end(request_id, usage, outcome, now_s)
 
     def cancel(self, request_id: RequestId, now_s: float) -> list[Effect]:
         """End a request whose client left, waiting or dispatched. Unknown ids: no effect."""
-        return self._end(request_id, now_s)
+        return self._end(request_id, Usage(), Outcome.CANCELLED, now_s)
 
     def fail(self, request_id: RequestId, replica: ReplicaId, now_s: float) -> list[Effect]:
         """Move a dispatched request that ``replica`` could not serve to another one.
@@ -281,21 +185,31 @@ class Controller:
         Only for requests of which no token was delivered. Replicas that failed it are not
         tried again. Prefers replicas with room; otherwise any live one, since the
         request was admitted once and must not wait twice. Returns Dispatch, or
-        Reject(NO_REPLICA), which ends it. Unknown or waiting ids: no effect of their own.
+        Reject(NO_REPLICA or RETRY_BUDGET), which ends it. Unknown or waiting ids: no
+        effect of their own.
         """
         now_s, effects = self._begin(now_s)
         entry = self._entries.get(request_id)
         if entry is None or entry.replica is None:
             return effects
-        pool = entry.pool
+        pool = self._pools[entry.pool]
         entry.excluded = (*entry.excluded, entry.replica.id, replica)
-        self._release_replica(entry)
-        dispatch = self._place(entry, now_s) or self._place_anywhere(entry, now_s)
-        if dispatch is None:
-            del self._entries[request_id]
-            self._refuse(entry, RejectReason.NO_REPLICA, now_s, effects)
-        else:
+        failed = pool.load.release(entry)
+        self._failed(pool, pool.load.replicas.get(replica, failed), now_s, effects)
+        pool.capacity_changed()
+        reason = RejectReason.NO_REPLICA
+        dispatch = None
+        if pool.load.live:
+            if pool.retries.spend():
+                dispatch = pool.move(entry, now_s)
+            else:
+                reason = RejectReason.RETRY_BUDGET
+        if dispatch is not None:
             effects.append(dispatch)
+        else:
+            pool.refund(entry, now_s)
+            self._close(pool, entry)
+            effects.append(refuse(pool, entry, reason, now_s))
         self._pump(pool, now_s, effects)
         self._drop_if_drained(pool)
         return effects
@@ -309,33 +223,35 @@ class Controller:
         pool = self._pools.get(view.pool)
         if pool is None:
             return effects
-        known = pool.replicas.get(view.replica)
-        if known is not None:
-            known.observe(view, now_s)
-        else:
-            pool.replicas[view.replica] = Replica(view, now_s)
-            pool.empty_since_s = None
+        preemptions = pool.load.observe(view, now_s)
+        if preemptions is None:
+            return effects
+        if view.replica not in self._pool_of:
             self._pool_of[view.replica] = pool
+            pool.replicas_changed(now_s)
+        self._climb(pool, preemptions, now_s, effects)
+        pool.capacity_changed()
         self._pump(pool, now_s, effects)
         return effects
 
     def forget(self, replica: ReplicaId, now_s: float) -> list[Effect]:
         """Drop a replica that left the set. What runs there stays until it is ended."""
         now_s, effects = self._begin(now_s)
-        pool = self._pool_of.pop(replica, None)
+        pool = self._pool_of.get(replica)
         if pool is not None:
             self._drop_replica(pool, replica, now_s)
+            self._pump(pool, now_s, effects)
         return effects
 
     def advance(self, now_s: float) -> list[Effect]:
         """Let time pass: refuse what waited too long, drop replicas long unheard of."""
         now_s, effects = self._begin(now_s)
         for pool in list(self._pools.values()):
-            for replica in list(pool.replicas.values()):
+            for replica in list(pool.load.replicas.values()):
                 if now_s - replica.observed_at_s >= pool.policy.lost_after_s:
-                    self._pool_of.pop(replica.id, None)
                     self._drop_replica(pool, replica.id, now_s)
             self._give_up_holding(pool, now_s, effects)
+            pool.capacity_changed()
             self._pump(pool, now_s, effects)
             self._drop_if_drained(pool)
         return effects
@@ -345,7 +261,8 @@ class Controller:
         self._trim_deadlines()
         earliest_s = self._deadlines[0][0] if self._deadlines else inf
         for pool in self._pools.values():
-            earliest_s = min(earliest_s, pool.hold_deadline_s())
+            if pool.waiting:
+                earliest_s = min(earliest_s, pool.hold_deadline_s(), pool.probe_s(self._now_s))
         return None if earliest_s == inf else earliest_s
 
     # Figures
@@ -359,17 +276,29 @@ class Controller:
         """Return how many requests are dispatched and not ended, in one pool or in all."""
         if pool is not None:
             known = self._pools.get(pool)
-            return known.in_flight if known else 0
-        return sum(each.in_flight for each in self._pools.values())
+            return known.load.in_flight if known else 0
+        return sum(each.load.in_flight for each in self._pools.values())
 
     def replicas(self, pool: PoolName) -> Sequence[Replica]:
         """Return the replicas known in ``pool`` with their load; read only."""
         known = self._pools.get(pool)
-        return list(known.replicas.values()) if known else []
+        return list(known.load.replicas.values()) if known else []
 
     def open_requests(self) -> int:
         """Return how many requests are waiting or dispatched."""
         return len(self._entries)
+
+    def figures(self, pool: PoolName) -> PoolFigures | None:
+        """Return a pool's state for metrics, or None if it is unknown."""
+        known = self._pools.get(pool)
+        return pool_figures(known, self._now_s) if known else None
+
+    def fairness_debt(self, pool: PoolName, tenant: TenantId) -> float:
+        """Return how far a tenant is ahead of its fair share, over all classes, in cost."""
+        known = self._pools.get(pool)
+        if known is None:
+            return 0.0
+        return sum(queue.debt(tenant, self._now_s) for queue in known.queues)
 
     # Inside
 
@@ -378,116 +307,160 @@ class Controller:
         if now_s > self._now_s:
             self._now_s = now_s
         effects: list[Effect] = []
-        while self._deadlines and self._deadlines[0][0] <= self._now_s:
-            entry = self._entries.get(heapq.heappop(self._deadlines)[2])
+        deadlines = self._deadlines
+        while deadlines and deadlines[0][0] <= self._now_s:
+            entry = self._entries.get(heapq.heappop(deadlines)[2])
             if entry is None or entry.replica is not None:
                 continue
             if entry.deadline_s <= self._now_s:
-                self._unqueue(entry)
-                self._refuse(entry, RejectReason.QUEUE_TIMEOUT, self._now_s, effects)
-                self._drop_if_drained(entry.pool)
+                self._expire(entry, RejectReason.QUEUE_TIMEOUT, effects)
         return self._now_s, effects
 
-    def _end(self, request_id: RequestId, now_s: float) -> list[Effect]:
+    def _expire(self, entry: Entry, reason: RejectReason, effects: list[Effect]) -> None:
+        """Refuse a waiting request; without any replica, that is the reason."""
+        pool = self._pools[entry.pool]
+        if pool.closing and pool.empty_since_s is not None:
+            reason = RejectReason.POOL_CLOSING
+        elif pool.empty_since_s is not None:
+            reason = RejectReason.NO_REPLICA
+        pool.discard(entry, self._now_s)
+        self._close(pool, entry)
+        effects.append(refuse(pool, entry, reason, self._now_s))
+        self._drop_if_drained(pool)
+
+    def _entry(self, pool: Pool, ticket: Ticket, now_s: float) -> tuple[Pool, Entry]:
+        """Return the request's entry and the pool that will serve it, a fallback perhaps."""
+        self._order += 1
+        standard = ticket.priority_class == 1
+        name = pool.policy.brownout.fallback_pool
+        if standard and name is not None and pool.ladder.uses_fallback:
+            fallback = self._pools.get(name)
+            if (
+                fallback is not None
+                and fallback is not pool
+                and not fallback.closing
+                and fallback.load.live
+                and fallback.ladder.rung < 3
+            ):
+                entry = fallback.entry(ticket, self._order, now_s)
+                entry.degraded = "fallback_model"
+                return fallback, entry
+        return pool, pool.entry(ticket, self._order, now_s)
+
+    def _end(
+        self, request_id: RequestId, usage: Usage, outcome: Outcome, now_s: float
+    ) -> list[Effect]:
         now_s, effects = self._begin(now_s)
         entry = self._entries.get(request_id)
         if entry is None:
             return effects
-        pool = entry.pool
+        pool = self._pools[entry.pool]
         if entry.replica is None:
-            self._unqueue(entry)
+            pool.discard(entry, now_s)
         else:
-            del self._entries[request_id]
-            self._release_replica(entry)
-            pool.drain.ended(now_s)
+            replica = pool.load.release(entry)
+            pool.settle(entry, usage, outcome is Outcome.COMPLETED, now_s)
+            pool.capacity_changed()
+            self._judge(pool, replica, entry, outcome, now_s, effects)
+        self._close(pool, entry)
         self._pump(pool, now_s, effects)
-        self._drop_if_drained(pool)
+        if pool.closing:
+            self._drop_if_drained(pool)
         return effects
 
-    def _enqueue(self, entry: _Entry) -> None:
-        request_id = entry.ticket.request_id
-        self._entries[request_id] = entry
-        entry.pool.waiting[request_id] = entry
-        self._order += 1
-        heapq.heappush(self._deadlines, (entry.deadline_s, self._order, request_id))
-
-    def _unqueue(self, entry: _Entry) -> None:
-        del entry.pool.waiting[entry.ticket.request_id]
-        del self._entries[entry.ticket.request_id]
-
-    def _refuse(
-        self, entry: _Entry, reason: RejectReason, now_s: float, effects: list[Effect]
+    def _judge(
+        self,
+        pool: Pool,
+        replica: Replica,
+        entry: Entry,
+        outcome: Outcome,
+        now_s: float,
+        effects: list[Effect],
     ) -> None:
-        retry_after_s = entry.pool.retry_after_s(now_s)
-        effects.append(Reject(entry.ticket.request_id, reason, retry_after_s))
+        """Tell the replica's breaker how a request ended.
 
-    def _pump(self, pool: _Pool, now_s: float, effects: list[Effect]) -> None:
-        """Dispatch waiting requests, oldest first, while a replica has room."""
-        while pool.waiting:
-            entry = next(iter(pool.waiting.values()))
-            dispatch = self._place(entry, now_s)
-            if dispatch is None:
-                return
-            del pool.waiting[entry.ticket.request_id]
-            effects.append(dispatch)
-        self._trim_deadlines()
+        A failure after the first token is the engine's. One before it may be the
+        client's (the engine's own refusal); what is the engine's then comes by ``fail``.
+        """
+        if outcome is Outcome.COMPLETED:
+            if replica.breaker.succeeded():
+                effects.append(Notice("breaker_closed", pool.name, replica.id))
+        elif outcome is Outcome.FAILED and entry.has_first_token:
+            self._failed(pool, replica, now_s, effects)
+        else:
+            replica.breaker.abandoned(now_s)
 
-    def _place(self, entry: _Entry, now_s: float) -> Dispatch | None:
-        candidates = entry.pool.candidates(entry.excluded, now_s)
-        return self._dispatch(entry, candidates, now_s) if candidates else None
+    def _failed(self, pool: Pool, replica: Replica, now_s: float, effects: list[Effect]) -> None:
+        if replica.breaker.failed(now_s):
+            until_s = replica.breaker.closed_until_s - now_s
+            effects.append(Notice("breaker_open", pool.name, replica.id, {"for_s": until_s}))
 
-    def _place_anywhere(self, entry: _Entry, now_s: float) -> Dispatch | None:
-        pool = entry.pool
-        live = [
-            replica
-            for replica in pool.replicas.values()
-            if replica.is_fresh(pool.policy, now_s)
-            and not replica.view.draining
-            and replica.id not in entry.excluded
-        ]
-        return self._dispatch(entry, live, now_s) if live else None
+    def _first_token(self, entry: Entry, now_s: float, effects: list[Effect]) -> Pool:
+        pool, replica = self._pools[entry.pool], entry.replica
+        assert replica is not None
+        entry.has_first_token = True
+        replica.own_uncached_prompt_tokens -= entry.uncached_tokens
+        pool.first_token(entry, now_s)
+        if replica.breaker.succeeded():
+            effects.append(Notice("breaker_closed", pool.name, replica.id))
+        return pool
 
-    def _dispatch(
-        self, entry: _Entry, candidates: Sequence[Replica], now_s: float
-    ) -> Dispatch | None:
-        pool, ticket = entry.pool, entry.ticket
-        ranked = tuple(pool.routing.rank(ticket, candidates, now_s)[: 1 + FALLBACKS_MAX])
-        if not ranked:
+    def _move_load(self, entry: Entry, replica: ReplicaId, now_s: float) -> Pool | None:
+        """Account a dispatched request on the replica that really took it."""
+        pool = self._pools[entry.pool]
+        actual = pool.load.replicas.get(replica)
+        if actual is None:
             return None
-        self._hold_replica(entry, pool.replicas[ranked[0]])
-        pool.routing.placed(ticket, ranked[0], now_s)
-        return Dispatch(ticket.request_id, pool.name, ranked, now_s - entry.offered_s)
+        dispatched_s = entry.dispatched_s
+        overlap_tokens = pool.routing.overlap_tokens(entry.ticket, replica)
+        pool.load.release(entry).breaker.abandoned(now_s)
+        pool.load.hold(entry, actual, overlap_tokens, dispatched_s)
+        pool.routing.placed(entry.ticket, replica, now_s)
+        return pool
 
-    def _hold_replica(self, entry: _Entry, replica: Replica) -> None:
-        entry.replica = replica
-        replica.own += 1
-        replica.own_tokens += entry.ticket.prompt_tokens
-        entry.pool.in_flight += 1
+    def _close(self, pool: Pool, entry: Entry) -> None:
+        """Forget a request that is neither waiting nor dispatched any more."""
+        del self._entries[entry.ticket.request_id]
+        pool.load.leave(entry.ticket.tenant)
 
-    def _release_replica(self, entry: _Entry) -> None:
-        assert entry.replica is not None
-        entry.replica.own -= 1
-        entry.replica.own_tokens -= entry.ticket.prompt_tokens
-        entry.pool.in_flight -= 1
-        assert entry.replica.own >= 0
-        entry.replica = None
+    def _pump(self, pool: Pool, now_s: float, effects: list[Effect]) -> None:
+        if pool.waiting:
+            effects.extend(pool.pump(now_s))
 
-    def _drop_replica(self, pool: _Pool, replica: ReplicaId, now_s: float) -> None:
-        del pool.replicas[replica]
+    def _climb(self, pool: Pool, preemptions: int, now_s: float, effects: list[Effect]) -> None:
+        """Move the brownout ladder and refuse who waits in a class that it sheds now."""
+        kv_usage_ratio = pool.load.kv_usage_ratio()
+        if kv_usage_ratio is None:
+            return
+        ladder = pool.ladder
+        before = ladder.rung
+        ladder.preempted(preemptions, len(pool.load.live), now_s)
+        rung = ladder.update(kv_usage_ratio, pool.queue_ratios(), now_s)
+        if rung is None:
+            return
+        detail: dict[str, str | int | float] = {
+            "rung": rung,
+            "from_rung": before,
+            "kv_usage_ratio": round(kv_usage_ratio, 4),
+        }
+        effects.append(Notice("brownout", pool.name, None, detail))
+        for entry in list(pool.waiting.values()):
+            if sheds(pool, entry.rank):
+                self._expire(entry, RejectReason.SHED, effects)
+
+    def _drop_replica(self, pool: Pool, replica: ReplicaId, now_s: float) -> None:
+        self._pool_of.pop(replica, None)
+        pool.load.drop(replica)
         pool.routing.forgotten(replica)
-        if not pool.replicas:
-            pool.empty_since_s = now_s
+        pool.replicas_changed(now_s)
 
-    def _give_up_holding(self, pool: _Pool, now_s: float, effects: list[Effect]) -> None:
-        reason = RejectReason.POOL_CLOSING if pool.closing else RejectReason.NO_REPLICA
+    def _give_up_holding(self, pool: Pool, now_s: float, effects: list[Effect]) -> None:
         while pool.hold_deadline_s() <= now_s:
-            entry = next(iter(pool.waiting.values()))
-            self._unqueue(entry)
-            self._refuse(entry, reason, now_s, effects)
+            self._expire(next(iter(pool.waiting.values())), RejectReason.NO_REPLICA, effects)
 
-    def _drop_if_drained(self, pool: _Pool) -> None:
-        if pool.closing and not pool.waiting and not pool.in_flight:
-            for replica in pool.replicas:
+    def _drop_if_drained(self, pool: Pool) -> None:
+        if pool.closing and not pool.waiting and not pool.load.in_flight:
+            for replica in pool.load.replicas:
                 self._pool_of.pop(replica, None)
             self._pools.pop(pool.name, None)
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from serve_app.core.saturation import Replica
-from serve_app.core.types import ReplicaId, TenantId, Ticket
+from serve_app.core.types import PoolName, ReplicaId, TenantId, Ticket
 
 
 class Entry:
     """A request that waits while ``replica`` is None and is dispatched afterwards.
 
     ``rank`` is its priority class as an index and ``flow`` whose turn it takes in the
-    fair queue; both follow the ticket unless the pool serves in order of arrival.
-    ``order`` grows with arrival. ``expected_output`` is the predicted answer's length,
-    raised if the answer outgrows it. ``cost`` is what has been charged, or will be.
+    fair queue; both follow the ticket unless the pool serves in order of arrival. ``pool``
+    is where it is served, a fallback perhaps. ``order`` grows with arrival.
+    ``predicted_output`` is the answer's length as predicted at its offer;
+    ``expected_output`` the same, raised if the answer outgrows it. ``cost`` is what it
+    is predicted to cost its tenant, ``charged`` what has been charged so far.
     ``need_tokens`` is the KV room it is accounted with: uncached prompt plus expected
     output. The features are what its TTFT was predicted from at dispatch.
     """
 
     __slots__ = (
+        "charged",
         "cost",
         "deadline_s",
         "degraded",
@@ -32,6 +35,8 @@ class Entry:
         "offered_s",
         "order",
         "output_cap",
+        "pool",
+        "predicted_output",
         "predicted_ttft_s",
         "rank",
         "replica",
@@ -40,8 +45,11 @@ class Entry:
         "uncached_tokens",
     )
 
-    def __init__(self, ticket: Ticket, rank: int, flow: TenantId, order: int) -> None:
+    def __init__(
+        self, ticket: Ticket, pool: PoolName, rank: int, flow: TenantId, order: int
+    ) -> None:
         self.ticket = ticket
+        self.pool = pool
         self.rank = rank
         self.flow = flow
         self.order = order
@@ -53,9 +61,11 @@ class Entry:
         self.tokens = 0
         self.has_first_token = False
         self.uncached_tokens = ticket.prompt_tokens
+        self.predicted_output = 0
         self.expected_output = 0
         self.need_tokens = ticket.prompt_tokens
         self.cost = 0.0
+        self.charged = 0.0
         self.output_cap: int | None = None
         self.degraded: str | None = None
         self.feature_prefill_tokens = 0.0

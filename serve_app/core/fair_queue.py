@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from math import isfinite
+from math import exp2, isfinite
 
 from serve_app.core.entry import Entry
 from serve_app.core.policy import FairnessPolicy
@@ -67,6 +67,10 @@ class FairQueue:
         self._count = 0
         self.backlog = 0.0
         self.weights = 0.0
+
+    def configure(self, policy: FairnessPolicy) -> None:
+        """Use another policy from now on; counters stay."""
+        self._policy = policy
 
     def __len__(self) -> int:
         return self._count
@@ -132,10 +136,10 @@ class FairQueue:
         return entries
 
     def take(self, entry: Entry, now_s: float) -> None:
-        """Remove a request to be served and charge its cost to its tenant."""
+        """Remove a request to be served; its tenant is charged ``entry.charged``."""
         flow = self._flows[entry.flow]
         self._level = max(self._level, flow.counter)
-        flow.counter += entry.cost / flow.weight
+        flow.counter += entry.charged / flow.weight
         self._leave(flow, entry, now_s)
         if flow.waiting:
             self._rekey(flow)
@@ -153,7 +157,7 @@ class FairQueue:
             flow = _Flow(entry.flow, start, now_s)
         flow.weight = usable_weight(entry.ticket.weight)
         self._level = start
-        flow.counter = start + entry.cost / flow.weight
+        flow.counter = start + entry.charged / flow.weight
         self._rest(flow, now_s)
 
     def charge(self, entry: Entry, cost: float, now_s: float) -> None:
@@ -251,7 +255,7 @@ class FairQueue:
         if debt <= 0:
             return self._level
         away_s = max(0.0, now_s - flow.touched_s)
-        return self._level + debt * 0.5 ** (away_s / self._policy.debt_half_life_s)
+        return self._level + debt * exp2(-away_s / self._policy.debt_half_life_s)
 
     def _rekey(self, flow: _Flow) -> None:
         head = next(iter(flow.waiting.values()))

@@ -21,9 +21,10 @@ class ClassPolicy:
     ``ttft_slo_s`` is the target from offer to first token. A request waits at most
     ``queue_wait_slos`` times that (and the pool's ``queue_timeout_s``). ``queue_capacity``
     None means the pool's. ``kv_limit_ratio`` is how full a replica's KV cache may become,
-    by prediction, through admitting this class. While the class waits behind more
-    important work it still gets ``minimum_share_ratio`` of the dispatched cost, and
-    ``aged_share_ratio`` once its next request has waited longer than its TTFT target.
+    by prediction, through admitting this class; above 1 over-commits it. While the class
+    waits behind more important work it still gets ``minimum_share_ratio`` of the
+    dispatched cost, and ``aged_share_ratio`` once its next request has waited longer than
+    its TTFT target.
     """
 
     ttft_slo_s: float
@@ -37,7 +38,7 @@ class ClassPolicy:
         assert self.ttft_slo_s > 0
         assert self.queue_wait_slos > 0
         assert self.queue_capacity is None or self.queue_capacity >= 0
-        assert 0 < self.kv_limit_ratio <= UNIT
+        assert self.kv_limit_ratio > 0
         assert 0 <= self.minimum_share_ratio < 1
         assert 0 <= self.aged_share_ratio < 1
 
@@ -73,11 +74,12 @@ class FairnessPolicy:
 class BrownoutPolicy:
     """When a pool gives up what, rung by rung, and which rungs may act.
 
-    Rung n is reached when the mean KV use is at least ``kv_ratios[n-1]`` or the more
-    important classes' queues are filled to ``queue_ratios[n-1]``; the last one also at
-    ``storm_preemptions_per_s`` per replica. A rung is left, one at a time, after
-    ``stable_s`` below its threshold less ``hysteresis_ratio``. ``fallback_pool`` takes
-    Standard requests at rung 3. A rung switched off is passed through without acting.
+    Rung n is reached when the mean KV use is at least ``kv_ratios[n-1]`` or the Critical or
+    Standard queue (for the last rung, the Critical one) is filled to
+    ``queue_ratios[n-1]``; the last one also at ``storm_preemptions_per_s`` per replica. A
+    rung is left, one at a time, after ``stable_s`` below its threshold less
+    ``hysteresis_ratio``. ``fallback_pool`` takes Standard requests at rung 3. A rung
+    switched off is passed through without acting.
     """
 
     kv_ratios: tuple[float, float, float, float] = (0.85, 0.90, 0.95, 0.97)
@@ -205,7 +207,7 @@ def arrival_order(policy: PoolPolicy) -> PoolPolicy:
     A bounded queue in order of arrival with a concurrency cap per replica: what most
     gateways do, and the baseline the policies are measured against.
     """
-    patient = ClassPolicy(ttft_slo_s=policy.queue_timeout_s, kv_limit_ratio=1.0)
+    patient = ClassPolicy(ttft_slo_s=policy.queue_timeout_s, kv_limit_ratio=1e6)
     return replace(
         policy,
         ordering="arrival",

@@ -47,6 +47,7 @@ class Replica:
         "own_tokens_by_class",
         "own_uncached_prompt_tokens",
         "slots_cap",
+        "token_limits",
         "view",
     )
 
@@ -64,8 +65,13 @@ class Replica:
         self.limit(policy)
 
     def limit(self, policy: PoolPolicy) -> None:
-        """Apply the pool's cap on requests in flight; the engine's slots cap it too."""
+        """Apply the pool's knee: requests in flight, and tokens in flight by class."""
+        self.breaker.configure(policy.breaker)
         self.slots_cap = min(policy.max_concurrency_per_replica, self.view.slots)
+        knee = policy.knee_tokens_per_replica or self.kv_capacity
+        self.token_limits = tuple(
+            [min(knee, int(each.kv_limit_ratio * self.kv_capacity)) for each in policy.classes]
+        )
 
     def observe(self, view: ReplicaView, now_s: float) -> bool:
         """Take a newer snapshot; older or repeated ones change nothing. Return if taken."""

@@ -78,11 +78,15 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one request as the engine counted them."""
+    """Tokens of one request as the engine counted them.
+
+    ``engine_s`` is the engine time they took, where the engine measures it, else 0.
+    """
 
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     completion_tokens: int = 0
+    engine_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

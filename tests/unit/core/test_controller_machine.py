@@ -1,4 +1,8 @@
-"""Random event sequences in virtual time: what must hold after every single event."""
+"""Random events in virtual time, in order of arrival: what must hold after every event.
+
+The policies of class, tenant and load are off here, so that the invariants are exact;
+test_fair_machine.py drives the same events with all of them on.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from hypothesis.stateful import (
 )
 
 from serve_app.core.controller import Controller
-from serve_app.core.policy import PoolPolicy
+from serve_app.core.policy import PoolPolicy, arrival_order
 from serve_app.core.types import (
     Dispatch,
     Effect,
@@ -41,13 +45,15 @@ class ControllerMachine(RuleBasedStateMachine):
 
     @initialize(capacity=st.integers(0, 4), hold_s=st.sampled_from([0.0, 0.5, 5.0]))
     def start(self, capacity: int, hold_s: float) -> None:
-        self.policy = PoolPolicy(
-            max_concurrency_per_replica=SLOTS,
-            queue_capacity=capacity,
-            queue_timeout_s=1.0,
-            hold_without_replica_s=hold_s,
-            stale_after_s=STALE_S,
-            lost_after_s=3.0,
+        self.policy = arrival_order(
+            PoolPolicy(
+                max_concurrency_per_replica=SLOTS,
+                queue_capacity=capacity,
+                queue_timeout_s=5.0,
+                hold_without_replica_s=hold_s,
+                stale_after_s=STALE_S,
+                lost_after_s=3.0,
+            )
         )
         self.core = Controller()
         self.now_s = 0.0

@@ -1,0 +1,252 @@
+"""What a pool has in flight: per replica, per class and per tenant, kept in step.
+
+Every dispatched request is counted in all three at once and leaves all three at once, so
+the sums always agree. ``candidates`` is the saturation test: the replicas that may take
+one more request of a class now.
+"""
+
+from __future__ import annotations
+
+from serve_app.core.admission import Shares
+from serve_app.core.entry import Entry
+from serve_app.core.policy import PoolPolicy
+from serve_app.core.saturation import Replica
+from serve_app.core.types import ReplicaId, ReplicaView, TenantId
+
+
+class TenantLoad:
+    """What one tenant has open in a pool; forgotten when it has nothing."""
+
+    __slots__ = ("in_flight", "open", "tokens")
+
+    def __init__(self) -> None:
+        self.open = 0
+        self.in_flight = 0
+        self.tokens = 0
+
+
+class PoolLoad:
+    """The replicas of one pool and everything dispatched to them.
+
+    ``largest_kv_tokens`` is the largest KV cache among live replicas, 0 without any.
+    ``kv_blocked`` says of the last ``candidates`` that came back empty, whether a smaller
+    request would have found room.
+    """
+
+    __slots__ = (
+        "_policy",
+        "_prefill_limits",
+        "in_flight",
+        "kv_blocked",
+        "largest_kv_tokens",
+        "live",
+        "replicas",
+        "shares",
+        "tenants",
+    )
+
+    def __init__(self, policy: PoolPolicy) -> None:
+        self.replicas: dict[ReplicaId, Replica] = {}
+        self.live: list[Replica] = []
+        self.shares = Shares()
+        self.tenants: dict[TenantId, TenantLoad] = {}
+        self.in_flight = 0
+        self.kv_blocked = False
+        self.configure(policy)
+
+    def configure(self, policy: PoolPolicy) -> None:
+        """Apply a pool's policy to what is there."""
+        self._policy = policy
+        knee = policy.prefill_knee_tokens
+        self._prefill_limits = (
+            knee,
+            max(1, int((1.0 - policy.critical_reserve_ratio) * knee)),
+            max(1, int(policy.sheddable_share_ratio * knee)),
+        )
+        for replica in self.replicas.values():
+            replica.limit(policy)
+        self._recount()
+
+    # Replicas
+
+    def observe(self, view: ReplicaView, now_s: float) -> int | None:
+        """Take a snapshot; return new preemptions it tells of, or None if it is not newer."""
+        known = self.replicas.get(view.replica)
+        if known is None:
+            self.replicas[view.replica] = Replica(view, now_s, self._policy)
+            self._recount()
+            return 0
+        before = known.view
+        if not known.observe(view, now_s):
+            return None
+        if (
+            before.draining != view.draining
+            or before.slots != view.slots
+            or before.kv_tokens_capacity != view.kv_tokens_capacity
+        ):
+            known.limit(self._policy)
+            self._recount()
+        return max(0, view.preemptions_total - before.preemptions_total)
+
+    def drop(self, replica: ReplicaId) -> None:
+        """Forget a replica; what runs there stays counted for its tenants until it ends."""
+        self.replicas.pop(replica).live = False
+        self._recount()
+
+    def kv_usage_ratio(self) -> float | None:
+        """Return the mean KV use that live replicas reported; None without any."""
+        live = self.live
+        if not live:
+            return None
+        return sum([replica.view.kv_usage_ratio for replica in live]) / len(live)
+
+    # Room
+
+    def candidates(self, entry: Entry, now_s: float) -> list[Replica]:
+        """Return the live replicas with room for a request, in the order first seen."""
+        rank, excluded = entry.rank, entry.excluded
+        prefill_limit = self._prefill_limits[rank]
+        need_tokens = entry.ticket.prompt_tokens + entry.expected_output
+        heard_after_s = now_s - self._policy.stale_after_s
+        found = []
+        kv_blocked = False
+        for replica in self.live:
+            own = replica.own
+            if own + replica.others >= replica.slots_cap or (
+                own and replica.own_uncached_prompt_tokens >= prefill_limit
+            ):
+                continue
+            if replica.observed_at_s <= heard_after_s or replica.breaker.closed_until_s > now_s:
+                continue
+            held_tokens = replica.own_tokens + replica.others_kv_tokens
+            if held_tokens and held_tokens + need_tokens > replica.token_limits[rank]:
+                kv_blocked = True
+                continue
+            if excluded and replica.id in excluded:
+                continue
+            found.append(replica)
+        self.kv_blocked = kv_blocked
+        return found
+
+    def standbys(self, entry: Entry, now_s: float) -> list[Replica]:
+        """Return live replicas that may take a request that failed elsewhere, full or not."""
+        return [
+            replica
+            for replica in self.live
+            if replica.is_fresh(self._policy, now_s)
+            and replica.breaker.closed_until_s <= now_s
+            and replica.id not in entry.excluded
+        ]
+
+    def tenant_may_take(self, entry: Entry) -> bool:
+        """Whether a tenant's caps allow one more; they bind only while others are active."""
+        if len(self.tenants) < 2:
+            return True
+        load = self.tenants[entry.ticket.tenant]
+        if not load.in_flight:
+            return True
+        policy, shares = self._policy, self.shares
+        if load.in_flight + 1 > policy.tenant_concurrency_ratio * shares.slots:
+            return False
+        return load.tokens + entry.need_tokens <= policy.tenant_kv_ratio * shares.tokens_capacity
+
+    def fits_somewhere(self, entry: Entry) -> bool:
+        """Whether some live replica's KV cache has room by prediction; true without any."""
+        if not self.live:
+            return True
+        rank, need_tokens = entry.rank, entry.need_tokens
+        for replica in self.live:
+            held_tokens = replica.own_tokens + replica.others_kv_tokens
+            if not held_tokens or held_tokens + need_tokens <= replica.token_limits[rank]:
+                return True
+        return False
+
+    # What is open
+
+    def enter(self, tenant: TenantId) -> None:
+        """A request of the tenant is open from now on."""
+        load = self.tenants.get(tenant)
+        if load is None:
+            load = self.tenants[tenant] = TenantLoad()
+        load.open += 1
+
+    def leave(self, tenant: TenantId) -> None:
+        """A request of the tenant has ended."""
+        load = self.tenants[tenant]
+        load.open -= 1
+        if not load.open:
+            assert not load.in_flight
+            del self.tenants[tenant]
+
+    def hold(self, entry: Entry, replica: Replica, overlap_tokens: int, now_s: float) -> None:
+        """Count an entered request as dispatched to ``replica``."""
+        uncached = max(0, entry.ticket.prompt_tokens - overlap_tokens)
+        need_tokens = uncached + entry.expected_output
+        rank = entry.rank
+        entry.uncached_tokens = uncached
+        entry.need_tokens = need_tokens
+        entry.feature_in_flight = replica.own + replica.others
+        entry.replica = replica
+        entry.dispatched_s = now_s
+        replica.own += 1
+        replica.own_tokens += need_tokens
+        replica.own_present_tokens += uncached + entry.tokens
+        replica.own_by_class[rank] += 1
+        replica.own_tokens_by_class[rank] += need_tokens
+        if not entry.has_first_token:
+            replica.own_uncached_prompt_tokens += uncached
+        entry.feature_prefill_tokens = replica.own_uncached_prompt_tokens
+        if replica.live:
+            self.shares.requests[rank] += 1
+            self.shares.tokens[rank] += need_tokens
+        load = self.tenants[entry.ticket.tenant]
+        load.in_flight += 1
+        load.tokens += need_tokens
+        self.in_flight += 1
+
+    def release(self, entry: Entry) -> Replica:
+        """Undo ``hold``; return the replica the request was on."""
+        replica = entry.replica
+        assert replica is not None
+        rank, need_tokens = entry.rank, entry.need_tokens
+        entry.replica = None
+        replica.own -= 1
+        assert replica.own >= 0
+        replica.own_tokens -= need_tokens
+        replica.own_present_tokens -= entry.uncached_tokens + entry.tokens
+        replica.own_by_class[rank] -= 1
+        replica.own_tokens_by_class[rank] -= need_tokens
+        if not entry.has_first_token:
+            replica.own_uncached_prompt_tokens -= entry.uncached_tokens
+        if replica.live:
+            self.shares.requests[rank] -= 1
+            self.shares.tokens[rank] -= need_tokens
+        load = self.tenants[entry.ticket.tenant]
+        load.in_flight -= 1
+        load.tokens -= need_tokens
+        self.in_flight -= 1
+        return replica
+
+    def grow(self, entry: Entry, more_tokens: int) -> None:
+        """A dispatched request is now expected to need ``more_tokens`` more."""
+        replica = entry.replica
+        assert replica is not None
+        entry.expected_output += more_tokens
+        entry.need_tokens += more_tokens
+        replica.own_tokens += more_tokens
+        replica.own_tokens_by_class[entry.rank] += more_tokens
+        if replica.live:
+            self.shares.tokens[entry.rank] += more_tokens
+        self.tenants[entry.ticket.tenant].tokens += more_tokens
+
+    def _recount(self) -> None:
+        """Rebuild what depends on which replicas are live and how large they are."""
+        policy, shares = self._policy, self.shares
+        self.live = live = [each for each in self.replicas.values() if each.live]
+        knee = policy.knee_tokens_per_replica
+        capacity = sum([min(each.kv_capacity, knee or each.kv_capacity) for each in live])
+        self.largest_kv_tokens = max([each.kv_capacity for each in live], default=0)
+        shares.resize(sum([each.slots_cap for each in live]), capacity, policy)
+        for rank in range(3):
+            shares.requests[rank] = sum([each.own_by_class[rank] for each in live])
+            shares.tokens[rank] = sum([each.own_tokens_by_class[rank] for each in live])
