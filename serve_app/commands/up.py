@@ -218,7 +218,7 @@ def _base_url(file: ServeFile) -> str:
     return f"http://{'127.0.0.1' if everywhere else host}:{file.port}"
 
 
-def _banner(file: ServeFile, secret: str | None) -> str:
+def _banner(file: ServeFile, dashboard_url: str, secret: str | None) -> str:
     model = next(iter(file.router.aliases), "MODEL")
     base_url = _base_url(file)
     shown = secret or "$HEADRACE_API_KEY"

@@ -7,6 +7,7 @@ A router's subscription is a stream that this replica writes a view to every
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
@@ -20,17 +21,20 @@ from ray import serve
 from serve_app import __version__, models
 from serve_app.config import PoolArgs, SimSettings
 from serve_app.control_link import HandleControlLink
-from serve_app.core.types import PoolName, ReplicaId, ReplicaView
+from serve_app.core.types import Outcome, PoolName, ReplicaId, ReplicaView
 from serve_app.engine.api import (
     Engine,
     GenerateCall,
     GenerateItem,
+    Metered,
     WatchCall,
 )
 from serve_app.telemetry.exposition import Family, render_families
-from serve_app.telemetry.logs import configure
+from serve_app.telemetry.logs import configure, process_stderr
 from serve_app.telemetry.metrics import EngineMetrics
 from serve_app.telemetry.uplink import Heartbeat, Uplink
+
+logger = logging.getLogger("headrace.engine")
 
 
 def build_engine(args: PoolArgs, replica: ReplicaId) -> Engine:
@@ -55,14 +59,14 @@ class EngineReplica:
 
     async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         """Start the engine; Serve sends requests once this returns."""
-        configure()
+        configure(process_stderr())
         self._args = PoolArgs.model_validate(args)
         self._replica = ReplicaId(serve.get_replica_context().replica_id.unique_id)
         # The default registry, since vLLM registers its own metrics there.
         self._metrics = EngineMetrics(REGISTRY)
         self._metrics.build_info.labels(__version__, ray.__version__, "engine").set(1)
         self._engine = build_engine(self._args, self._replica)
-        self._engine.on_metered(self._metrics.engine_metered)
+        self._engine.on_metered(self._record)
         self._metrics.engine_started(await self._engine.start())
         self._uplink = Uplink(
             HandleControlLink(self._args.control.app),
@@ -100,6 +104,19 @@ class EngineReplica:
     async def __del__(self) -> None:
         await self._engine.stop()
         await self._uplink.stop()
+
+    def _record(self, metered: Metered) -> None:
+        self._metrics.engine_metered(metered)
+        if metered.outcome is not Outcome.COMPLETED:
+            # The engine's word on what it generated for nobody, and on when it stopped.
+            logger.info(
+                "generation ended early",
+                extra={
+                    "request_id": metered.request_id,
+                    "outcome": metered.outcome.value,
+                    "generated_tokens": metered.usage.completion_tokens,
+                },
+            )
 
     def _beat(self) -> Heartbeat:
         return Heartbeat(process=self._replica, role="engine", pool=self._args.name)

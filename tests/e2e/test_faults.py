@@ -1,0 +1,273 @@
+"""What clients see when something dies or leaves, and that nothing leaks afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+import yaml
+
+from tests.stack import ROOT, Stack, running_stack
+
+STEP_S = 0.02
+WAIT_S = 90.0
+
+
+def document(**engine: Any) -> dict[str, Any]:
+    """Two slow simulated engines and two routers: a token every 20 ms."""
+    found: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "sim.yaml").read_text())
+    _, pool, gateway = found["applications"]
+    pool["args"]["engine"] |= {"weights_s": STEP_S, "max_num_seqs": 64, **engine}
+    pool["args"]["replicas"] |= {"num_replicas": 2, "health_check_period_s": 1}
+    gateway["args"]["replicas"] |= {"num_replicas": 2, "health_check_period_s": 1}
+    gateway["deployments"][0]["user_config"]["pools"]["sim"] |= {"queue_timeout_s": 60}
+    return found
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    with running_stack(document()) as running:
+        yield running
+
+
+def until(condition: Callable[[], bool], what: str, timeout_s: float = WAIT_S) -> None:
+    """Wait for a condition of another process; the time-out only ends a broken test."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"never happened: {what}"
+        time.sleep(0.1)
+
+
+def is_idle(stack: Stack) -> bool:
+    """Whether engines and routers hold no request at all, by their own latest report."""
+    try:
+        return (
+            stack.metric("headrace_engine_running") == 0
+            and stack.metric("headrace_engine_waiting") == 0
+            and stack.metric("headrace_in_flight") == 0
+            and stack.metric("headrace_queue_depth") == 0
+        )
+    except httpx.HTTPError:
+        return False
+
+
+def replicas_ready(stack: Stack) -> int:
+    try:
+        found: int = stack.http(key=None).get("/ready").json()["pools"]["sim"]["replicas"]
+    except (httpx.HTTPError, KeyError, ValueError):
+        return 0
+    return found
+
+
+def ask(stack: Stack, **options: Any) -> str:
+    answer = stack.openai().chat.completions.create(
+        model="sim", messages=[{"role": "user", "content": "hello"}], max_tokens=4, **options
+    )
+    return answer.choices[0].message.content or ""
+
+
+def served_again(stack: Stack) -> bool:
+    try:
+        return bool(ask(stack))
+    except openai.APIError:
+        return False
+
+
+async def _leave_at_random(stack: Stack, clients: int, seed: int) -> int:
+    """Open streams and plain requests and drop each after a random while; return how many."""
+    chance = random.Random(seed)
+    left = 0
+
+    async def one(stay_s: float, streamed: bool) -> None:
+        nonlocal left
+        body = {
+            "model": "sim",
+            "messages": [{"role": "user", "content": f"tell me a story {stay_s}"}],
+            "max_tokens": 2000,
+            "stream": streamed,
+        }
+        try:
+            async with asyncio.timeout(stay_s):
+                async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+                    async for _ in answer.aiter_bytes():
+                        pass
+        except TimeoutError:
+            left += 1
+
+    headers = {"authorization": f"Bearer {stack.key}"}
+    limits = httpx.Limits(max_connections=None)
+    async with (
+        httpx.AsyncClient(base_url=stack.url, headers=headers, timeout=60, limits=limits) as client,
+        asyncio.TaskGroup() as group,
+    ):
+        for _ in range(clients):
+            group.create_task(one(chance.uniform(0.05, 3.0), chance.random() < 0.7))
+    return left
+
+
+def test_two_hundred_clients_that_leave_at_random_leak_no_slot(stack: Stack) -> None:
+    cancelled = stack.metric("headrace_requests_total", outcome="cancelled")
+    wasted = stack.metric("headrace_engine_tokens_total", kind="wasted")
+    assert asyncio.run(_leave_at_random(stack, clients=200, seed=1)) == 200
+    until(lambda: is_idle(stack), "engines and routers idle after all clients left")
+    until(
+        lambda: stack.metric("headrace_requests_total", outcome="cancelled") >= cancelled + 200,
+        "all 200 counted as cancelled",
+    )
+    assert stack.metric("headrace_engine_tokens_total", kind="wasted") > wasted
+    assert ask(stack)
+
+
+def test_a_client_that_leaves_stops_the_generation_and_what_was_generated_is_counted(
+    stack: Stack,
+) -> None:
+    wasted = stack.metric("headrace_engine_tokens_total", kind="wasted")
+    stream = stack.openai().chat.completions.create(
+        model="sim", messages=[{"role": "user", "content": "hi"}], max_tokens=5000, stream=True
+    )
+    for received, _ in enumerate(stream):
+        if received == 20:
+            break
+    stream.close()
+    until(lambda: is_idle(stack), "the engine idle")
+    until(
+        lambda: stack.metric("headrace_engine_tokens_total", kind="wasted") > wasted,
+        "the generated tokens counted",
+    )
+    # 5000 tokens would take 100 s; what was generated after the close is a few steps.
+    assert 20 <= stack.metric("headrace_engine_tokens_total", kind="wasted") - wasted < 500
+
+
+def test_an_engine_killed_ends_its_streams_with_an_error_event_and_is_replaced(
+    stack: Stack,
+) -> None:
+    until(lambda: replicas_ready(stack) == 2, "both engines there")
+
+    def stream_to_the_end() -> tuple[int, Exception | None]:
+        chunks = 0
+        try:
+            for _ in stack.openai().chat.completions.create(
+                model="sim",
+                messages=[{"role": "user", "content": "go"}],
+                max_tokens=400,
+                stream=True,
+            ):
+                chunks += 1
+        except openai.APIError as error:
+            return chunks, error
+        return chunks, None
+
+    with ThreadPoolExecutor(8) as threads:
+        streams = [threads.submit(stream_to_the_end) for _ in range(8)]
+        until(lambda: stack.metric("headrace_engine_running") == 8, "eight streams running")
+        victim = stack.processes("pool-sim", "Engine")[0]
+        victim.send_signal(signal.SIGKILL)
+        ended = [stream.result(timeout=WAIT_S) for stream in streams]
+    cut = [error for _, error in ended if error is not None]
+    whole = [chunks for chunks, error in ended if error is None]
+    assert cut, "the killed engine ran some of the eight streams"
+    assert whole, "the other engine's streams went on"
+    assert all(chunks >= 400 for chunks in whole), "no stream is cut silently"
+    assert all(getattr(error, "code", None) == "engine_error" for error in cut)
+    assert ask(stack), "the next request succeeds at once, on the other engine"
+    until(lambda: replicas_ready(stack) == 2, "the engine replaced")
+    until(lambda: is_idle(stack), "no slot leaked")
+
+
+def test_a_router_killed_leaves_no_slot_held_and_the_other_serves(stack: Stack) -> None:
+    routers = stack.processes("gateway", "Router")
+    assert len(routers) == 2
+    pids = {router.pid for router in routers}
+
+    def stream() -> None:
+        try:
+            for _ in stack.openai().chat.completions.create(
+                model="sim",
+                messages=[{"role": "user", "content": "go"}],
+                max_tokens=2000,
+                stream=True,
+            ):
+                pass
+        except openai.APIError:
+            pass
+        except httpx.HTTPError:
+            pass
+
+    with ThreadPoolExecutor(8) as threads:
+        streams = [threads.submit(stream) for _ in range(8)]
+        until(lambda: stack.metric("headrace_engine_running") == 8, "eight streams running")
+        for router in routers:
+            router.send_signal(signal.SIGKILL)
+        until(lambda: served_again(stack), "routers replaced and serving")
+        for running in streams:
+            running.result(timeout=WAIT_S)
+    until(
+        lambda: {router.pid for router in stack.processes("gateway", "Router")}.isdisjoint(pids),
+        "the killed routers replaced",
+    )
+    until(lambda: is_idle(stack), "the killed routers' slots free")
+
+
+def test_a_stream_of_150_s_survives_changes_of_the_router_count(tmp_path: Path) -> None:
+    tokens = 300
+    with running_stack(document(weights_s=0.5)) as stack, ThreadPoolExecutor(1) as threads:
+
+        def long_stream() -> list[str]:
+            events = stack.openai(timeout=400).chat.completions.create(
+                model="sim",
+                messages=[{"role": "user", "content": "a long story"}],
+                max_tokens=tokens,
+                stream=True,
+            )
+            return [c.delta.content for e in events for c in e.choices if c.delta.content]
+
+        started_at_s = time.monotonic()
+        story = threads.submit(long_stream)
+        until(lambda: stack.metric("headrace_engine_running") == 1, "the stream running")
+        for count in (3, 1):
+            redeploy(stack, tmp_path, routers=count)
+            until(
+                lambda count=count: len(stack.processes("gateway", "Router")) >= count,
+                f"{count} routers",
+            )
+            assert ask(stack)
+        assert len(story.result(timeout=400)) == tokens
+        assert time.monotonic() - started_at_s > 0.5 * tokens, "it lasted as long as it should"
+        until(lambda: is_idle(stack), "no slot leaked")
+
+
+def redeploy(stack: Stack, folder: Path, *, routers: int) -> None:
+    """Change the number of routers through `serve deploy`."""
+    changed = document(weights_s=0.5)
+    changed["applications"][2]["args"]["replicas"]["num_replicas"] = routers
+    file = folder / f"routers-{routers}.yaml"
+    file.write_text(yaml.safe_dump(changed))
+    serve = Path(sys.executable).parent / "serve"
+    done: subprocess.CompletedProcess[str] = stack.command(
+        serve, "deploy", "--address", dashboard_url(stack), file
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def dashboard_url(stack: Stack) -> str:
+    """Return the Ray dashboard's address, as `headrace up` printed it."""
+    line = next(line for line in stack.output().splitlines() if "dashboard" in line)
+    return line.split()[-1]
+
+
+def test_processes_of_a_stack_are_found(stack: Stack) -> None:
+    """The other tests kill by these names: they must mean what they say."""
+    assert all(isinstance(p, psutil.Process) for p in stack.processes("gateway", "Router"))
+    assert stack.processes("control", "Control")
