@@ -38,7 +38,12 @@ from serve_app.engine.api import (
     Refusal,
 )
 from serve_app.engine.meter import RequestMeter
-from serve_app.engine.vllm_args import prepare_environment, served_name
+from serve_app.engine.vllm_args import (
+    engine_and_frontend_args,
+    prepare_environment,
+    prepare_platform_environment,
+    served_name,
+)
 from serve_app.engine.vllm_generation import Generation
 
 if TYPE_CHECKING:
@@ -352,9 +357,9 @@ def _import_vllm() -> None:
 
 
 def _build(settings: VllmSettings, model_path: Path) -> tuple[MeteredAsyncLLM, Namespace]:
-    from serve_app.engine.vllm_args import engine_and_frontend_args
     from serve_app.engine.vllm_core import MeteredAsyncLLM
 
+    prepare_platform_environment(os.environ)
     engine_args, arguments = engine_and_frontend_args(settings, model_path)
     try:
         return MeteredAsyncLLM.build(engine_args), arguments

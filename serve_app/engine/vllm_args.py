@@ -1,7 +1,7 @@
 """From our settings to vLLM's arguments and environment.
 
-``prepare_environment`` must run before vLLM is imported anywhere in the process; the
-other functions import it.
+``prepare_environment`` must run before vLLM is imported anywhere in the process;
+``prepare_platform_environment`` before its engine is built.
 """
 
 from __future__ import annotations
@@ -30,6 +30,16 @@ def prepare_environment(environment: MutableMapping[str, str]) -> None:
     }
     for name, value in defaults.items():
         environment.setdefault(name, value)
+
+
+def prepare_platform_environment(environment: MutableMapping[str, str]) -> None:
+    """Set what vLLM's child processes read and what depends on the device; imports vLLM."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        # The engine runs eagerly there, but vLLM's logprobs would still be compiled at the
+        # first request that asks for them, and stall every other one for half a minute.
+        environment.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 
 def served_name(settings: VllmSettings) -> str:

@@ -22,7 +22,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from serve_app.engine.meter import ChoiceStep, PromptMeter
 from serve_app.engine.vllm_generation import Generation
 
-SHUTDOWN_TIMEOUT_S = 5.0
+SHUTDOWN_TIMEOUT_S = 10.0
 
 
 class Load(StatLoggerBase):  # type: ignore[misc]  # vLLM is untyped here
@@ -123,9 +123,13 @@ class MeteredAsyncLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is untyped here
             self.output_handler.cancel()
 
     def close(self) -> None:
-        """End the engine's processes and return when they are gone; blocks, at most 20 s."""
+        """End the engine's processes and return when they are gone; blocks, at most 30 s.
+
+        Workers outlive a dead engine core by seconds: they are not waited for but killed.
+        """
+        died: bool = self.engine_core.resources.engine_dead
         self.shutdown(timeout=SHUTDOWN_TIMEOUT_S)
-        _, alive = psutil.wait_procs(self.processes, timeout=SHUTDOWN_TIMEOUT_S)
+        _, alive = psutil.wait_procs(self.processes, timeout=0 if died else SHUTDOWN_TIMEOUT_S)
         for process in alive:
             with suppress(psutil.NoSuchProcess):
                 process.kill()

@@ -66,7 +66,7 @@ class OpenAILayer:
     ) -> OpenAILayer:
         """Build vLLM's serving objects on a running engine."""
         for name in _STREAM_LOGGERS:
-            logging.getLogger(name).addFilter(_is_not_the_clients_fault)
+            logging.getLogger(name).addFilter(_is_not_known)
         state = State()
         await init_app_state(engine, state, arguments, await engine.get_supported_tasks())
         return cls(engine, state, served_name)
@@ -150,10 +150,13 @@ def _raise_if_cancelled() -> None:
         raise asyncio.CancelledError
 
 
-def _is_not_the_clients_fault(record: logging.LogRecord) -> bool:
-    """Drop the stack traces that vLLM logs when it refuses a request while streaming."""
+def _is_not_known(record: logging.LogRecord) -> bool:
+    """Drop the stack traces vLLM logs for each stream it refuses, or that its engine's death cuts.
+
+    The refusal reaches the client, and the death has one trace of its own.
+    """
     error = record.exc_info[1] if record.exc_info else None
-    return not isinstance(error, VLLMClientError)
+    return not isinstance(error, VLLMClientError | EngineDeadError)
 
 
 def _raw_request(call: GenerateCall) -> Any:
