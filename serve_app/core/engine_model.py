@@ -27,33 +27,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import IntEnum
 from heapq import heappop, heappush
 
+from serve_app.core.decode_set import DecodeSet
+from serve_app.core.engine_parts import EngineParams, Event, EventKind, Phase, Sequence, StepRun
 from serve_app.core.kv_blocks import KvBlocks
 from serve_app.core.types import PriorityClass
 
+__all__ = ["EngineModel", "EngineParams", "Event", "EventKind", "Phase", "Sequence", "StepRun"]
+
 _TICKS_PER_S = 10**12
-_CLASSES = len(PriorityClass)
-
-
-class EventKind(IntEnum):
-    """What happened to a sequence at the end of a step (preemption: at its start)."""
-
-    FIRST_TOKEN = 0
-    FINISHED = 1
-    PREEMPTED = 2
-
-
-class Phase(IntEnum):
-    """Where a sequence is in its life."""
-
-    WAITING = 0
-    PREFILL = 1
-    DECODE = 2
-    ENDED = 3
-
 
 _FIRST_TOKEN = EventKind.FIRST_TOKEN
 _FINISHED = EventKind.FINISHED
@@ -62,124 +45,6 @@ _WAITING = Phase.WAITING
 _PREFILL = Phase.PREFILL
 _DECODE = Phase.DECODE
 _ENDED = Phase.ENDED
-
-
-@dataclass(frozen=True, slots=True)
-class EngineParams:
-    """Size and speed of an engine; the defaults are an 8B model on one H100, BF16.
-
-    ``blocks_per_hash`` is how many KV blocks one prefix hash stands for (a trace that
-    hashes 512 tokens at a time has 32 blocks of 16).
-
-    Raises:
-        ValueError: a field is out of range; the message names it.
-    """
-
-    max_num_seqs: int = 256
-    token_budget: int = 8192
-    kv_blocks: int = 26_313
-    block_tokens: int = 16
-    blocks_per_hash: int = 1
-    overhead_s: float = 0.00115
-    weights_s: float = 0.0057
-    prefill_s_per_token: float = 30e-6
-    context_s_per_token: float = 7.6e-8
-    batch_s_per_request: float = 4.4e-6
-
-    def __post_init__(self) -> None:
-        for field in ("max_num_seqs", "kv_blocks", "block_tokens", "blocks_per_hash"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, not {getattr(self, field)}")
-        if self.token_budget < self.max_num_seqs:
-            raise ValueError(
-                f"token_budget ({self.token_budget}) must be at least max_num_seqs "
-                f"({self.max_num_seqs}): every running sequence decodes one token a step"
-            )
-        for field in (
-            "overhead_s",
-            "weights_s",
-            "prefill_s_per_token",
-            "context_s_per_token",
-            "batch_s_per_request",
-        ):
-            if not 0 <= getattr(self, field) < math.inf:
-                raise ValueError(f"{field} must be finite and not negative")
-
-
-class Sequence:
-    """One generation inside the model. Read only for callers; made by ``EngineModel.add``.
-
-    ``cached_tokens`` is the prefix hit of its first admission and ``started_s`` when
-    that was; ``first_token_s`` and ``finished_s`` are None until they happen.
-    ``computed_tokens`` is meaningful while the prompt is being processed.
-    """
-
-    __slots__ = (
-        "_base_step",
-        "_examined",
-        "_finish_step",
-        "_generated",
-        "_named",
-        "cached_tokens",
-        "computed_tokens",
-        "finished_s",
-        "first_token_s",
-        "hashes",
-        "name",
-        "order",
-        "output_tokens",
-        "phase",
-        "preemptions",
-        "priority",
-        "prompt_tokens",
-        "started_s",
-    )
-
-    def __init__(
-        self,
-        name: object,
-        order: int,
-        prompt_tokens: int,
-        output_tokens: int,
-        priority: int,
-        hashes: tuple[int, ...],
-    ) -> None:
-        self.name = name
-        self.order = order
-        self.prompt_tokens = prompt_tokens
-        self.output_tokens = output_tokens
-        self.priority = priority
-        self.hashes = hashes
-        self.phase = _WAITING
-        self.preemptions = 0
-        self.cached_tokens = 0
-        self.computed_tokens = 0
-        self.started_s: float | None = None
-        self.first_token_s: float | None = None
-        self.finished_s: float | None = None
-        self._generated = 0
-        self._base_step = 0
-        self._finish_step = 0
-        self._examined = 0
-        self._named: list[int] = []
-
-
-Event = tuple[float, EventKind, Sequence]
-
-
-@dataclass(frozen=True, slots=True)
-class StepRun:
-    """Consecutive steps of one composition, for splitting their time over requests.
-
-    ``decodes`` holds each decoding sequence with its context in the run's first step;
-    it grows by one token a step. ``prefills`` holds chunk sizes; such a run is one step.
-    """
-
-    start_s: float
-    duration_s: float
-    steps: int
-    decodes: tuple[tuple[Sequence, int], ...]
-    prefills: tuple[tuple[Sequence, int], ...]
 
 
 class EngineModel:
@@ -215,15 +80,8 @@ class EngineModel:
         self._waiting_count = 0
         self._running: dict[int, Sequence] = {}
         self._partial: Sequence | None = None
-        # Decoding sequences. A sequence's context is its class's offset share plus the
-        # step count, so sums over sequences need no update as steps pass.
-        self._decoding = 0
-        self._offsets = [0] * _CLASSES
-        self._decoding_by_class = [0] * _CLASSES
-        self._still_tokens = [0] * _CLASSES  # of waiting and prefilling sequences
-        self._needs = [0] * self._block_tokens  # who needs a block at step % block_tokens
-        self._finishing: dict[int, list[Sequence]] = {}
-        self._finish_steps: list[int] = []
+        self._decoding = DecodeSet(params.block_tokens)
+        self._still_tokens = [0] * len(PriorityClass)  # of waiting and prefilling sequences
         # The plan: steps of one composition, of which the first is in flight.
         self._start = 0
         self._plan_steps = 0
@@ -338,12 +196,9 @@ class EngineModel:
 
     def in_flight_tokens(self) -> tuple[int, int, int]:
         """Return prompt and generated tokens of everything present, by class."""
-        step = self.steps_total
+        contexts = self._decoding.contexts_by_class(self.steps_total)
         critical, standard, sheddable = (
-            still + offset + count * step
-            for still, offset, count in zip(
-                self._still_tokens, self._offsets, self._decoding_by_class, strict=True
-            )
+            still + context for still, context in zip(self._still_tokens, contexts, strict=True)
         )
         return critical, standard, sheddable
 
@@ -401,28 +256,15 @@ class EngineModel:
             return
         duration = steps * self._plan_first + self._plan_growth * (steps * (steps - 1) // 2)
         self._record(steps, duration)
-        self._take_run_blocks(steps)
+        blocks = self._decoding.blocks_of_steps(self.steps_total + 1, steps)
+        if blocks:
+            self.kv.take(blocks)
         self.steps_total += steps
-        self.decode_tokens_total += steps * self._decoding
+        self.decode_tokens_total += steps * self._decoding.count
         self.busy_ticks += duration
         self._start += duration
         self._plan_first += steps * self._plan_growth
         self._plan_steps -= steps
-
-    def _take_run_blocks(self, steps: int) -> None:
-        """Take the blocks of the ``steps`` steps behind the one in flight."""
-        size = self._block_tokens
-        cycles, rest = divmod(steps, size)
-        blocks = cycles * self._decoding
-        if rest:
-            needs = self._needs
-            first = (self.steps_total + 1) % size
-            last = first + rest
-            blocks += sum(needs[first:last])
-            if last > size:
-                blocks += sum(needs[: last - size])
-        if blocks:
-            self.kv.take(blocks)
 
     def _record(self, steps: int, duration: int) -> None:
         if self._on_run is None:
@@ -450,17 +292,15 @@ class EngineModel:
             self._pass_steps(steps - 1)
         self._record(1, self._plan_first)
         self.busy_ticks += self._plan_first
-        self.decode_tokens_total += self._decoding
+        self.decode_tokens_total += self._decoding.count
         self._plan_steps = 0
         self._start = end
         self.steps_total += 1
-        step = self.steps_total
         now_s = end / _TICKS_PER_S
-        finish_steps = self._finish_steps
-        # Buckets emptied by aborts stay until their step has come.
-        while finish_steps and finish_steps[0] <= step:
-            for sequence in self._finishing.pop(heappop(finish_steps)):
-                self._finish_decoding(sequence, now_s)
+        for sequence in self._decoding.pop_finished(self.steps_total):
+            del self._running[sequence.order]
+            sequence._generated = sequence.output_tokens
+            self._end(sequence, now_s)
         if self._prefills:
             prefills = self._prefills
             self._prefills = []
@@ -473,10 +313,10 @@ class EngineModel:
 
     def _plan(self) -> bool:
         """Compose the next step, or run of equal steps; False when there is no work."""
-        decoding = self._decoding
-        blocks = self._needs[self.steps_total % self._block_tokens] if decoding else 0
+        decodes = self._decoding
+        blocks = decodes.blocks(self.steps_total)
         partial = self._partial
-        budget = self.params.token_budget - decoding
+        budget = self.params.token_budget - decodes.count
         chunk = 0
         if partial is not None:
             chunk = min(self._uncomputed(partial), budget)
@@ -484,7 +324,6 @@ class EngineModel:
         preempted = blocks > self.kv.free()
         if preempted:
             chunk = self._allocate_by_preempting()
-            decoding = self._decoding
             partial = self._partial
         elif blocks:
             self.kv.take(blocks)
@@ -493,10 +332,10 @@ class EngineModel:
             self._compute(partial, chunk)
         if self._waiting_count and not preempted and budget > 0:
             self._admit(budget)
-        if not decoding and not self._prefills:
+        if not decodes.count and not self._prefills:
             # A lone sequence never preempts itself, so only an empty engine gets here.
             return False
-        self._set_plan(decoding)
+        self._set_plan(decodes.count)
         if preempted:
             # Admission resumes with the next step.
             self._cut_plan()
@@ -509,12 +348,10 @@ class EngineModel:
         for _, chunk in prefills:
             tokens += chunk
         step = self.steps_total
-        offsets = self._offsets
-        contexts = offsets[0] + offsets[1] + offsets[2] + decoding * step
         duration = (
             self._overhead
             + max(self._weights, self._per_token * tokens)
-            + self._per_context * contexts
+            + self._per_context * self._decoding.contexts(step)
             + self._per_sequence * (decoding + len(prefills))
         )
         # With all costs zero a step still has an end after its start.
@@ -523,40 +360,15 @@ class EngineModel:
         if prefills:
             self._plan_steps = 1
         else:
-            self._plan_steps = self._steps_with_blocks(self._next_finish_step() - step)
+            # The blocks of the step in flight are taken; those of the others must be free.
+            others = self._decoding.next_finish() - step - 1
+            self._plan_steps = 1 + self._decoding.steps_within(step + 1, others, self.kv.free())
         if self._on_run is not None:
             self._decodes = [
                 (sequence, sequence.prompt_tokens + self.generated(sequence))
                 for sequence in self._running.values()
                 if sequence.phase is _DECODE
             ]
-
-    def _next_finish_step(self) -> int:
-        finish_steps = self._finish_steps
-        finishing = self._finishing
-        while not finishing[finish_steps[0]]:
-            del finishing[heappop(finish_steps)]
-        return finish_steps[0]
-
-    def _steps_with_blocks(self, steps: int) -> int:
-        """Return how many of ``steps`` decode steps the free blocks last, at least 1.
-
-        The first step's blocks are taken already.
-        """
-        decoding = self._decoding
-        size = self._block_tokens
-        free = self.kv.free()
-        if decoding * ((steps - 2) // size + 1) <= free:
-            return steps
-        cycles, rest = divmod(free, decoding)
-        fitting = 1 + cycles * size
-        needs = self._needs
-        for index in range(self.steps_total + 1, self.steps_total + 1 + size):
-            rest -= needs[index % size]
-            if rest < 0:
-                break
-            fitting += 1
-        return min(steps, fitting)
 
     def _admit(self, budget: int) -> None:
         """Admit waiting sequences while budget, slots and blocks last."""
@@ -653,7 +465,7 @@ class EngineModel:
                 context = sequence.prompt_tokens + self.generated(sequence)
                 need = int((context - 1) % size == 0)
             elif sequence.phase is _PREFILL:
-                budget = self.params.token_budget - self._decoding
+                budget = self.params.token_budget - self._decoding.count
                 chunk = min(self._uncomputed(sequence), budget)
                 need = self._blocks_for(sequence, chunk)
             else:
@@ -698,41 +510,15 @@ class EngineModel:
         self._still_tokens[priority] -= context - 1
         if generated == sequence.output_tokens:
             del self._running[sequence.order]
-            self._end(sequence, context - 1, now_s)
+            self._end(sequence, now_s)
             return
-        step = self.steps_total
         sequence.phase = _DECODE
-        sequence._base_step = step
-        self._decoding += 1
-        self._decoding_by_class[priority] += 1
-        self._offsets[priority] += context - step
-        self._needs[(step - context + 1) % self._block_tokens] += 1
-        finish = step + sequence.output_tokens - generated
-        sequence._finish_step = finish
-        bucket = self._finishing.get(finish)
-        if bucket is None:
-            self._finishing[finish] = [sequence]
-            heappush(self._finish_steps, finish)
-        else:
-            bucket.append(sequence)
+        sequence._base_step = self.steps_total
+        self._decoding.join(sequence, context, self.steps_total)
 
-    def _leave_decoding(self, sequence: Sequence, context: int) -> None:
-        priority = sequence.priority
-        step = self.steps_total
-        self._decoding -= 1
-        self._decoding_by_class[priority] -= 1
-        self._offsets[priority] -= context - step
-        self._needs[(step - context + 1) % self._block_tokens] -= 1
-
-    def _finish_decoding(self, sequence: Sequence, now_s: float) -> None:
-        sequence._generated = sequence.output_tokens
-        context = sequence.prompt_tokens + sequence.output_tokens
-        self._leave_decoding(sequence, context)
-        del self._running[sequence.order]
-        self._end(sequence, context - 1, now_s)
-
-    def _end(self, sequence: Sequence, computed: int, now_s: float) -> None:
+    def _end(self, sequence: Sequence, now_s: float) -> None:
         """A complete sequence: cache what its hashes cover, free its blocks."""
+        computed = sequence.prompt_tokens + sequence.output_tokens - 1
         if len(sequence.hashes) > sequence._examined:
             self._name_segments(sequence, computed)
         self._release(sequence, (computed - 1) // self._block_tokens + 1)
@@ -757,8 +543,7 @@ class EngineModel:
         context = sequence.prompt_tokens + sequence._generated
         if sequence.phase is _DECODE:
             held = context if in_flight else context - 1
-            self._finishing[sequence._finish_step].remove(sequence)
-            self._leave_decoding(sequence, context)
+            self._decoding.leave(sequence, context, self.steps_total)
         else:
             held = sequence.computed_tokens
             self._still_tokens[sequence.priority] -= context
