@@ -15,11 +15,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from prometheus_client import CollectorRegistry
+
 from serve_app.config import ControlArgs
 from serve_app.keys import KeyRecord, KeyTable, KeyWish, bootstrap_record
 from serve_app.ledger.store import KeyStore
-from serve_app.telemetry.exposition import Family, merge
-from serve_app.telemetry.logs import configure
+from serve_app.observer import describe_build
+from serve_app.telemetry.exposition import Family, merge, render_families
+from serve_app.telemetry.logs import configure, process_stderr
+from serve_app.telemetry.metrics import ControlMetrics
 from serve_app.telemetry.uplink import Heartbeat, Tables
 
 logger = logging.getLogger("headrace.control")
@@ -38,11 +42,13 @@ class Control:
     """One replica; its methods are called through Serve handles."""
 
     async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
-        configure()
+        configure(process_stderr())
         self._args = ControlArgs.model_validate(args)
         self._store = KeyStore(self._args.database)
         self._bootstrap = os.environ.get("HEADRACE_BOOTSTRAP_KEY")
         self._processes: dict[str, _Process] = {}
+        self._metrics = ControlMetrics(CollectorRegistry())
+        describe_build(self._metrics, "control")
         self._table = await asyncio.to_thread(self._read_table)
         self._watch = asyncio.create_task(self._follow_store())
 
@@ -64,7 +70,10 @@ class Control:
     async def scrape(self) -> bytes:
         """Return the metrics of every live process in Prometheus' text format."""
         self._forget_silent()
-        return merge([process.families for process in self._processes.values()])
+        known = self._processes.values()
+        self._metrics.known([process.beat.role for process in known], len(self._table))
+        own = render_families(self._metrics.registry, {"process": "control"})
+        return merge([own, *(process.families for process in known)])
 
     async def list_keys(self) -> list[KeyRecord]:
         """Return all keys, revoked ones included; never a secret."""
@@ -97,7 +106,9 @@ class Control:
     async def _follow_store(self) -> None:
         """Notice keys that the command line changed in the same database."""
         while True:
+            due_s = time.monotonic() + self._args.follow_period_s
             await asyncio.sleep(self._args.follow_period_s)
+            self._metrics.event_loop_lag_seconds.observe(max(0.0, time.monotonic() - due_s))
             try:
                 version = await asyncio.to_thread(self._store.version)
                 if version != self._table.version:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -33,7 +32,7 @@ from serve_app.keys import KeyTable
 from serve_app.observer import RouterObserver
 from serve_app.operations import MetricsCopy, Operations, Readiness
 from serve_app.telemetry.exposition import Family
-from serve_app.telemetry.logs import RequestLog, configure
+from serve_app.telemetry.logs import RequestLog, configure, process_stderr
 from serve_app.telemetry.uplink import Heartbeat, Tables, Uplink
 
 logger = logging.getLogger("headrace.router")
@@ -45,11 +44,12 @@ class Router:
     """One replica of the gateway."""
 
     async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
-        configure()
+        stderr = process_stderr()
+        configure(stderr)
         self._args = GatewayArgs.model_validate(args)
         self._name = serve.get_replica_context().replica_id.unique_id
         self._fast_path = all(os.environ.get(flag) == "1" for flag in FAST_PATH_FLAGS)
-        self._observer = RouterObserver(self._name, RequestLog(sys.stderr), time.time)
+        self._observer = RouterObserver(self._name, RequestLog(stderr), time.time)
         self._gate = Gate(Controller(), time.monotonic, self._observer.notice)
         self._fleet = Fleet(self._name, self._gate, _connect, DIRECTORY)
         self._control = HandleControlLink(self._args.control.app)

@@ -33,6 +33,7 @@ _SERVES_OWN = frozenset(
         b"x-request-id",
     }
 )
+_NAMES = frozenset({b"x-request-id", b"x-headrace-request-id"})
 _MULTIPLEX = b"serve_multiplexed_model_id"
 
 
@@ -56,12 +57,15 @@ class EdgeHeaders:
             SCOPE_REQUEST_ID: request_id,
             SCOPE_CLIENT_LABEL: label,
         }
-        shown = (label or request_id).encode()
+        names = [
+            (b"x-request-id", (label or request_id).encode()),
+            (b"x-headrace-request-id", request_id.encode()),
+        ]
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                others = [h for h in message["headers"] if h[0].lower() != b"x-request-id"]
-                message = {**message, "headers": [*others, (b"x-request-id", shown)]}
+                others = [h for h in message["headers"] if h[0].lower() not in _NAMES]
+                message = {**message, "headers": [*others, *names]}
             await send(message)
 
         await self._app(inner, receive, send_named)

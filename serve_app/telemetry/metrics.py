@@ -8,7 +8,7 @@ registry, so an engine's metrics carry no such label themselves.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -315,6 +315,31 @@ class EngineMetrics(ProcessMetrics):
         self.engine_tokens_total.labels("cached_input").inc(usage.cached_prompt_tokens)
         kind = "output" if completed else "wasted"
         self.engine_tokens_total.labels(kind).inc(usage.completion_tokens)
+
+
+class ControlMetrics(ProcessMetrics):
+    """The metrics of Control: who reports to it, what it hands out."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        super().__init__(registry)
+        self.processes = Gauge(
+            "headrace_control_processes",
+            "Processes that report to Control, by role.",
+            ("role",),
+            registry=registry,
+        )
+        self.keys = Gauge(
+            "headrace_control_keys",
+            "API keys in the table that routers are given, revoked ones included.",
+            registry=registry,
+        )
+
+    def known(self, roles: Iterable[str], keys: int) -> None:
+        """Set the gauges: the role of every process that reports, and how many keys there are."""
+        self.processes.clear()
+        for role in roles:
+            self.processes.labels(role).inc()
+        self.keys.set(keys)
 
 
 def class_label(priority_class: PriorityClass | None) -> str:

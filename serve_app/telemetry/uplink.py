@@ -119,7 +119,7 @@ class Uplink:
                     await exchange()
             except asyncio.CancelledError:
                 raise
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  # away in whatever way
                 if not self.control_is_away:
                     logger.warning("control is away: %s: %.200s", type(error).__name__, error)
                 self.control_is_away = True
