@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import create_engine
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateTable
 
@@ -173,10 +174,17 @@ def test_a_database_that_cannot_be_is_a_configuration_error(url: str, words: str
         KeyStore(url)
 
 
-def test_errors_do_not_show_the_database_password() -> None:
-    with pytest.raises((ConfigError, StoreUnavailable)) as caught:
-        KeyStore("postgresql+nosuchdriver://ann:swordfish@host/x")
+def test_errors_do_not_show_the_database_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x").write_bytes(b"this is not a database" * 100)
+    broken = create_engine(f"sqlite:///{tmp_path}/x")
+    monkeypatch.setattr("serve_app.ledger.store._engine", lambda _: broken)
+    with pytest.raises(StoreUnavailable) as caught:
+        KeyStore("postgresql://ann:swordfish@db/x")
+    assert "ann" in str(caught.value)
     assert "swordfish" not in str(caught.value)
+    broken.dispose()
 
 
 def test_a_relative_file_is_taken_from_the_given_folder() -> None:
