@@ -1,0 +1,141 @@
+"""The outermost layer: what of a client's headers gets past it, and the names of requests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from serve_app.gateway.edge import MAX_LABEL_BYTES, EdgeHeaders, middlewares, request_names
+
+Headers = list[tuple[bytes, bytes]]
+
+
+class Inside:
+    """The application behind the edge: keeps the scope it saw and answers with ``answer``."""
+
+    def __init__(self, answer: Headers | None = None) -> None:
+        self.answer = answer or []
+        self.scope: dict[str, Any] = {}
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.scope = dict(scope)
+        await send({"type": "http.response.start", "status": 200, "headers": self.answer})
+        await send({"type": "http.response.body", "body": b"x"})
+
+    @property
+    def names(self) -> list[bytes]:
+        return [name for name, _ in self.scope["headers"]]
+
+
+async def passed(inside: Inside, *headers: tuple[bytes, bytes]) -> Headers:
+    """Send a request through the edge; return the response's headers."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        raise AssertionError("the edge reads no body")
+
+    scope = {"type": "http", "headers": list(headers), "path": "/"}
+    await EdgeHeaders(inside)(scope, receive, send)
+    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+    found: Headers = sent[0]["headers"]
+    return found
+
+
+def values(headers: Headers, name: bytes) -> list[bytes]:
+    return [value for key, value in headers if key == name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        b"x-request-disconnect-disabled",
+        b"x-request-timeout-seconds",
+        b"x-session-id",
+        b"X-Session-ID",
+        b"serve_multiplexed_model_id",
+        b"serve-multiplexed-model-id",
+        b"Serve-Multiplexed_Model-Id",
+    ],
+)
+async def test_headers_that_steer_serve_end_at_the_edge(name: bytes) -> None:
+    inside = Inside()
+    await passed(inside, (name, b"1"), (b"authorization", b"Bearer k"))
+    assert inside.names == [b"authorization", b"x-request-id"]
+
+
+async def test_other_headers_pass_in_order() -> None:
+    inside = Inside()
+    others = [(b"accept", b"a"), (b"content-type", b"b"), (b"x-session", b"c"), (b"accept", b"d")]
+    await passed(inside, *others)
+    assert inside.scope["headers"][:4] == others
+
+
+async def test_a_short_label_is_echoed_and_goes_no_further() -> None:
+    inside = Inside()
+    answer = await passed(inside, (b"x-request-id", b"mine"))
+    own = inside.scope["headers"][-1][1]
+    assert own.startswith(b"req_")
+    assert values(answer, b"x-request-id") == [b"mine"]
+    assert values(answer, b"x-headrace-request-id") == [own]
+    assert request_names(inside.scope) == (own.decode(), "mine")
+
+
+@pytest.mark.parametrize("label", [b"x" * (MAX_LABEL_BYTES + 1), b"", b"a b", b"\xff", b"a\x00"])
+async def test_a_label_that_cannot_be_echoed_is_replaced_by_our_id(label: bytes) -> None:
+    inside = Inside()
+    answer = await passed(inside, (b"x-request-id", label))
+    own = inside.scope["headers"][-1][1]
+    assert values(answer, b"x-request-id") == values(answer, b"x-headrace-request-id") == [own]
+    assert request_names(inside.scope) == (own.decode(), None)
+
+
+async def test_names_that_the_application_set_are_not_doubled() -> None:
+    theirs = [(b"X-Request-Id", b"serve"), (b"x-headrace-request-id", b"app"), (b"a", b"b")]
+    answer = await passed(Inside(theirs))
+    lowered = [(name.lower(), value) for name, value in answer]
+    assert len(values(lowered, b"x-request-id")) == 1
+    assert len(values(lowered, b"x-headrace-request-id")) == 1
+    assert values(lowered, b"a") == [b"b"]
+    assert b"serve" not in values(lowered, b"x-request-id")
+
+
+async def test_every_request_gets_an_id_of_its_own() -> None:
+    first, second = await passed(Inside()), await passed(Inside())
+    assert values(first, b"x-request-id") != values(second, b"x-request-id")
+
+
+async def test_the_callers_scope_is_not_changed() -> None:
+    scope = {"type": "http", "headers": [(b"x-request-id", b"mine")]}
+
+    async def send(_message: Any) -> None:
+        return None
+
+    await EdgeHeaders(Inside())(scope, send, send)  # type: ignore[arg-type]
+    assert scope == {"type": "http", "headers": [(b"x-request-id", b"mine")]}
+
+
+async def test_what_is_not_http_passes_unchanged() -> None:
+    seen: list[Any] = []
+
+    async def inside(scope: Any, receive: Any, send: Any) -> None:
+        seen.append((scope, receive, send))
+
+    scope, receive, send = {"type": "lifespan"}, object(), object()
+    await EdgeHeaders(inside)(scope, receive, send)  # type: ignore[arg-type]
+    assert seen == [(scope, receive, send)]
+
+
+def test_without_the_edge_a_request_is_named_where_it_is_served() -> None:
+    named, label = request_names({"type": "http", "headers": [(b"x-request-id", b"mine")]})
+    assert named.startswith("req_")
+    assert label == "mine"
+    assert request_names({"type": "http", "headers": []})[1] is None
+
+
+def test_serve_is_given_the_layer() -> None:
+    [middleware] = middlewares()
+    assert middleware.cls is EdgeHeaders
