@@ -86,4 +86,7 @@ class Fleet:
             except EngineDead as error:
                 logger.warning("lost replica %s of pool %s: %s", replica, pool, error)
                 self._gate.forget(replica)
+            except Exception:
+                logger.exception("watching replica %s of pool %s failed", replica, pool)
+                self._gate.forget(replica)
             await asyncio.sleep(REWATCH_S)

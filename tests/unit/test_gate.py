@@ -197,7 +197,7 @@ async def test_a_client_that_leaves_while_served_frees_its_slot_at_once() -> Non
 
 async def test_a_completed_request_stays_completed_if_its_client_leaves_afterwards() -> None:
     made = gate("r1")
-    with pytest.raises(asyncio.CancelledError):
+    with pytest.raises(asyncio.CancelledError):  # noqa: PT012  # leaving the block is what raises
         async with made.place(ticket("a")) as lease:
             lease.settle(Usage(10, 0, 5))
             raise asyncio.CancelledError
@@ -248,7 +248,7 @@ async def test_moving_without_another_replica_refuses_and_ends_the_request() -> 
 
 async def test_a_move_that_ends_a_request_lets_others_into_its_slot() -> None:
     made = gate("r1")
-    with pytest.raises(Refused):
+    with pytest.raises(Refused):  # noqa: PT012  # the move is inside the block
         async with made.place(ticket("a")) as lease:
             second = Place(made, "b")
             await settled()

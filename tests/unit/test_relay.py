@@ -1,0 +1,312 @@
+"""One completion from an engine's items to a client's bytes, over a transport of a script."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+import orjson
+import pytest
+
+from serve_app.core.types import (
+    Dispatch,
+    KeyId,
+    Outcome,
+    PoolName,
+    PriorityClass,
+    ReplicaId,
+    RequestId,
+    TenantId,
+    Ticket,
+    Usage,
+)
+from serve_app.engine.api import (
+    Endpoint,
+    EngineDead,
+    EngineTimings,
+    Final,
+    Frame,
+    GenerateCall,
+    GenerateItem,
+    Refusal,
+)
+from serve_app.errors import (
+    ApiError,
+    ContextLengthExceeded,
+    EngineFailed,
+    InvalidRequest,
+    Unavailable,
+)
+from serve_app.gate import Lease
+from serve_app.gateway.http import ClientGone
+from serve_app.relay import Relay, error_of
+
+POOL = PoolName("chat")
+USAGE = Usage(prompt_tokens=7, completion_tokens=2)
+FIRST = Frame(0, b'data: {"a":1}\n\n', (5,))
+LAST = Frame(1, b"data: [DONE]\n\n", (6,))
+FINAL = Final(USAGE, EngineTimings(), frames=2, finish_reason="stop")
+
+
+class Slots:
+    """The gate as a lease sees it: counts tokens, moves a request along ``replicas``."""
+
+    def __init__(self, replicas: Sequence[str]) -> None:
+        self.replicas = [ReplicaId(name) for name in replicas]
+        self.tokens = 0
+        self.failed: list[str] = []
+
+    def dispatch(self) -> Dispatch:
+        return Dispatch(RequestId("q"), POOL, tuple(self.replicas), queued_s=0.0)
+
+    def progress(self, replica: ReplicaId, request_id: RequestId, tokens: int) -> None:
+        self.tokens += tokens
+
+    def fail(self, request_id: RequestId, replica: ReplicaId) -> Dispatch:
+        self.failed.append(replica)
+        self.replicas.remove(replica)
+        if not self.replicas:
+            raise NoReplica
+        return self.dispatch()
+
+
+class NoReplica(Exception):
+    """What the gate raises when there is no other replica."""
+
+
+class Script:
+    """A transport that yields, per replica, a list of items; an exception in it is raised."""
+
+    def __init__(self, **scripts: Sequence[GenerateItem | Exception]) -> None:
+        self._scripts = scripts
+        self.calls: list[GenerateCall] = []
+        self.closed = 0
+
+    async def generate(self, call: GenerateCall) -> AsyncGenerator[GenerateItem, None]:
+        self.calls.append(call)
+        assert call.target is not None
+        try:
+            for item in self._scripts[call.target]:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            self.closed += 1
+
+    def watch(self, call: Any) -> Any:
+        raise AssertionError("a relay watches nothing")
+
+
+class Client:
+    """Records the response; ``gone_after`` messages later its connection is closed."""
+
+    def __init__(self, gone_after: int | None = None) -> None:
+        self.sent: list[Any] = []
+        self._gone_after = gone_after
+
+    async def send(self, message: Any) -> None:
+        if self._gone_after is not None and len(self.sent) >= self._gone_after:
+            raise OSError("connection lost")
+        self.sent.append(message)
+
+    @property
+    def start(self) -> Any:
+        [start] = [m for m in self.sent if m["type"] == "http.response.start"]
+        return start
+
+    @property
+    def headers(self) -> dict[bytes, bytes]:
+        return dict(self.start["headers"])
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(m["body"] for m in self.sent if m["type"] == "http.response.body")
+
+    @property
+    def ends(self) -> int:
+        bodies = [m for m in self.sent if m["type"] == "http.response.body"]
+        return sum(not message.get("more_body", False) for message in bodies)
+
+
+class Case:
+    """A relay between a scripted transport and a recording client."""
+
+    def __init__(
+        self, transport: Script, *replicas: str, stream: bool = True, client: Client | None = None
+    ) -> None:
+        self.transport = transport
+        self.slots = Slots(replicas or ("r1",))
+        self.client = client or Client()
+        self.relay = Relay(self.client.send, [(b"x-own", b"1")], lambda: 1.0)
+        self.lease = Lease(self.slots, ticket(), self.slots.dispatch())  # type: ignore[arg-type]
+        self.stream = stream
+
+    async def run(self) -> None:
+        await self.relay.run(self.lease, self.transport, self._call)
+
+    def _call(self, lease: Lease) -> GenerateCall:
+        return GenerateCall(
+            request_id=lease.ticket.request_id,
+            endpoint=Endpoint.CHAT,
+            body=b"{}",
+            stream=self.stream,
+            tenant="t",
+            cache_salt="s",
+            priority_class=PriorityClass.STANDARD,
+            target=lease.replica,
+        )
+
+
+def ticket() -> Ticket:
+    return Ticket(
+        request_id=RequestId("q"),
+        pool=POOL,
+        tenant=TenantId("t"),
+        key=KeyId("k"),
+        priority_class=PriorityClass.STANDARD,
+        prompt_tokens=10,
+        max_tokens=10,
+    )
+
+
+async def test_a_stream_is_relayed_byte_by_byte_and_ends_once() -> None:
+    case = Case(Script(r1=[FIRST, LAST, FINAL]))
+    await case.run()
+    assert case.client.start["status"] == 200
+    assert case.client.body == FIRST.data + LAST.data
+    assert case.client.ends == 1
+    assert case.lease.outcome is Outcome.COMPLETED
+    assert case.lease.usage == USAGE
+    assert case.slots.tokens == 2
+    delivery = case.relay.delivery
+    assert (delivery.output_tokens, delivery.frames, delivery.attempts) == (2, 2, 1)
+    assert (delivery.streamed, delivery.finish_reason) == (True, "stop")
+    assert delivery.usage == USAGE
+
+
+async def test_a_whole_body_is_sent_with_its_length() -> None:
+    final = Final(USAGE, EngineTimings(), frames=1)
+    case = Case(Script(r1=[Frame(0, b'{"id":1}', (5, 6)), final]), stream=False)
+    await case.run()
+    assert case.client.headers[b"content-type"] == b"application/json"
+    assert case.client.headers[b"content-length"] == b"8"
+    assert case.client.headers[b"x-own"] == b"1"
+    assert (case.client.body, case.client.ends) == (b'{"id":1}', 1)
+    assert not case.relay.delivery.streamed
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_the_response_says_where_and_how_it_was_served(stream: bool) -> None:
+    case = Case(Script(r1=[FIRST, FINAL]), stream=stream)
+    dispatch = Dispatch(RequestId("q"), POOL, (ReplicaId("r1"),), 0.0, degraded="capped")
+    case.relay.describe(dispatch, PriorityClass.SHEDDABLE)
+    await case.run()
+    assert case.client.headers[b"x-headrace-pool"] == b"chat"
+    assert case.client.headers[b"x-headrace-class"] == b"sheddable"
+    assert case.client.headers[b"x-headrace-degraded"] == b"capped"
+
+
+async def test_before_the_first_byte_a_lost_replica_costs_another_try_only() -> None:
+    transport = Script(r1=[EngineDead("gone")], r2=[EngineDead("too")], r3=[FIRST, LAST, FINAL])
+    case = Case(transport, "r1", "r2", "r3")
+    await case.run()
+    assert [call.target for call in transport.calls] == ["r1", "r2", "r3"]
+    assert case.slots.failed == ["r1", "r2"]
+    assert case.relay.delivery.attempts == 3
+    assert (case.client.body, case.client.ends) == (FIRST.data + LAST.data, 1)
+
+
+async def test_without_another_replica_nothing_is_sent() -> None:
+    case = Case(Script(r1=[EngineDead("gone")]), "r1")
+    with pytest.raises(NoReplica):
+        await case.run()
+    assert case.client.sent == []
+
+
+async def test_after_the_first_byte_a_lost_replica_ends_the_stream_with_an_error() -> None:
+    transport = Script(r1=[FIRST, EngineDead("gone")], r2=[FIRST, LAST, FINAL])
+    case = Case(transport, "r1", "r2")
+    with pytest.raises(EngineFailed) as caught:
+        await case.run()
+    assert caught.value.should_retry is True
+    assert case.slots.failed == []
+    assert case.client.ends == 0
+    await case.relay.fail(caught.value)
+    await case.relay.fail(caught.value)
+    assert case.client.ends == 1
+    event = case.client.body.removeprefix(FIRST.data)
+    assert event.startswith(b"data: ")
+    assert orjson.loads(event.removeprefix(b"data: "))["error"]["code"] == "engine_error"
+    assert b"[DONE]" not in event
+    assert case.lease.outcome is Outcome.FAILED
+
+
+async def test_an_engines_refusal_is_the_clients_error_and_nothing_was_sent() -> None:
+    case = Case(Script(r1=[Refusal(400, "too long", code="context_length_exceeded")]))
+    with pytest.raises(ContextLengthExceeded) as caught:
+        await case.run()
+    await case.relay.fail(caught.value)
+    assert case.client.start["status"] == 400
+    assert case.client.headers[b"x-own"] == b"1"
+    assert case.client.ends == 1
+    assert case.slots.failed == []
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_left_closes_the_engines_stream(stream: bool) -> None:
+    case = Case(Script(r1=[FIRST, LAST, FINAL]), stream=stream, client=Client(gone_after=0))
+    with pytest.raises(ClientGone):
+        await case.run()
+    assert case.transport.closed == 1
+    assert case.lease.outcome is not Outcome.COMPLETED
+
+
+async def test_a_cancelled_request_closes_the_engines_stream() -> None:
+    reached = asyncio.Event()
+
+    class Endless(Script):
+        async def generate(self, call: GenerateCall) -> AsyncGenerator[GenerateItem, None]:
+            try:
+                yield FIRST
+                reached.set()
+                await asyncio.Event().wait()
+            finally:
+                self.closed += 1
+
+    case = Case(Endless())
+    task = asyncio.create_task(case.run())
+    await reached.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert case.transport.closed == 1
+    assert case.client.body == FIRST.data
+
+
+async def test_a_failure_after_a_whole_answer_changes_nothing() -> None:
+    case = Case(Script(r1=[Frame(0, b"{}", (1,)), EngineDead("gone")]), stream=False)
+    with pytest.raises(EngineFailed) as caught:
+        await case.run()
+    await case.relay.fail(caught.value)
+    assert (case.client.body, case.client.ends) == (b"{}", 1)
+
+
+@pytest.mark.parametrize(
+    ("refusal", "kind", "status"),
+    [
+        (Refusal(400, "m", param="n"), InvalidRequest, 400),
+        (Refusal(404, "m", type="not_found_error"), InvalidRequest, 404),
+        (Refusal(400, "m", code="context_length_exceeded"), ContextLengthExceeded, 400),
+        (Refusal(503, "m", type="server_error", code="draining"), Unavailable, 503),
+    ],
+)
+def test_refusals_keep_their_status_and_names(
+    refusal: Refusal, kind: type[ApiError], status: int
+) -> None:
+    error = error_of(refusal)
+    assert type(error) is kind
+    assert (error.status, error.message, error.param) == (status, "m", refusal.param)
+    assert error.type == refusal.type
+    assert error.code == refusal.code
+    assert (error.retry_after_s is not None) == (status == 503)
