@@ -129,9 +129,9 @@ class SimEngine:
                     frames += 1
                 if generation.complete():
                     break
-                await generation.progress()
                 if self._dead:
                     raise EngineDead("the simulated engine died")
+                await generation.progress()
             self._settle(generation)
             yield Final(
                 usage=generation.usage(),
