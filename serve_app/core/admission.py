@@ -1,9 +1,10 @@
 """Who may be admitted: reserves between classes, turns between them, and refused clients.
 
-Class reserves are accounting at dispatch against the pool's knee, in requests and in
-tokens: Critical may use all of it, Standard and Sheddable together what is not reserved
-for Critical, Sheddable alone its share of it. Reserves round in favour of work: they are
-whole slots, rounded down, and one Sheddable request may always run.
+Class reserves are accounting at dispatch against the pool's knee, in requests, in tokens
+and in prompt tokens not yet computed: Critical may use all of it, Standard and Sheddable
+together what is not reserved for Critical, Sheddable alone its share of it. Reserves
+round in favour of work: slots are whole, reserves rounded down, and a class that holds
+nothing may always run one request, however large.
 
 Among classes that wait, the more important goes first, but a class that waits is owed a
 minimum share of the dispatched cost (more once its next request has aged), and goes
@@ -34,14 +35,20 @@ def hashed_fraction(request_id: RequestId) -> float:
 class Shares:
     """What each class holds of a pool's knee, and whether it may take more.
 
-    Counts cover live replicas only: what still runs on a draining one no longer competes.
+    Held are requests, tokens (uncached prompt and expected output) and prompt tokens not
+    yet computed, the last counted up to one replica's knee each: a longer prompt keeps
+    one replica busy, not several. Only live replicas count: what still runs on a
+    draining one no longer competes.
     """
 
     __slots__ = (
+        "_non_critical_prefill",
         "_non_critical_slots",
         "_non_critical_tokens",
+        "_sheddable_prefill",
         "_sheddable_slots",
         "_sheddable_tokens",
+        "prefill",
         "requests",
         "slots",
         "tokens",
@@ -51,17 +58,22 @@ class Shares:
     def __init__(self) -> None:
         self.requests = [0, 0, 0]
         self.tokens = [0, 0, 0]
-        self.resize(0, 0, PoolPolicy())
+        self.prefill = [0, 0, 0]
+        self.resize(0, 0, 0, PoolPolicy())
 
-    def resize(self, slots: int, tokens_capacity: int, policy: PoolPolicy) -> None:
-        """Set the knee: ``slots`` requests and ``tokens_capacity`` tokens in flight."""
+    def resize(
+        self, slots: int, tokens_capacity: int, prefill_capacity: int, policy: PoolPolicy
+    ) -> None:
+        """Set the knee: requests, tokens, and prompt tokens not yet computed, in flight."""
         self.slots = slots
         self.tokens_capacity = tokens_capacity
+        open_ratio, share = 1.0 - policy.critical_reserve_ratio, policy.sheddable_share_ratio
         self._non_critical_slots = slots - int(policy.critical_reserve_ratio * slots)
-        self._non_critical_tokens = (1.0 - policy.critical_reserve_ratio) * tokens_capacity
-        share = policy.sheddable_share_ratio
+        self._non_critical_tokens = open_ratio * tokens_capacity
+        self._non_critical_prefill = open_ratio * prefill_capacity
         self._sheddable_slots = max(1, int(share * slots)) if share > 0 else 0
         self._sheddable_tokens = share * tokens_capacity
+        self._sheddable_prefill = share * prefill_capacity
 
     def has_slot(self, rank: int) -> bool:
         """Whether one more request of a class may run, by its number of requests."""
@@ -72,17 +84,22 @@ class Shares:
             return False
         return rank == STANDARD or requests[SHEDDABLE] < self._sheddable_slots
 
-    def has_tokens(self, rank: int, need_tokens: int) -> bool:
-        """Whether ``need_tokens`` more fit; a request larger than the share runs alone."""
+    def has_tokens(self, rank: int, need_tokens: int, prefill_tokens: int) -> bool:
+        """Whether so many more tokens and uncomputed prompt tokens fit a class's share."""
         if rank == CRITICAL:
             return True
-        sheddable = self.tokens[SHEDDABLE]
-        held = self.tokens[STANDARD] + sheddable
+        tokens, prefill = self.tokens, self.prefill
+        held, held_prefill = tokens[SHEDDABLE], prefill[SHEDDABLE]
+        if rank == SHEDDABLE and (
+            (held and held + need_tokens > self._sheddable_tokens)
+            or (held_prefill and held_prefill + prefill_tokens > self._sheddable_prefill)
+        ):
+            return False
+        held += tokens[STANDARD]
         if held and held + need_tokens > self._non_critical_tokens:
             return False
-        if rank == STANDARD or not sheddable:
-            return True
-        return sheddable + need_tokens <= self._sheddable_tokens
+        held_prefill += prefill[STANDARD]
+        return not held_prefill or held_prefill + prefill_tokens <= self._non_critical_prefill
 
 
 class Turns:
@@ -166,9 +183,13 @@ class ServiceRate:
         self._seconds = self._seconds * keep + elapsed_s
         self._since_s = now_s
 
+    def seconds(self, now_s: float) -> float:
+        """Return how much recent busy time the rate rests on."""
+        return self._seconds + (now_s - self._since_s if self._busy else 0.0)
+
     def per_s(self, now_s: float) -> float | None:
         """Return the rate, or None before there was anything to measure."""
-        seconds = self._seconds + (now_s - self._since_s if self._busy else 0.0)
+        seconds = self.seconds(now_s)
         if seconds <= 0.0 or self._cost <= 0.0:
             return None
         return self._cost / seconds

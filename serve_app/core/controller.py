@@ -22,8 +22,9 @@ from math import inf
 
 from serve_app.core.entry import Entry
 from serve_app.core.figures import PoolFigures, pool_figures
+from serve_app.core.load import RoutingPolicy
 from serve_app.core.policy import PoolPolicy
-from serve_app.core.pool import Pool, RoutingPolicy
+from serve_app.core.pool import Pool
 from serve_app.core.refusals import refusal_at_offer, refusal_to_wait, refuse, sheds
 from serve_app.core.saturation import Replica
 from serve_app.core.types import (
@@ -398,8 +399,6 @@ class Controller:
     def _first_token(self, entry: Entry, now_s: float, effects: list[Effect]) -> Pool:
         pool, replica = self._pools[entry.pool], entry.replica
         assert replica is not None
-        entry.has_first_token = True
-        replica.own_uncached_prompt_tokens -= entry.uncached_tokens
         pool.first_token(entry, now_s)
         if replica.breaker.succeeded():
             effects.append(Notice("breaker_closed", pool.name, replica.id))

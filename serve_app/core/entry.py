@@ -38,6 +38,7 @@ class Entry:
         "pool",
         "predicted_output",
         "predicted_ttft_s",
+        "prefill_tokens",
         "rank",
         "replica",
         "ticket",
@@ -61,6 +62,7 @@ class Entry:
         self.tokens = 0
         self.has_first_token = False
         self.uncached_tokens = ticket.prompt_tokens
+        self.prefill_tokens = 0
         self.predicted_output = 0
         self.expected_output = 0
         self.need_tokens = ticket.prompt_tokens

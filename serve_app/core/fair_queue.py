@@ -23,6 +23,7 @@ import heapq
 from collections import OrderedDict
 from math import exp2, isfinite
 
+from serve_app.core.admission import ServiceRate
 from serve_app.core.entry import Entry
 from serve_app.core.policy import FairnessPolicy
 from serve_app.core.types import RequestId, TenantId
@@ -30,6 +31,7 @@ from serve_app.core.types import RequestId, TenantId
 WEIGHT_MIN = 1e-3
 WEIGHT_MAX = 1e3
 DEBT_FORGOTTEN = 1.0
+OWN_RATE_AFTER_S = 0.5
 
 
 def usable_weight(weight: float) -> float:
@@ -42,7 +44,7 @@ def usable_weight(weight: float) -> float:
 class _Flow:
     """One tenant: its counter, and its waiting requests in order of arrival."""
 
-    __slots__ = ("backlog", "counter", "tenant", "touched_s", "waiting", "weight")
+    __slots__ = ("backlog", "counter", "rate", "tenant", "touched_s", "waiting", "weight")
 
     def __init__(self, tenant: TenantId, counter: float, now_s: float) -> None:
         self.tenant = tenant
@@ -50,6 +52,7 @@ class _Flow:
         self.counter = counter
         self.backlog = 0.0
         self.touched_s = now_s
+        self.rate = ServiceRate()
         self.waiting: OrderedDict[RequestId, Entry] = OrderedDict()
 
 
@@ -140,6 +143,7 @@ class FairQueue:
         flow = self._flows[entry.flow]
         self._level = max(self._level, flow.counter)
         flow.counter += entry.charged / flow.weight
+        flow.rate.served(entry.cost, now_s)
         self._leave(flow, entry, now_s)
         if flow.waiting:
             self._rekey(flow)
@@ -188,8 +192,23 @@ class FairQueue:
             flow.counter = self._level
             self._rekey(flow)
 
-    def cost_ahead(self, tenant: TenantId, weight: float) -> float:
-        """Return about how much cost is served before a request offered now gets its turn.
+    def wait_s(self, tenant: TenantId, weight: float, cost_per_s: float, now_s: float) -> float:
+        """Return about how long a request offered now waits for its turn.
+
+        ``cost_per_s`` is the rate at which the queue is served. The longer of two views:
+        what fair order serves before it, at that rate; and the tenant's own backlog at the
+        rate it has lately been served itself, which knows of tenants that come and go.
+        """
+        wait_s = self._cost_ahead(tenant, weight) / cost_per_s
+        flow = self._flows.get(tenant)
+        if flow is not None and flow.rate.seconds(now_s) >= OWN_RATE_AFTER_S:
+            own_per_s = flow.rate.per_s(now_s)
+            if own_per_s is not None:
+                wait_s = max(wait_s, flow.backlog / own_per_s)
+        return wait_s
+
+    def _cost_ahead(self, tenant: TenantId, weight: float) -> float:
+        """Return about how much cost is served before a request offered now.
 
         The tenant's own backlog, and of the others what fits into their share until then;
         never more than what waits.
@@ -218,6 +237,7 @@ class FairQueue:
         else:
             flow.counter = max(floor, self._decayed(flow, now_s))
         self._flows[tenant] = flow
+        flow.rate.begin(now_s)
         return flow
 
     def _leave(self, flow: _Flow, entry: Entry, now_s: float) -> None:
@@ -228,6 +248,7 @@ class FairQueue:
         if flow.waiting:
             return
         del self._flows[flow.tenant]
+        flow.rate.end(now_s)
         self.weights -= flow.weight
         flow.backlog = 0.0
         if not self._flows:

@@ -7,11 +7,39 @@ one more request of a class now.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 from serve_app.core.admission import Shares
 from serve_app.core.entry import Entry
 from serve_app.core.policy import PoolPolicy
 from serve_app.core.saturation import Replica
-from serve_app.core.types import ReplicaId, ReplicaView, TenantId
+from serve_app.core.types import ReplicaId, ReplicaView, TenantId, Ticket
+
+LONG_PROMPT_RATIO = 0.25
+
+
+class RoutingPolicy(Protocol):
+    """Orders replicas for a request. One instance per pool; calls are in event order."""
+
+    def rank(
+        self, ticket: Ticket, candidates: Sequence[Replica], now_s: float
+    ) -> Sequence[ReplicaId]:
+        """Return ids of ``candidates``, best first.
+
+        ``candidates`` is not empty and holds replicas that have room now; the order
+        given is the order in which they were first seen. An empty answer means
+        "none of these yet": the request keeps waiting.
+        """
+
+    def overlap_tokens(self, ticket: Ticket, replica: ReplicaId) -> int:
+        """Return how many of the prompt's tokens the replica probably has cached."""
+
+    def placed(self, ticket: Ticket, replica: ReplicaId, now_s: float) -> None:
+        """Take note that the request went to ``replica``."""
+
+    def forgotten(self, replica: ReplicaId) -> None:
+        """Take note that the replica is gone; drop what was kept for it."""
 
 
 class TenantLoad:
@@ -29,7 +57,7 @@ class PoolLoad:
     """The replicas of one pool and everything dispatched to them.
 
     ``largest_kv_tokens`` is the largest KV cache among live replicas, 0 without any.
-    ``kv_blocked`` says of the last ``candidates`` that came back empty, whether a smaller
+    ``size_blocked`` says of the last ``candidates`` that came back empty, whether a smaller
     request would have found room.
     """
 
@@ -37,11 +65,11 @@ class PoolLoad:
         "_policy",
         "_prefill_limits",
         "in_flight",
-        "kv_blocked",
         "largest_kv_tokens",
         "live",
         "replicas",
         "shares",
+        "size_blocked",
         "tenants",
     )
 
@@ -51,7 +79,7 @@ class PoolLoad:
         self.shares = Shares()
         self.tenants: dict[TenantId, TenantLoad] = {}
         self.in_flight = 0
-        self.kv_blocked = False
+        self.size_blocked = False
         self.configure(policy)
 
     def configure(self, policy: PoolPolicy) -> None:
@@ -102,30 +130,41 @@ class PoolLoad:
 
     # Room
 
-    def candidates(self, entry: Entry, now_s: float) -> list[Replica]:
-        """Return the live replicas with room for a request, in the order first seen."""
-        rank, excluded = entry.rank, entry.excluded
+    def candidates(self, entry: Entry, routing: RoutingPolicy, now_s: float) -> list[Replica]:
+        """Return the live replicas with room for a request, in the order first seen.
+
+        A prompt that is a good part of the prefill knee goes only where what it lacks
+        fits behind the prompts already sent, or where there are none.
+        """
+        rank, excluded, ticket = entry.rank, entry.excluded, entry.ticket
+        prompt_tokens = ticket.prompt_tokens
         prefill_limit = self._prefill_limits[rank]
-        need_tokens = entry.ticket.prompt_tokens + entry.expected_output
+        is_long = prompt_tokens > LONG_PROMPT_RATIO * prefill_limit
+        need_tokens = prompt_tokens + entry.expected_output
         heard_after_s = now_s - self._policy.stale_after_s
         found = []
-        kv_blocked = False
+        size_blocked = False
         for replica in self.live:
-            own = replica.own
-            if own + replica.others >= replica.slots_cap or (
-                own and replica.own_uncached_prompt_tokens >= prefill_limit
+            prefill_tokens = replica.own_uncached_prompt_tokens
+            if replica.own + replica.others >= replica.slots_cap or (
+                prefill_tokens >= prefill_limit
             ):
                 continue
             if replica.observed_at_s <= heard_after_s or replica.breaker.closed_until_s > now_s:
                 continue
             held_tokens = replica.own_tokens + replica.others_kv_tokens
             if held_tokens and held_tokens + need_tokens > replica.token_limits[rank]:
-                kv_blocked = True
+                size_blocked = True
                 continue
+            if is_long and prefill_tokens:
+                lacking = prompt_tokens - routing.overlap_tokens(ticket, replica.id)
+                if prefill_tokens + lacking > prefill_limit:
+                    size_blocked = True
+                    continue
             if excluded and replica.id in excluded:
                 continue
             found.append(replica)
-        self.kv_blocked = kv_blocked
+        self.size_blocked = size_blocked
         return found
 
     def standbys(self, entry: Entry, now_s: float) -> list[Replica]:
@@ -193,12 +232,17 @@ class PoolLoad:
         replica.own_present_tokens += uncached + entry.tokens
         replica.own_by_class[rank] += 1
         replica.own_tokens_by_class[rank] += need_tokens
+        prefill_tokens = 0
         if not entry.has_first_token:
             replica.own_uncached_prompt_tokens += uncached
+            prefill_tokens = min(uncached, self._policy.prefill_knee_tokens)
+            replica.own_prefill_by_class[rank] += prefill_tokens
+        entry.prefill_tokens = prefill_tokens
         entry.feature_prefill_tokens = replica.own_uncached_prompt_tokens
         if replica.live:
             self.shares.requests[rank] += 1
             self.shares.tokens[rank] += need_tokens
+            self.shares.prefill[rank] += prefill_tokens
         load = self.tenants[entry.ticket.tenant]
         load.in_flight += 1
         load.tokens += need_tokens
@@ -217,7 +261,7 @@ class PoolLoad:
         replica.own_by_class[rank] -= 1
         replica.own_tokens_by_class[rank] -= need_tokens
         if not entry.has_first_token:
-            replica.own_uncached_prompt_tokens -= entry.uncached_tokens
+            self._prompt_done(entry, replica)
         if replica.live:
             self.shares.requests[rank] -= 1
             self.shares.tokens[rank] -= need_tokens
@@ -226,6 +270,12 @@ class PoolLoad:
         load.tokens -= need_tokens
         self.in_flight -= 1
         return replica
+
+    def first_token(self, entry: Entry) -> None:
+        """A dispatched request's prompt has been computed."""
+        assert entry.replica is not None
+        self._prompt_done(entry, entry.replica)
+        entry.has_first_token = True
 
     def grow(self, entry: Entry, more_tokens: int) -> None:
         """A dispatched request is now expected to need ``more_tokens`` more."""
@@ -239,6 +289,14 @@ class PoolLoad:
             self.shares.tokens[entry.rank] += more_tokens
         self.tenants[entry.ticket.tenant].tokens += more_tokens
 
+    def _prompt_done(self, entry: Entry, replica: Replica) -> None:
+        rank, prefill_tokens = entry.rank, entry.prefill_tokens
+        replica.own_uncached_prompt_tokens -= entry.uncached_tokens
+        replica.own_prefill_by_class[rank] -= prefill_tokens
+        if replica.live:
+            self.shares.prefill[rank] -= prefill_tokens
+        entry.prefill_tokens = 0
+
     def _recount(self) -> None:
         """Rebuild what depends on which replicas are live and how large they are."""
         policy, shares = self._policy, self.shares
@@ -246,7 +304,9 @@ class PoolLoad:
         knee = policy.knee_tokens_per_replica
         capacity = sum([min(each.kv_capacity, knee or each.kv_capacity) for each in live])
         self.largest_kv_tokens = max([each.kv_capacity for each in live], default=0)
-        shares.resize(sum([each.slots_cap for each in live]), capacity, policy)
+        slots = sum([each.slots_cap for each in live])
+        shares.resize(slots, capacity, policy.prefill_knee_tokens * len(live), policy)
         for rank in range(3):
             shares.requests[rank] = sum([each.own_by_class[rank] for each in live])
             shares.tokens[rank] = sum([each.own_tokens_by_class[rank] for each in live])
+            shares.prefill[rank] = sum([each.own_prefill_by_class[rank] for each in live])

@@ -15,14 +15,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from math import inf
-from typing import Protocol
 
 from serve_app.core.admission import SHEDDABLE, STANDARD, ClientThrottle, ServiceRate, Turns
 from serve_app.core.breaker import RetryBudget
 from serve_app.core.brownout import Ladder
 from serve_app.core.entry import Entry
 from serve_app.core.fair_queue import FairQueue
-from serve_app.core.load import PoolLoad
+from serve_app.core.load import PoolLoad, RoutingPolicy
 from serve_app.core.policy import PoolPolicy
 from serve_app.core.saturation import Replica
 from serve_app.core.tokens import OutputPredictor
@@ -30,7 +29,6 @@ from serve_app.core.ttft import TtftPredictor
 from serve_app.core.types import (
     Dispatch,
     PoolName,
-    ReplicaId,
     RequestId,
     TenantId,
     Ticket,
@@ -41,29 +39,6 @@ FALLBACKS_MAX = 3
 BYPASS_MAX = 8
 EVERYONE = TenantId("")
 ENGINE_SECOND_KEEP = 0.999
-
-
-class RoutingPolicy(Protocol):
-    """Orders replicas for a request. One instance per pool; calls are in event order."""
-
-    def rank(
-        self, ticket: Ticket, candidates: Sequence[Replica], now_s: float
-    ) -> Sequence[ReplicaId]:
-        """Return ids of ``candidates``, best first.
-
-        ``candidates`` is not empty and holds replicas that have room now; the order
-        given is the order in which they were first seen. An empty answer means
-        "none of these yet": the request keeps waiting.
-        """
-
-    def overlap_tokens(self, ticket: Ticket, replica: ReplicaId) -> int:
-        """Return how many of the prompt's tokens the replica probably has cached."""
-
-    def placed(self, ticket: Ticket, replica: ReplicaId, now_s: float) -> None:
-        """Take note that the request went to ``replica``."""
-
-    def forgotten(self, replica: ReplicaId) -> None:
-        """Take note that the replica is gone; drop what was kept for it."""
 
 
 class Pool:
@@ -194,7 +169,7 @@ class Pool:
         It was admitted once and must not wait twice; the retry budget bounds how many
         requests can so pass the knee.
         """
-        found = self.load.candidates(entry, now_s) or self.load.standbys(entry, now_s)
+        found = self.load.candidates(entry, self.routing, now_s) or self.load.standbys(entry, now_s)
         return self._send(entry, found, now_s) if found else None
 
     def hold_deadline_s(self) -> float:
@@ -238,6 +213,7 @@ class Pool:
 
     def first_token(self, entry: Entry, now_s: float) -> None:
         """A dispatched request's first token came: learn how long that took."""
+        self.load.first_token(entry)
         self.ttft.observe(
             entry.feature_prefill_tokens, entry.feature_in_flight, now_s - entry.dispatched_s
         )
@@ -316,12 +292,13 @@ class Pool:
             if entry.ticket.request_id in self.waiting:
                 self.queues[rank].forfeit(entry)
             return None
-        if not load.shares.has_tokens(rank, entry.need_tokens):
+        prefill_tokens = min(entry.ticket.prompt_tokens, self.policy.prefill_knee_tokens)
+        if not load.shares.has_tokens(rank, entry.need_tokens, prefill_tokens):
             return None
-        found = load.candidates(entry, now_s)
+        found = load.candidates(entry, self.routing, now_s)
         if found:
             return self._send(entry, found, now_s)
-        if not load.kv_blocked:
+        if not load.size_blocked:
             for each in range(rank, 3):
                 self._full[each] = True
         return None

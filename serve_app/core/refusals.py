@@ -71,7 +71,7 @@ def predict_wait_s(pool: Pool, entry: Entry, now_s: float) -> float | None:
     rate = pool.rates[entry.rank].per_s(now_s)
     if rate is None:
         return None
-    return pool.queues[entry.rank].cost_ahead(entry.flow, entry.ticket.weight) / rate
+    return pool.queues[entry.rank].wait_s(entry.flow, entry.ticket.weight, rate, now_s)
 
 
 def predict_ttft_s(pool: Pool, entry: Entry, now_s: float) -> float | None:

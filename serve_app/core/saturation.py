@@ -42,6 +42,7 @@ class Replica:
         "others_tokens",
         "own",
         "own_by_class",
+        "own_prefill_by_class",
         "own_present_tokens",
         "own_tokens",
         "own_tokens_by_class",
@@ -60,6 +61,7 @@ class Replica:
         self.own_uncached_prompt_tokens = 0
         self.own_by_class = [0, 0, 0]
         self.own_tokens_by_class = [0, 0, 0]
+        self.own_prefill_by_class = [0, 0, 0]
         self.breaker = Breaker(policy.breaker)
         self._take(view, now_s)
         self.limit(policy)
@@ -123,9 +125,3 @@ class Replica:
             self.own_uncached_prompt_tokens / policy.prefill_knee_tokens,
             self.kv_prediction_ratio / policy.critical.kv_limit_ratio,
         )
-
-    def has_room(self, policy: PoolPolicy, now_s: float) -> bool:
-        """Whether one more request may be sent here now."""
-        if not self.live or not self.is_fresh(policy, now_s):
-            return False
-        return self.in_flight < min(policy.max_concurrency_per_replica, self.view.slots)
