@@ -515,7 +515,8 @@ class Simulator:
         )
         usage = sum(node.engine.kv_usage_ratio() for node in nodes) / max(1, len(nodes))
         in_flight = sum(len(node.attempts) for node in nodes)
-        rung = 0
+        figures = (each.figures(pool) for each in self._controllers for pool in self._pools)
+        rung = max((each.rung for each in figures if each is not None), default=0)
         self._run.samples.append(Sample(now_s, queued, in_flight, usage, len(nodes), rung))
         if on_progress is not None:
             on_progress(min(1.0, now_s / self._setup.duration_s))

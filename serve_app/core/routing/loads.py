@@ -111,7 +111,10 @@ class KvQueueScore(LoadOnly):
     ) -> Sequence[ReplicaId]:
         """Order by cost, ties by requests in flight."""
         settings = self._settings
-        costs = [(kv_queue_cost_s(each, settings), each.in_flight, each) for each in candidates]
+        rate, barrier_s = settings.tokens_per_s, settings.kv_barrier_s
+        costs = [
+            (kv_queue_cost_s(each, rate, barrier_s), each.in_flight, each) for each in candidates
+        ]
         costs.sort(key=lambda cost: cost[:2])
         return [each.id for _, _, each in costs]
 
@@ -124,8 +127,7 @@ def by_load(candidates: Sequence[Replica]) -> list[ReplicaId]:
     return [each.id for each in ordered]
 
 
-def kv_queue_cost_s(replica: Replica, settings: RoutingSettings) -> float:
+def kv_queue_cost_s(replica: Replica, tokens_per_s: float, barrier_s: float) -> float:
     """Return the KV and queue score of a replica in seconds; lower is better."""
     kv_ratio = min(replica.kv_prediction_ratio, KV_USE_MAX_RATIO)
-    barrier_s = settings.kv_barrier_s * kv_ratio / (1.0 - kv_ratio)
-    return replica.in_flight_tokens / settings.tokens_per_s + barrier_s
+    return replica.in_flight_tokens / tokens_per_s + barrier_s * kv_ratio / (1.0 - kv_ratio)

@@ -62,8 +62,11 @@ class PrefixAffinity(PrefixAware):
     2. Sticky candidates hold at least ``sticky_hit_ratio`` of the prompt's blocks. Among
        them take the least uncached tokens in flight.
     3. If its predicted TTFT exceeds the best of all candidates by more than
-       ``sticky_gap_s``, or there is none, order by KV and queue score plus the predicted
-       TTFT instead, so a long partial match still counts for what it saves.
+       ``sticky_gap_s``, or there is none, order by predicted TTFT plus tokens in flight over
+       ``balance_tokens_per_s`` plus the KV barrier of ``KvQueueScore``, so a long partial
+       match still counts for what it saves. Tokens in flight weigh little there: they slow
+       decoding by tens of nanoseconds each, a prompt ahead delays the first token by tens
+       of microseconds per token.
 
     A replica without room is no candidate, so affinity also ends where admission's own
     limit is reached, and returns when there is room.
@@ -80,8 +83,9 @@ class PrefixAffinity(PrefixAware):
             return [candidates[0].id]
         waits_s = self._waits_s(ticket, candidates)
         settings = self._settings
+        rate, barrier_s = settings.balance_tokens_per_s, settings.kv_barrier_s
         costs = sorted(
-            (wait_s + kv_queue_cost_s(each, settings), each.in_flight, place)
+            (wait_s + kv_queue_cost_s(each, rate, barrier_s), each.in_flight, place)
             for place, (each, wait_s) in enumerate(zip(candidates, waits_s, strict=True))
         )
         order = [place for _, _, place in costs]

@@ -21,7 +21,9 @@ class RoutingSettings:
     ``prefix_capacity_blocks`` bounds the prefix index per replica: the engine's KV blocks
     over the tokens of a hashed block is right, less only loses hits. Rates are of one
     replica: ``prefill_tokens_per_s`` new prompt tokens, ``tokens_per_s`` prompt and output
-    together as served in steady state. The rest is thresholds in the unit of their name.
+    together as served in steady state. ``balance_tokens_per_s`` tokens in flight count as
+    much as a second of waiting where TTFT decides. The rest is thresholds in the unit of
+    their name.
 
     Raises:
         ValueError: a number is out of its range; the message names the field.
@@ -30,6 +32,7 @@ class RoutingSettings:
     prefix_capacity_blocks: int = 26_313
     prefill_tokens_per_s: float = 33_000.0
     tokens_per_s: float = 15_000.0
+    balance_tokens_per_s: float = 200_000.0
     kv_barrier_s: float = 0.15
     sticky_hit_ratio: float = 0.8
     sticky_gap_s: float = 0.3
@@ -65,7 +68,7 @@ class RoutingSettings:
             value = getattr(self, name)
             if not isfinite(value) or value < least:
                 raise ValueError(f"{name} must be a number of at least {least}, not {value}")
-        for name in ("prefill_tokens_per_s", "tokens_per_s"):
+        for name in ("prefill_tokens_per_s", "tokens_per_s", "balance_tokens_per_s"):
             value = getattr(self, name)
             if not isfinite(value) or value <= 0:
                 raise ValueError(f"{name} must be above 0, not {value}")
