@@ -28,7 +28,14 @@ from serve_app.core.types import (
 )
 from serve_app.engine.api import Endpoint, GenerateCall
 from serve_app.engine.transport import Transport
-from serve_app.errors import ApiError, DeadlineExceeded, ModelNotFound, RateLimited, Unavailable
+from serve_app.errors import (
+    ApiError,
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    ModelNotFound,
+    RateLimited,
+    Unavailable,
+)
 from serve_app.gate import Gate, Lease, Refused
 from serve_app.gateway.auth import authenticate, require_model
 from serve_app.gateway.edge import request_names
@@ -263,6 +270,10 @@ def refusal_error(reject: Reject) -> ApiError:
     after_s = reject.retry_after_s
     if reject.reason is RejectReason.UNKNOWN_POOL or reject.reason is RejectReason.POOL_CLOSING:
         return ModelNotFound("The model is no longer served.", param="model")
+    if reject.reason is RejectReason.KV_BUDGET and after_s is None:
+        return ContextLengthExceeded(
+            f"The prompt is longer than this model's context: {reject.detail}."
+        )
     if reject.reason in _TOO_MANY:
         return RateLimited(
             "The service is at capacity for this request; retry later.",

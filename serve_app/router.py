@@ -100,7 +100,7 @@ class Router:
         administration = KeyAdministration(self._completions.caller, self._control)
         chat = self._completions.endpoint(Endpoint.CHAT)
         completions = self._completions.endpoint(Endpoint.COMPLETIONS)
-        return Starlette(
+        application = Starlette(
             routes=[
                 Route("/v1/chat/completions", chat, methods=["POST"]),
                 Route("/v1/completions", completions, methods=["POST"]),
@@ -113,6 +113,9 @@ class Router:
             ],
             exception_handlers=exception_handlers(),
         )
+        # A redirected POST would have to send its body twice; an unknown path is a 404.
+        application.router.redirect_slashes = False
+        return application
 
     async def check_health(self) -> None:
         """Serve's probe; answering at all is the check."""

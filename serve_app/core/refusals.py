@@ -120,7 +120,13 @@ def refuse(pool: Pool, entry: Entry, reason: RejectReason, now_s: float) -> Reje
     ticket = entry.ticket
     if retry_s is not None and reason is not RejectReason.CLIENT_THROTTLED:
         pool.throttle.refused(ticket.key, entry.rank, retry_s, now_s)
-    return Reject(ticket.request_id, reason, retry_s)
+    detail = ""
+    if reason is RejectReason.KV_BUDGET and retry_s is None:
+        detail = (
+            f"about {ticket.prompt_tokens} tokens, where an engine holds "
+            f"{pool.load.largest_kv_tokens}"
+        )
+    return Reject(ticket.request_id, reason, retry_s, detail)
 
 
 def _target_s(pool: Pool, entry: Entry) -> float:

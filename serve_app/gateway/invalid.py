@@ -91,9 +91,8 @@ def _refuse_json(body: bytes, error: orjson.JSONDecodeError) -> NoReturn:
     except UnicodeDecodeError as undecodable:
         problem = f"The body is not valid UTF-8 (byte {undecodable.start})"
         refuse(None, problem, "invalid_json")
-    constant = _CONSTANT.match(text, max(error.pos, 0)) or _CONSTANT.match(
-        text, max(error.pos - 1, 0)
-    )
+    # The parser stops at the constant or behind its first character, a minus perhaps.
+    constant = _CONSTANT.match(text, max(error.pos - 1, 0)) or _CONSTANT.match(text, error.pos)
     if constant:
         key = _KEY_BEFORE.search(text[max(0, constant.start() - 80) : constant.start()])
         param = key.group(1) if key else None
