@@ -15,10 +15,9 @@ from heapq import heappop, heappush
 from math import inf
 from time import perf_counter, process_time
 
-from serve_app.core.controller import Controller, RoutingPolicy
+from serve_app.core.controller import Controller
 from serve_app.core.engine_model import EventKind
-from serve_app.core.policy import PoolPolicy
-from serve_app.core.routing import choose_pool, make_routing
+from serve_app.core.routing import choose_pool, routing_by_policy
 from serve_app.core.types import (
     Dispatch,
     Effect,
@@ -535,9 +534,4 @@ class Simulator:
 
     def _controller(self, place: int, seed: int) -> Controller:
         source = random.Random(f"{seed}:router-{place}")
-        routing = self._setup.routing
-
-        def build(policy: PoolPolicy) -> RoutingPolicy:
-            return make_routing(policy.routing, routing, source)
-
-        return Controller(build)
+        return Controller(routing_by_policy(self._setup.routing, source))

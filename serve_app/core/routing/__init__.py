@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from serve_app.core.routing.affinity import AdapterLocality, SessionAffinity
+from serve_app.core.routing.lengths import LengthGroups
 from serve_app.core.routing.loads import KvQueueScore, LeastLoaded, PowerOfTwo, RoundRobin
 from serve_app.core.routing.pools import HeavyPool, choose_pool
 from serve_app.core.routing.prefixes import (
@@ -19,6 +20,7 @@ from serve_app.core.routing.settings import RandomSource, RoutingSettings
 
 if TYPE_CHECKING:
     from serve_app.core.controller import RoutingPolicy
+    from serve_app.core.policy import PoolPolicy
 
 __all__ = [
     "ROUTINGS",
@@ -27,6 +29,7 @@ __all__ = [
     "RoutingSettings",
     "choose_pool",
     "make_routing",
+    "routing_by_policy",
 ]
 
 ROUTINGS: Mapping[str, Callable[[RoutingSettings, RandomSource], RoutingPolicy]] = MappingProxyType(
@@ -38,6 +41,7 @@ ROUTINGS: Mapping[str, Callable[[RoutingSettings, RandomSource], RoutingPolicy]]
         "prefix_affinity": lambda settings, random: PrefixAffinity(settings),
         "session_affinity": lambda settings, random: SessionAffinity(settings),
         "adapter_locality": lambda settings, random: AdapterLocality(settings),
+        "length_groups": lambda settings, random: LengthGroups(settings),
         "cache_aware": lambda settings, random: CacheAware(settings),
         "abandon_affinity": lambda settings, random: AbandonAffinity(settings),
         "weighted_score": WeightedScore,
@@ -55,3 +59,14 @@ def make_routing(name: str, settings: RoutingSettings, random: RandomSource) -> 
     if build is None:
         raise ValueError(f"routing {name!r:.60} is none of: {', '.join(sorted(ROUTINGS))}")
     return build(settings, random)
+
+
+def routing_by_policy(
+    settings: RoutingSettings, random: RandomSource
+) -> Callable[[PoolPolicy], RoutingPolicy]:
+    """Return what a Controller builds its pools' routing with: the policy's own, by name."""
+
+    def build(policy: PoolPolicy) -> RoutingPolicy:
+        return make_routing(policy.routing, settings, random)
+
+    return build

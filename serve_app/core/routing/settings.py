@@ -44,6 +44,8 @@ class RoutingSettings:
     cache_hit_ratio: float = 0.5
     abandon_gap_requests: int = 16
     abandon_sigmas: float = 2.0
+    long_prompt_tokens: int = 1_500
+    length_gap_requests: int = 24
     queue_weight: float = 2.0
     kv_weight: float = 2.0
     prefix_weight: float = 3.0
@@ -56,6 +58,8 @@ class RoutingSettings:
             "imbalance_requests": 0,
             "imbalance_factor": 1,
             "abandon_gap_requests": 0,
+            "long_prompt_tokens": 1,
+            "length_gap_requests": 0,
             "abandon_sigmas": 0,
             "kv_barrier_s": 0,
             "sticky_gap_s": 0,

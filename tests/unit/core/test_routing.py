@@ -119,8 +119,8 @@ def renamed(each: Replica, name: str) -> Replica:
 
 
 @pytest.mark.parametrize("name", sorted(ROUTINGS))
-@given(st.lists(st.tuples(tickets, fleets, st.booleans()), min_size=1, max_size=12))
-@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(tickets, fleets, st.booleans()), min_size=1, max_size=8))
+@settings(deadline=None, max_examples=25)
 def test_every_rank_is_a_permutation_of_the_candidates(name: str, history: list) -> None:
     policy = build(name)
     for request, fleet, lose in history:
@@ -332,6 +332,18 @@ def test_an_adapter_being_loaded_is_not_loaded_again_elsewhere() -> None:
         assert place(policy, ticket(number, adapter="x"), fleet) == home
     crowded = [replica(each.id, 17 if each.id == home else 0) for each in fleet]
     assert place(policy, ticket(adapter="x"), crowded) != home
+
+
+def test_short_and_long_prompts_prefer_different_replicas_within_the_gap() -> None:
+    policy = build("length_groups", long_prompt_tokens=1_000, length_gap_requests=10)
+    fleet = [replica("a", 5), replica("b", 5), replica("c", 9), replica("d", 9)]
+    assert policy.rank(ticket(prompt_tokens=100), fleet, 0.0) == ["a", "b", "c", "d"]
+    assert policy.rank(ticket(prompt_tokens=5_000), fleet, 0.0) == ["c", "d", "a", "b"]
+    for _ in range(3_000):
+        policy.placed(ticket(prompt_tokens=5_000), ReplicaId("c"), 0.0)
+    assert policy.rank(ticket(prompt_tokens=5_000), fleet, 0.0)[-1] == "a"
+    crowded = [replica("a", 5), replica("b", 15), replica("c", 15), replica("d", 15)]
+    assert policy.rank(ticket(prompt_tokens=5_000), crowded, 0.0)[0] == "a"
 
 
 def test_long_contexts_go_to_the_heavy_pool_and_the_limit_itself_stays() -> None:
