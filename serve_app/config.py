@@ -194,6 +194,9 @@ class FairnessPolicy(Strict):
         False, description="Reconcile by measured engine time where engines report it."
     )
     debt_half_life_s: float = Field(60.0, gt=0, description="An idle tenant's debt halves in this.")
+    sparse_cost: float = Field(
+        8192.0, ge=0, description="Cost waiting or owed up to which a tenant counts as sparse."
+    )
     tenants_max: int = Field(10_000, ge=1, description="Bound of the tables by tenant.")
 
     @model_validator(mode="after")
@@ -267,7 +270,7 @@ class PoolPolicy(Strict):
         64, ge=1, le=4096, description="The knee: requests in flight per replica."
     )
     prefill_knee_tokens: int = Field(
-        8192, ge=1, description="The knee: prompt tokens sent to a replica and not yet computed."
+        4096, ge=1, description="The knee: prompt tokens sent to a replica and not yet computed."
     )
     knee_tokens_per_replica: int | None = Field(
         None, ge=1, description="The knee: tokens in flight; null: the KV cache's capacity."
@@ -276,6 +279,9 @@ class PoolPolicy(Strict):
         0.3, ge=0, lt=1, description="Share of the knee kept for Critical."
     )
     sheddable_share_ratio: Ratio = Field(0.2, description="Share of the knee open to Sheddable.")
+    sparse_headroom_ratio: float = Field(
+        0.1, ge=0, lt=1, description="Share kept for tenants served less than their fair share."
+    )
     tenant_concurrency_ratio: float = Field(
         1.0, gt=0, le=1, description="Slots one tenant may hold while others are active."
     )

@@ -6,6 +6,10 @@ together what is not reserved for Critical, Sheddable alone its share of it. Res
 round in favour of work: slots are whole, reserves rounded down, and a class that holds
 nothing may always run one request, however large.
 
+A part of every share is headroom for *sparse* tenants: those that were served less than
+their fair share when they asked. Tenants that always have more work wait for the rest,
+so that others find room at once instead of waiting for the next request to end.
+
 Among classes that wait, the more important goes first, but a class that waits is owed a
 minimum share of the dispatched cost (more once its next request has aged), and goes
 first when what it is owed pays for its next request. Sheddable is paid by Standard's
@@ -42,12 +46,9 @@ class Shares:
     """
 
     __slots__ = (
-        "_non_critical_prefill",
-        "_non_critical_slots",
-        "_non_critical_tokens",
-        "_sheddable_prefill",
-        "_sheddable_slots",
-        "_sheddable_tokens",
+        "_prefill_limits",
+        "_slot_limits",
+        "_token_limits",
         "prefill",
         "requests",
         "slots",
@@ -67,39 +68,55 @@ class Shares:
         """Set the knee: requests, tokens, and prompt tokens not yet computed, in flight."""
         self.slots = slots
         self.tokens_capacity = tokens_capacity
-        open_ratio, share = 1.0 - policy.critical_reserve_ratio, policy.sheddable_share_ratio
-        self._non_critical_slots = slots - int(policy.critical_reserve_ratio * slots)
-        self._non_critical_tokens = open_ratio * tokens_capacity
-        self._non_critical_prefill = open_ratio * prefill_capacity
-        self._sheddable_slots = max(1, int(share * slots)) if share > 0 else 0
-        self._sheddable_tokens = share * tokens_capacity
-        self._sheddable_prefill = share * prefill_capacity
+        reserve, share = policy.critical_reserve_ratio, policy.sheddable_share_ratio
+        sheddable_slots = max(1, int(share * slots)) if share > 0 else 0
+        self._slot_limits = _with_headroom(
+            (slots, slots - int(reserve * slots), sheddable_slots), policy.sparse_headroom_ratio
+        )
+        ratios = (1.0, 1.0 - reserve, share)
+        self._token_limits = _with_headroom(
+            tuple(int(ratio * tokens_capacity) for ratio in ratios), policy.sparse_headroom_ratio
+        )
+        self._prefill_limits = _with_headroom(
+            tuple(int(ratio * prefill_capacity) for ratio in ratios), policy.sparse_headroom_ratio
+        )
 
-    def has_slot(self, rank: int) -> bool:
+    def has_slot(self, rank: int, sparse: bool) -> bool:
         """Whether one more request of a class may run, by its number of requests."""
+        limits = self._slot_limits[sparse]
+        critical, standard, sheddable = self.requests
         if rank == CRITICAL:
-            return True
-        requests = self.requests
-        if requests[STANDARD] + requests[SHEDDABLE] >= self._non_critical_slots:
+            return critical + standard + sheddable < limits[CRITICAL]
+        if standard + sheddable >= limits[STANDARD]:
             return False
-        return rank == STANDARD or requests[SHEDDABLE] < self._sheddable_slots
+        return rank == STANDARD or sheddable < limits[SHEDDABLE]
 
-    def has_tokens(self, rank: int, need_tokens: int, prefill_tokens: int) -> bool:
+    def has_tokens(self, rank: int, sparse: bool, need_tokens: int, prefill_tokens: int) -> bool:
         """Whether so many more tokens and uncomputed prompt tokens fit a class's share."""
-        if rank == CRITICAL:
-            return True
-        tokens, prefill = self.tokens, self.prefill
-        held, held_prefill = tokens[SHEDDABLE], prefill[SHEDDABLE]
-        if rank == SHEDDABLE and (
-            (held and held + need_tokens > self._sheddable_tokens)
-            or (held_prefill and held_prefill + prefill_tokens > self._sheddable_prefill)
-        ):
-            return False
-        held += tokens[STANDARD]
-        if held and held + need_tokens > self._non_critical_tokens:
-            return False
-        held_prefill += prefill[STANDARD]
-        return not held_prefill or held_prefill + prefill_tokens <= self._non_critical_prefill
+        return _fits(self.tokens, self._token_limits[sparse], rank, need_tokens) and _fits(
+            self.prefill, self._prefill_limits[sparse], rank, prefill_tokens
+        )
+
+
+def _with_headroom(
+    limits: tuple[int, ...], headroom_ratio: float
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the limits for tenants that use much, and for those that use little."""
+    return tuple(each - int(headroom_ratio * each) for each in limits), limits
+
+
+def _fits(held: list[int], limits: tuple[int, ...], rank: int, amount: int) -> bool:
+    """Whether ``amount`` more fits the limits of a class and of those above it.
+
+    A class that holds nothing may take any amount, so that nothing is too large for ever.
+    """
+    if rank == CRITICAL:
+        return True
+    total = held[SHEDDABLE]
+    if rank == SHEDDABLE and total and total + amount > limits[SHEDDABLE]:
+        return False
+    total += held[STANDARD]
+    return not total or total + amount <= limits[STANDARD]
 
 
 class Turns:

@@ -11,6 +11,8 @@ step down is at least ``stable_s`` away, and the ladder cannot flap faster.
 
 from __future__ import annotations
 
+from math import inf
+
 from serve_app.core.policy import BrownoutPolicy
 
 RUNGS = 4
@@ -18,13 +20,14 @@ STORM_WINDOW_S = 5.0
 
 
 class Ladder:
-    """One pool's rung, in [0, 4]."""
+    """One pool's rung, in [0, 4]; ``updated_s`` is when it was last looked at."""
 
-    __slots__ = ("_below_since_s", "_policy", "_storm_per_s", "_storm_s", "rung")
+    __slots__ = ("_below_since_s", "_policy", "_storm_per_s", "_storm_s", "rung", "updated_s")
 
     def __init__(self, policy: BrownoutPolicy) -> None:
         self._policy = policy
         self.rung = 0
+        self.updated_s = -inf
         self._below_since_s: float | None = None
         self._storm_per_s = 0.0
         self._storm_s: float | None = None
@@ -68,7 +71,10 @@ class Ladder:
 
         ``queue_ratios`` say how full the Critical and the Standard queue are.
         """
+        self.updated_s = now_s
         demanded = self._demanded(kv_usage_ratio, queue_ratios, 0.0, now_s)
+        if not self.rung and not demanded:
+            return None
         if demanded > self.rung:
             self.rung = demanded
             self._below_since_s = None

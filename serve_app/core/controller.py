@@ -44,6 +44,8 @@ from serve_app.core.types import (
 
 __all__ = ["Controller", "LeastLoaded", "RoutingPolicy", "least_loaded"]
 
+LADDER_PERIOD_S = 0.1
+
 
 class LeastLoaded:
     """The replica with the fewest requests in flight; ties go to the least KV use."""
@@ -139,7 +141,6 @@ class Controller:
         self._entries[request_id] = entry
         heapq.heappush(self._deadlines, (entry.deadline_s, entry.order, request_id))
         pool.enqueue(entry, now_s)
-        self._pump(pool, now_s, effects)
         return effects
 
     def progress(
@@ -224,15 +225,16 @@ class Controller:
         pool = self._pools.get(view.pool)
         if pool is None:
             return effects
-        preemptions = pool.load.observe(view, now_s)
-        if preemptions is None:
+        observed = pool.load.observe(view, now_s)
+        if observed is None:
             return effects
         if view.replica not in self._pool_of:
             self._pool_of[view.replica] = pool
             pool.replicas_changed(now_s)
-        self._climb(pool, preemptions, now_s, effects)
-        pool.capacity_changed()
-        self._pump(pool, now_s, effects)
+        self._climb(pool, observed.preemptions, now_s, effects)
+        if observed.has_more_room:
+            pool.capacity_changed()
+            self._pump(pool, now_s, effects)
         return effects
 
     def forget(self, replica: ReplicaId, now_s: float) -> list[Effect]:
@@ -428,12 +430,15 @@ class Controller:
 
     def _climb(self, pool: Pool, preemptions: int, now_s: float, effects: list[Effect]) -> None:
         """Move the brownout ladder and refuse who waits in a class that it sheds now."""
+        ladder = pool.ladder
+        if preemptions:
+            ladder.preempted(preemptions, len(pool.load.live), now_s)
+        elif now_s < ladder.updated_s + LADDER_PERIOD_S:
+            return
         kv_usage_ratio = pool.load.kv_usage_ratio()
         if kv_usage_ratio is None:
             return
-        ladder = pool.ladder
         before = ladder.rung
-        ladder.preempted(preemptions, len(pool.load.live), now_s)
         rung = ladder.update(kv_usage_ratio, pool.queue_ratios(), now_s)
         if rung is None:
             return

@@ -16,7 +16,8 @@ class Entry:
     ``expected_output`` the same, raised if the answer outgrows it. ``cost`` is what it
     is predicted to cost its tenant, ``charged`` what has been charged so far.
     ``need_tokens`` is the KV room it is accounted with: uncached prompt plus expected
-    output. The features are what its TTFT was predicted from at dispatch.
+    output. ``sparse`` says that its tenant was not ahead of its fair share when it asked.
+    The features are what its TTFT was predicted from at dispatch.
     """
 
     __slots__ = (
@@ -41,6 +42,7 @@ class Entry:
         "prefill_tokens",
         "rank",
         "replica",
+        "sparse",
         "ticket",
         "tokens",
         "uncached_tokens",
@@ -59,6 +61,7 @@ class Entry:
         self.dispatched_s = 0.0
         self.replica: Replica | None = None
         self.excluded: tuple[ReplicaId, ...] = ()
+        self.sparse = True
         self.tokens = 0
         self.has_first_token = False
         self.uncached_tokens = ticket.prompt_tokens

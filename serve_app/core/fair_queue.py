@@ -83,6 +83,11 @@ class FairQueue:
         """Tenants with a counter: those that wait, and those away in debt."""
         return len(self._flows) + len(self._idle)
 
+    @property
+    def tenants_waiting(self) -> int:
+        """Tenants that have requests waiting."""
+        return len(self._flows)
+
     def waiting_of(self, tenant: TenantId) -> int:
         """Return how many requests of a tenant wait."""
         flow = self._flows.get(tenant)
@@ -95,6 +100,17 @@ class FairQueue:
             return max(0.0, flow.counter - self._level)
         idle = self._idle.get(tenant)
         return self._decayed(idle, now_s) - self._level if idle else 0.0
+
+    def is_sparse(self, tenant: TenantId, now_s: float) -> bool:
+        """Whether what a tenant has waiting and owes is no more than ``sparse_cost``."""
+        flow = self._flows.get(tenant)
+        if flow is not None:
+            owed = flow.counter - self._level + flow.backlog / flow.weight
+            return owed <= self._policy.sparse_cost
+        idle = self._idle.get(tenant)
+        if idle is None:
+            return True
+        return self._decayed(idle, now_s) - self._level <= self._policy.sparse_cost
 
     def push(self, entry: Entry, now_s: float) -> None:
         """Let a request wait; its tenant is lifted if it did not wait already."""

@@ -8,7 +8,7 @@ one more request of a class now.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from serve_app.core.admission import Shares
 from serve_app.core.entry import Entry
@@ -42,6 +42,13 @@ class RoutingPolicy(Protocol):
         """Take note that the replica is gone; drop what was kept for it."""
 
 
+class Observed(NamedTuple):
+    """What a snapshot told: new preemptions, and whether more may fit than before."""
+
+    preemptions: int
+    has_more_room: bool
+
+
 class TenantLoad:
     """What one tenant has open in a pool; forgotten when it has nothing."""
 
@@ -58,7 +65,8 @@ class PoolLoad:
 
     ``largest_kv_tokens`` is the largest KV cache among live replicas, 0 without any.
     ``size_blocked`` says of the last ``candidates`` that came back empty, whether a smaller
-    request would have found room.
+    request would have found room; ``someone_size_blocked`` whether that was so of any since
+    the pool was last pumped.
     """
 
     __slots__ = (
@@ -70,6 +78,7 @@ class PoolLoad:
         "replicas",
         "shares",
         "size_blocked",
+        "someone_size_blocked",
         "tenants",
     )
 
@@ -80,6 +89,7 @@ class PoolLoad:
         self.tenants: dict[TenantId, TenantLoad] = {}
         self.in_flight = 0
         self.size_blocked = False
+        self.someone_size_blocked = False
         self.configure(policy)
 
     def configure(self, policy: PoolPolicy) -> None:
@@ -97,16 +107,18 @@ class PoolLoad:
 
     # Replicas
 
-    def observe(self, view: ReplicaView, now_s: float) -> int | None:
-        """Take a snapshot; return new preemptions it tells of, or None if it is not newer."""
+    def observe(self, view: ReplicaView, now_s: float) -> Observed | None:
+        """Take a snapshot; return what it changed, or None if it is not newer."""
         known = self.replicas.get(view.replica)
         if known is None:
             self.replicas[view.replica] = Replica(view, now_s, self._policy)
             self._recount()
-            return 0
-        before = known.view
+            return Observed(0, True)
+        before, others, others_kv_tokens = known.view, known.others, known.others_kv_tokens
+        was_fresh = known.is_fresh(self._policy, now_s)
         if not known.observe(view, now_s):
             return None
+        preemptions = max(0, view.preemptions_total - before.preemptions_total)
         if (
             before.draining != view.draining
             or before.slots != view.slots
@@ -114,7 +126,13 @@ class PoolLoad:
         ):
             known.limit(self._policy)
             self._recount()
-        return max(0, view.preemptions_total - before.preemptions_total)
+            return Observed(preemptions, True)
+        has_more_room = (
+            not was_fresh
+            or known.others < others
+            or (self.someone_size_blocked and known.others_kv_tokens < others_kv_tokens)
+        )
+        return Observed(preemptions, has_more_room)
 
     def drop(self, replica: ReplicaId) -> None:
         """Forget a replica; what runs there stays counted for its tenants until it ends."""
@@ -165,6 +183,7 @@ class PoolLoad:
                 continue
             found.append(replica)
         self.size_blocked = size_blocked
+        self.someone_size_blocked = self.someone_size_blocked or size_blocked
         return found
 
     def standbys(self, entry: Entry, now_s: float) -> list[Replica]:

@@ -49,7 +49,9 @@ class FairnessPolicy:
 
     Cost is ``request_cost`` plus each token times its weight. ``by_engine_seconds``
     replaces the estimate by measured engine time at completion, where engines report it.
-    A debt halves every ``debt_half_life_s`` of idleness. ``tenants_max`` bounds the tables.
+    A debt halves every ``debt_half_life_s`` of idleness. A tenant is sparse while what it
+    has waiting and what it is ahead of its fair share come to at most ``sparse_cost``.
+    ``tenants_max`` bounds the tables.
     """
 
     input_weight: float = 1.0
@@ -58,6 +60,7 @@ class FairnessPolicy:
     request_cost: float = 16.0
     by_engine_seconds: bool = False
     debt_half_life_s: float = 60.0
+    sparse_cost: float = 8192.0
     tenants_max: int = 10_000
 
     def __post_init__(self) -> None:
@@ -67,6 +70,7 @@ class FairnessPolicy:
         assert self.request_cost >= 0
         assert self.input_weight + self.output_weight + self.request_cost > 0
         assert self.debt_half_life_s > 0
+        assert self.sparse_cost >= 0
         assert self.tenants_max >= 1
 
 
@@ -134,8 +138,10 @@ class PoolPolicy:
     tokens sent and not yet computed (``prefill_knee_tokens``), and tokens in flight
     (``knee_tokens_per_replica``, None for the KV cache's capacity). Of the knee,
     ``critical_reserve_ratio`` is kept for Critical, and Sheddable takes at most
-    ``sheddable_share_ratio``. While other tenants are active, one tenant holds at most
-    ``tenant_concurrency_ratio`` of the slots and ``tenant_kv_ratio`` of the KV cache.
+    ``sheddable_share_ratio``. Of each share, ``sparse_headroom_ratio`` is open only to
+    tenants that ask for little (FairnessPolicy), while several are active. While other
+    tenants are active, one tenant holds at most ``tenant_concurrency_ratio`` of the slots
+    and ``tenant_kv_ratio`` of the KV cache.
 
     ``queue_capacity`` counts waiting requests per class; zero means dispatch at once or
     refuse. A request is refused after ``queue_timeout_s`` of waiting, or after
@@ -151,10 +157,11 @@ class PoolPolicy:
     """
 
     max_concurrency_per_replica: int = 64
-    prefill_knee_tokens: int = 8192
+    prefill_knee_tokens: int = 4096
     knee_tokens_per_replica: int | None = None
     critical_reserve_ratio: float = 0.3
     sheddable_share_ratio: float = 0.2
+    sparse_headroom_ratio: float = 0.1
     tenant_concurrency_ratio: float = 1.0
     tenant_kv_ratio: float = 0.5
     queue_capacity: int = 256
@@ -186,6 +193,7 @@ class PoolPolicy:
         assert self.knee_tokens_per_replica is None or self.knee_tokens_per_replica >= 1
         assert 0 <= self.critical_reserve_ratio < 1
         assert 0 <= self.sheddable_share_ratio <= UNIT
+        assert 0 <= self.sparse_headroom_ratio < 1
         assert 0 < self.tenant_concurrency_ratio <= UNIT
         assert 0 < self.tenant_kv_ratio <= UNIT
         assert self.queue_capacity >= 0
@@ -217,6 +225,7 @@ def arrival_order(policy: PoolPolicy) -> PoolPolicy:
         knee_tokens_per_replica=10**12,
         critical_reserve_ratio=0.0,
         sheddable_share_ratio=1.0,
+        sparse_headroom_ratio=0.0,
         tenant_kv_ratio=1.0,
         critical=patient,
         standard=patient,

@@ -98,6 +98,7 @@ class Pool:
         entry.need_tokens = ticket.prompt_tokens + expected
         entry.cost = self.cost(ticket.prompt_tokens, 0, expected)
         entry.offered_s = now_s
+        entry.sparse = len(self.load.tenants) < 2 or self.queues[rank].is_sparse(entry.flow, now_s)
         timeout_s = policy.queue_timeout_s
         if policy.early_rejection:
             own = policy.classes[rank]
@@ -120,17 +121,19 @@ class Pool:
         )
 
     def dispatch_at_once(self, entry: Entry, now_s: float) -> Dispatch | None:
-        """Send an entered request that nobody of its class or above waits before."""
-        rank, queues = entry.rank, self.queues
-        for above in range(rank + 1):
-            if queues[above]:
-                return None
-        if self._full[rank] or not self.load.shares.has_slot(rank):
+        """Send an entered request if it fits and its tenant has none waiting.
+
+        Whoever waits has been found not to fit at the last change of capacity, so this
+        request takes nobody's place.
+        """
+        rank = entry.rank
+        queue = self.queues[rank]
+        if self._full[rank] or queue.waiting_of(entry.flow):
             return None
         dispatch = self._try(entry, now_s)
         if dispatch is not None:
             self._price(entry)
-            queues[rank].serve_at_once(entry, now_s)
+            queue.serve_at_once(entry, now_s)
             self._took_turn(entry, now_s)
         return dispatch
 
@@ -150,7 +153,7 @@ class Pool:
             self.rates[entry.rank].end(now_s)
 
     def pump(self, now_s: float) -> list[Dispatch]:
-        """Dispatch waiting requests while something fits."""
+        """Dispatch waiting requests while something fits. Needed when capacity changed."""
         dispatched = []
         while self.waiting:
             dispatch = self._next(now_s)
@@ -162,6 +165,7 @@ class Pool:
     def capacity_changed(self) -> None:
         """Something may fit now that did not before."""
         self._full = [False, False, False]
+        self.load.someone_size_blocked = False
 
     def move(self, entry: Entry, now_s: float) -> Dispatch | None:
         """Send a request that failed elsewhere to a replica it has not tried, full or not.
@@ -254,12 +258,12 @@ class Pool:
         shares, full = self.load.shares, self._full
         for rank in self._class_order():
             queue = self.queues[rank]
-            if not queue or full[rank] or not shares.has_slot(rank):
+            if not queue or full[rank] or not shares.has_slot(rank, True):
                 continue
             entry = queue.head()
             assert entry is not None
             dispatch = self._try(entry, now_s)
-            if dispatch is None and not full[rank]:
+            if dispatch is None and not full[rank] and queue.tenants_waiting > 1:
                 for entry in queue.heads(BYPASS_MAX)[1:]:
                     dispatch = self._try(entry, now_s)
                     if dispatch is not None:
@@ -288,12 +292,14 @@ class Pool:
         capacity changes, and so are the less important ones, whose limits are tighter.
         """
         load, rank = self.load, entry.rank
+        if not load.shares.has_slot(rank, entry.sparse):
+            return None
         if not load.tenant_may_take(entry):
             if entry.ticket.request_id in self.waiting:
                 self.queues[rank].forfeit(entry)
             return None
         prefill_tokens = min(entry.ticket.prompt_tokens, self.policy.prefill_knee_tokens)
-        if not load.shares.has_tokens(rank, entry.need_tokens, prefill_tokens):
+        if not load.shares.has_tokens(rank, entry.sparse, entry.need_tokens, prefill_tokens):
             return None
         found = load.candidates(entry, self.routing, now_s)
         if found:
