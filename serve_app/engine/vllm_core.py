@@ -20,6 +20,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from serve_app.engine.meter import ChoiceStep, PromptMeter
+from serve_app.engine.vllm_executor import attached_executor
 from serve_app.engine.vllm_generation import Generation
 
 SHUTDOWN_TIMEOUT_S = 10.0
@@ -75,9 +76,14 @@ class MeteredAsyncLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is untyped here
     def build(cls, engine_args: AsyncEngineArgs) -> MeteredAsyncLLM:
         """Start the engine's processes and return when the model is loaded; blocks."""
         load = Load()
-        engine: MeteredAsyncLLM = cls.from_engine_args(
-            engine_args,
-            usage_context=UsageContext.OPENAI_API_SERVER,
+        usage_context = UsageContext.OPENAI_API_SERVER
+        vllm_config = engine_args.create_engine_config(usage_context)
+        engine = cls(
+            vllm_config=vllm_config,
+            executor_class=attached_executor(vllm_config),
+            log_requests=engine_args.enable_log_requests,
+            log_stats=not engine_args.disable_log_stats,
+            usage_context=usage_context,
             stat_loggers=[lambda vllm_config, engine_index: load],
         )
         engine.load = load

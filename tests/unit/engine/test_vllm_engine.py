@@ -25,7 +25,12 @@ from serve_app.engine.api import (
 )
 from serve_app.engine.meter import ChoiceStep
 from serve_app.engine.vllm import VllmEngine
-from serve_app.engine.vllm_args import _check_extra, prepare_environment, served_name
+from serve_app.engine.vllm_args import (
+    _check_extra,
+    _engine_fields,
+    prepare_environment,
+    served_name,
+)
 from serve_app.engine.vllm_generation import Generation, GenerationFailed
 
 Script = Callable[[Generation], Awaitable[None]]
@@ -335,6 +340,17 @@ def test_the_environment_keeps_what_the_user_set() -> None:
 def test_the_served_name_is_the_last_part_of_the_path() -> None:
     assert served_name(VllmSettings(model="smollm2")) == "smollm2"
     assert served_name(VllmSettings(model="/srv/models/llama-8b/")) == "llama-8b"
+
+
+def test_cpu_engines_run_eagerly_with_a_cache_of_the_size_asked_for() -> None:
+    settings = VllmSettings(model="m", cpu_kv_cache_gib=0.5, max_model_len=64)
+    on_cpu = _engine_fields(settings, Path("/m"), on_cpu=True)
+    on_gpu = _engine_fields(settings, Path("/m"), on_cpu=False)
+    assert (on_cpu["enforce_eager"], on_cpu["kv_cache_memory_bytes"]) == (True, 2**29)
+    assert not on_gpu["enforce_eager"]
+    assert "kv_cache_memory_bytes" not in on_gpu
+    assert on_gpu["scheduling_policy"] == "priority"
+    assert on_gpu["max_model_len"] == 64
 
 
 def test_extra_arguments_are_checked_with_a_hint() -> None:
