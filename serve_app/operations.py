@@ -12,6 +12,10 @@ from starlette.responses import Response
 from serve_app.completions import Completions
 from serve_app.gateway.auth import require_admin
 
+FAST_PATH_IS_OFF = (
+    "Ray Serve's fast path is off: start with `headrace up`, or source configs/ray.env "
+    "before `serve run`"
+)
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -85,10 +89,7 @@ class Operations:
         state = self._readiness()
         notes = []
         if not state.fast_path:
-            notes.append(
-                "Ray Serve's fast path is off: start with `headrace up`, or source "
-                "configs/ray.env before `serve run`"
-            )
+            notes.append(FAST_PATH_IS_OFF)
         if state.control_away:
             notes.append("Control does not answer; keys and routes are those last known")
         body = {

@@ -30,7 +30,7 @@ from serve_app.gateway.admin import KeyAdministration
 from serve_app.gateway.http import exception_handlers
 from serve_app.keys import KeyTable
 from serve_app.observer import RouterObserver
-from serve_app.operations import MetricsCopy, Operations, Readiness
+from serve_app.operations import FAST_PATH_IS_OFF, MetricsCopy, Operations, Readiness
 from serve_app.telemetry.exposition import Family
 from serve_app.telemetry.logs import RequestLog, configure, process_stderr
 from serve_app.telemetry.uplink import Heartbeat, Tables, Uplink
@@ -49,6 +49,8 @@ class Router:
         self._args = GatewayArgs.model_validate(args)
         self._name = serve.get_replica_context().replica_id.unique_id
         self._fast_path = all(os.environ.get(flag) == "1" for flag in FAST_PATH_FLAGS)
+        if not self._fast_path:
+            logger.warning(FAST_PATH_IS_OFF)
         self._observer = RouterObserver(self._name, RequestLog(stderr), time.time)
         self._gate = Gate(Controller(), time.monotonic, self._observer.notice)
         self._fleet = Fleet(self._name, self._gate, _connect, DIRECTORY)

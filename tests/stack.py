@@ -12,6 +12,7 @@ namespaces cannot be had, the stack's processes are found by descent and killed.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -94,6 +95,19 @@ class Stack:
         """Run a `headrace` subcommand against this stack."""
         return self.command(sys.executable, "-m", "serve_app.cli", *arguments)
 
+    def deploy(self, config: Mapping[str, Any]) -> subprocess.CompletedProcess[str]:
+        """Hand the running stack another configuration with Ray's own `serve deploy`."""
+        file = self.folder / "next.yaml"
+        document = {**config, "http_options": {"host": "127.0.0.1", "port": self.port}}
+        file.write_text(yaml.safe_dump(document, sort_keys=False))
+        serve = Path(sys.executable).with_name("serve")
+        return self.command(serve, "deploy", file, "--address", self._dashboard())
+
+    @property
+    def port(self) -> int:
+        """The port that clients connect to."""
+        return int(self.environment["HEADRACE_PORT"])
+
     def processes(self, *words: str) -> list[psutil.Process]:
         """Return the stack's live processes whose command line has all these words."""
         found = []
@@ -132,6 +146,12 @@ class Stack:
         ]
         return "\n".join(parts)
 
+    def _dashboard(self) -> str:
+        """Return the address of Ray's dashboard, through which Serve takes configurations."""
+        [log] = (self.folder / "r").glob("ray/session_2*/logs/dashboard.log")
+        found = re.findall(r"address: (127\.0\.0\.1:\d+)", log.read_text(errors="replace"))
+        return f"http://{found[-1]}"
+
     def _enter(self) -> list[str]:
         if not can_isolate():
             return []
@@ -144,21 +164,23 @@ def running_stack(
     config: Path | Mapping[str, Any],
     *,
     environment: Mapping[str, str] | None = None,
+    command: Sequence[str] = (sys.executable, "-m", "serve_app.cli", "up"),
     fast_path: bool = True,
     ready_timeout_s: float = 240,
 ) -> Iterator[Stack]:
     """Start a configuration, yield it once it is ready, and end every process of it.
 
     ``config`` is a file or a document to write as one. Its relative paths (the database)
-    lie in the stack's folder. Without ``fast_path`` Ray's flags of configs/ray.env are
-    not set, as in a plain `serve run`.
+    lie in the stack's folder. ``command`` is what starts it, given the file. Without
+    ``fast_path`` Ray's flags of configs/ray.env are not set here, as in a plain `serve run`.
+    A port in ``environment`` (HEADRACE_PORT) is taken in place of a free one.
 
     Raises:
         StackFailed: it ended, or was not ready in time.
     """
     folder = Path(tempfile.mkdtemp(prefix="s"))
     file = _write_config(folder, config)
-    port = free_port()
+    port = int((environment or {}).get("HEADRACE_PORT", free_port()))
     settings = {
         **os.environ,
         **(ray_flags() if fast_path else {}),
@@ -172,7 +194,7 @@ def running_stack(
     started_at_s = time.monotonic()
     with open(folder / "up.log", "wb") as log:
         process = subprocess.Popen(
-            [*_namespace(), sys.executable, "-m", "serve_app.cli", "up", str(file)],
+            [*_namespace(), *command, str(file)],
             cwd=folder,
             env=settings,
             stdin=subprocess.DEVNULL,
@@ -192,7 +214,7 @@ def running_stack(
         stack.start_s = time.monotonic() - started_at_s
         yield stack
     finally:
-        _end(process, stack.root)
+        _end(process, stack.root, command)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -305,13 +327,13 @@ def _story(stack: Stack) -> str:
     return stack.output()[-TAIL_CHARACTERS:] + "\n" + stack.ray_logs()[-2 * TAIL_CHARACTERS :]
 
 
-def _end(process: subprocess.Popen[bytes], root: psutil.Process) -> None:
+def _end(process: subprocess.Popen[bytes], root: psutil.Process, command: Sequence[str]) -> None:
     """Ask the stack to stop, then kill whatever is left of it."""
     try:
         descendants = root.children(recursive=True)
     except psutil.NoSuchProcess:
         descendants = []
-    asked = [child for child in descendants if "serve_app.cli" in _command_line(child)]
+    asked = [child for child in descendants if " ".join(command) in _command_line(child)]
     for child in asked or [root]:
         try:
             child.send_signal(signal.SIGTERM)
