@@ -35,7 +35,11 @@ EXTRA: Mapping[str, tuple[tuple[str, tuple[str, ...], str], ...]] = {
         ("replica-hours", ("replica_hours",), "{:.1f}"),
         ("turns", ("oscillations",), "{:.0f}"),
     ),
-    "overload": (("attempts / question", ("retry_amplification",), "{:.2f}"),),
+    "overload": (
+        ("attempts / question", ("retry_amplification",), "{:.2f}"),
+        ("over cap, requests", ("over_admitted_max",), "{:.0f}"),
+        ("Critical passed, s", ("critical_passed_s",), "{:.2f}"),
+    ),
     "overload-standard": (("attempts / question", ("retry_amplification",), "{:.2f}"),),
     "engine-faults": (
         ("lost", ("lost_requests",), "{:.0f}"),

@@ -8,6 +8,7 @@ from operator import ge, le
 from typing import Any
 
 PRODUCT = "headrace"
+SEVERAL = "headrace-3-routers"
 STICKY_BASELINES = ("sticky", "cache-aware", "abandon-affinity", "gie-scorer")
 
 Results = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -67,6 +68,29 @@ def verdicts(results: Results) -> list[Verdict]:
         _most("long-context-flood", "preemptions", 0, _sum(flood.get("preemptions"))),
         _least("prefix-heavy", "hit rate over the best sticky policy's", 0.95, hits_ratio),
         _least("prefix-heavy", "Jain's index", 0.95, prefix.get("jain")),
+        *_of_several_routers(results),
+    ]
+
+
+def _of_several_routers(results: Results) -> list[Verdict]:
+    """Three routers against one on the same traffic."""
+    one = _of(results, "overload")
+    three = results.get("overload", {}).get(SEVERAL, {})
+
+    def ratio(name: str) -> float | None:
+        if three.get(name) is None or not one.get(name):
+            return None
+        return three[name] / one[name]
+
+    return [
+        _least("overload", "3 routers' goodput over one's", 0.97, ratio("goodput_per_s")),
+        _least("overload", "3 routers' Jain over one's", 0.97, ratio("jain")),
+        _most(
+            "overload",
+            "3 routers: a Critical waits while a Sheddable goes, s",
+            0.25,
+            three.get("critical_passed_s"),
+        ),
     ]
 
 

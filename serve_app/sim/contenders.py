@@ -14,6 +14,7 @@ from serve_app.core.policy import PoolPolicy, arrival_order
 from serve_app.sim.setup import Setup
 
 PRODUCT = "headrace"
+THREE_ROUTERS = "headrace-3-routers"
 UNLIMITED_REQUESTS = 1_000_000
 UNLIMITED_S = 3600.0
 STALE_SNAPSHOT_PERIOD_S = 0.05
@@ -27,11 +28,13 @@ class Contender:
     routing: str | None = None
     admission: bool = False
     snapshot_period_s: float | None = None
+    routers: int | None = None
 
 
 def _contenders() -> Mapping[str, Contender]:
     known = [
         Contender(PRODUCT, admission=True),
+        Contender(THREE_ROUTERS, admission=True, routers=3),
         Contender("round-robin", "round_robin"),
         Contender("least-loaded", "least_loaded"),
         Contender("power-of-two", "power_of_two"),
@@ -45,7 +48,7 @@ def _contenders() -> Mapping[str, Contender]:
 
 
 CONTENDERS = _contenders()
-BASELINES = tuple(name for name in CONTENDERS if name != PRODUCT)
+BASELINES = tuple(name for name, each in CONTENDERS.items() if not each.admission)
 
 
 def contend(setup: Setup, name: str) -> Setup:
@@ -78,6 +81,8 @@ def contend(setup: Setup, name: str) -> Setup:
         changed = replace(
             changed, heavy=None, engine_priority=False, reported_slots=UNLIMITED_REQUESTS
         )
+    if contender.routers is not None:
+        changed = replace(changed, routers=contender.routers)
     if contender.snapshot_period_s is not None:
         changed = replace(changed, snapshot_period_s=contender.snapshot_period_s)
     return changed

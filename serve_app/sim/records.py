@@ -61,7 +61,13 @@ class Sample:
 
 @dataclass(slots=True)
 class Run:
-    """Everything one simulation produced. ``good`` etc. are for the measured window."""
+    """Everything one simulation produced.
+
+    ``over_admitted_max`` is by how many requests a replica ever held more than its cap:
+    several routers may fill the same free places between two snapshots.
+    ``critical_passed_s`` is the longest any Critical request had waited, in any router,
+    when a Sheddable one was sent.
+    """
 
     questions: list[Question] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
@@ -76,6 +82,7 @@ class Run:
     duplicated_tokens: int = 0
     lost_requests: int = 0
     over_admitted_max: int = 0
+    critical_passed_s: float = 0.0
     replica_s: float = 0.0
     ended_at_s: float = 0.0
     wall_s: float = 0.0

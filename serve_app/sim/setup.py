@@ -114,8 +114,9 @@ class Setup:
     engine's count. ``engine_priority`` hands the class to the engine's own scheduler.
     ``progress_period_s`` is how often running generations' tokens are reported.
     ``reported_slots`` replaces the engines' slots in snapshots: a router without
-    admission sends an engine more than it can run. ``scaler`` builds what sizes the first
-    pool; None keeps it as it is.
+    admission sends an engine more than it can run. ``routers`` share the arrivals in turn;
+    each knows its own requests at once and the others' from snapshots. ``scaler`` builds
+    what sizes the first pool; None keeps it as it is.
     """
 
     pools: tuple[PoolSetup, ...]
@@ -133,7 +134,6 @@ class Setup:
     engine_priority: bool = True
     reported_slots: int | None = None
     routers: int = 1
-    exchange_period_s: float = 0.25
     scaler: Callable[[], Scaler] | None = None
 
     @property

@@ -87,6 +87,7 @@ class Simulator:
         self._nodes: dict[ReplicaId, Node] = {}
         self._ever: list[Node] = []
         self._attempts: dict[RequestId, Attempt] = {}
+        self._critical: dict[RequestId, float] = {}
         self._run = Run()
         self._heap: list[tuple[float, int, Callable[..., None], object]] = []
         self._order = 0
@@ -185,6 +186,8 @@ class Simulator:
         router = run.offered_attempts % setup.routers
         attempt = Attempt(question, ticket, router, now_s)
         self._attempts[ticket.request_id] = attempt
+        if arrival.priority_class is PriorityClass.CRITICAL:
+            self._critical[ticket.request_id] = now_s
         self._apply(router, self._controllers[router].offer(ticket, now_s), now_s)
         if setup.clients.patience_s < inf and not attempt.ended:
             self._at(now_s + setup.clients.patience_s, self._lose_patience, attempt)
@@ -212,6 +215,7 @@ class Simulator:
         """Send a request to the first replica ranked; return what follows if it fails."""
         attempt = self._attempts[effect.request_id]
         arrival = attempt.question.arrival
+        self._watch_order(effect.request_id, arrival.priority_class, now_s)
         node = self._nodes.get(effect.replicas[0])
         if node is None or not node.serves or now_s < node.prefill_broken_until_s:
             attempt.question.restarts += 1
@@ -229,10 +233,25 @@ class Simulator:
             self._end(attempt, Outcome.FAILED, now_s, again=False)
             usage = Usage()
             return self._controllers[router].finish(effect.request_id, usage, Outcome.FAILED, now_s)
+        cap = self._pools[node.pool].policy.max_concurrency_per_replica
+        if len(node.attempts) - cap > self._run.over_admitted_max:
+            self._run.over_admitted_max = len(node.attempts) - cap
         self._schedule(node)
         return ()
 
+    def _watch_order(
+        self, request_id: RequestId, priority_class: PriorityClass, now_s: float
+    ) -> None:
+        """Note for how long a Critical request had waited anywhere when a Sheddable one went."""
+        waiting = self._critical
+        waiting.pop(request_id, None)
+        if priority_class is PriorityClass.SHEDDABLE and waiting:
+            waited_s = now_s - next(iter(waiting.values()))
+            if waited_s > self._run.critical_passed_s:
+                self._run.critical_passed_s = waited_s
+
     def _refused(self, effect: Reject, now_s: float) -> None:
+        self._critical.pop(effect.request_id, None)
         attempt = self._attempts.pop(effect.request_id, None)
         if attempt is None:
             # Its client left at the very moment its time was up.
@@ -249,6 +268,7 @@ class Simulator:
         """Close an attempt that did not complete; its client may ask again."""
         attempt.ended = True
         del self._attempts[attempt.ticket.request_id]
+        self._critical.pop(attempt.ticket.request_id, None)
         node, question = attempt.node, attempt.question
         if node is not None:
             tokens = node.stop(attempt, now_s)

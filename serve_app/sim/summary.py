@@ -67,6 +67,8 @@ def summarise(run: Run, setup: Setup, knee_per_s: float | None = None) -> Figure
         "notices": dict(sorted(run.notices.items())),
         "retry_amplification": run.offered_attempts / asked,
         "restarts": sum(each.restarts for each in run.questions),
+        "over_admitted_max": max(0, run.over_admitted_max),
+        "critical_passed_s": run.critical_passed_s,
         "lost_requests": run.lost_requests,
         "duplicated_tokens": run.duplicated_tokens,
         "degraded_ratio": sum(each.degraded for each in run.questions) / asked,

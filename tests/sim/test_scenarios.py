@@ -8,7 +8,7 @@ import pytest
 
 from serve_app.core.types import Outcome
 from serve_app.sim.compare import compare, recovery_s
-from serve_app.sim.contenders import BASELINES, CONTENDERS, PRODUCT, contend
+from serve_app.sim.contenders import BASELINES, CONTENDERS, PRODUCT, THREE_ROUTERS, contend
 from serve_app.sim.knee import find_knee
 from serve_app.sim.records import Question, Run
 from serve_app.sim.scenarios import KNEES, MIXES, SCENARIOS, build_scenario, default_setup
@@ -71,7 +71,8 @@ def test_baselines_have_no_admission_and_keep_the_products_targets() -> None:
         assert not contending.engine_priority
     assert contend(setup, PRODUCT) == replace(setup, target=setup.slo)
     assert contend(setup, "headrace+round_robin").pools[0].policy.routing == "round_robin"
-    assert set(CONTENDERS) == {PRODUCT, *BASELINES}
+    assert set(CONTENDERS) == {PRODUCT, THREE_ROUTERS, *BASELINES}
+    assert contend(setup, THREE_ROUTERS).routers == 3
 
 
 @pytest.mark.parametrize(
