@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from hashlib import blake2b
 
 from serve_app.core.routing.loads import LoadOnly, by_load
 from serve_app.core.routing.prefixes import PrefixAware
+from serve_app.core.routing.rendezvous import rendezvous
 from serve_app.core.routing.settings import RoutingSettings
 from serve_app.core.saturation import Replica
 from serve_app.core.types import ReplicaId, Ticket
@@ -38,7 +38,7 @@ class SessionAffinity(PrefixAware):
         loads = {each.id: each.in_flight for each in candidates}
         mean = (sum(loads.values()) + 1) / len(loads)
         limit = max(1.0, mean * self._settings.session_load_factor)
-        order.sort(key=lambda replica: (loads[replica] + 1 > limit, _weight(session, replica)))
+        order.sort(key=lambda replica: (loads[replica] + 1 > limit, -rendezvous(session, replica)))
         return order
 
 
@@ -95,9 +95,3 @@ class AdapterLocality(LoadOnly):
         if adapter in unseen:
             return RESIDENT if free_slots >= 0 else WAITING
         return FREE_SLOT if free_slots > 0 else FULL
-
-
-def _weight(session: str, replica: ReplicaId) -> int:
-    """Return a session's rank of a replica, the same in every process."""
-    name = f"{session}\0{replica}".encode()
-    return int.from_bytes(blake2b(name, digest_size=8).digest(), "big")

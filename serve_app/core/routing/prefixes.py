@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from serve_app.core.prefix_index import PrefixIndex
 from serve_app.core.routing.loads import by_load, kv_queue_cost_s
+from serve_app.core.routing.rendezvous import rendezvous
 from serve_app.core.routing.settings import RandomSource, RoutingSettings
 from serve_app.core.saturation import Replica
 from serve_app.core.types import ReplicaId, Ticket
@@ -67,12 +68,15 @@ class PrefixAffinity(PrefixAware):
        match still counts for what it saves. Tokens in flight weigh little there: they slow
        decoding by tens of nanoseconds each, a prompt ahead delays the first token by tens
        of microseconds per token.
+    4. A prompt cached nowhere, as far as this router knows, goes to its home within the
+       same gap: the replica a hash of its beginning and the replica's id prefers, so that
+       routers which share no index still send equal beginnings to one place.
 
     A replica without room is no candidate, so affinity also ends where admission's own
     limit is reached, and returns when there is room.
 
     Source: llm-d's prefix-affinity filter (2026-08); Dynamo's overlap-discounted prefill
-    cost for step 3.
+    cost for step 3; rendezvous hashing within a load bound for step 4.
     """
 
     def rank(
@@ -89,10 +93,19 @@ class PrefixAffinity(PrefixAware):
             for place, (each, wait_s) in enumerate(zip(candidates, waits_s, strict=True))
         )
         order = [place for _, _, place in costs]
-        sticky = self._sticky(ticket, candidates)
-        if sticky is not None and waits_s[sticky] - min(waits_s) <= settings.sticky_gap_s:
-            order.remove(sticky)
-            order.insert(0, sticky)
+        gap_s = settings.sticky_gap_s
+        first = self._sticky(ticket, candidates)
+        if first is not None:
+            if waits_s[first] - min(waits_s) > gap_s:
+                first = None
+        elif ticket.prefix_hashes:
+            first = self._home(ticket, candidates)
+            cost_s = next(cost_s for cost_s, _, place in costs if place == first)
+            if cost_s - costs[0][0] > gap_s:
+                first = None
+        if first is not None:
+            order.remove(first)
+            order.insert(0, first)
         return [candidates[place].id for place in order]
 
     def _waits_s(self, ticket: Ticket, candidates: Sequence[Replica]) -> list[float]:
@@ -107,6 +120,11 @@ class PrefixAffinity(PrefixAware):
             / rate
             for each in candidates
         ]
+
+    def _home(self, ticket: Ticket, candidates: Sequence[Replica]) -> int:
+        """Return the place of the replica every router would choose for this beginning."""
+        name = str(ticket.prefix_hashes[0])
+        return max(range(len(candidates)), key=lambda place: rendezvous(name, candidates[place].id))
 
     def _sticky(self, ticket: Ticket, candidates: Sequence[Replica]) -> int | None:
         """Return the place of the least busy candidate that holds the prompt, if any."""

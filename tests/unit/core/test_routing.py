@@ -223,6 +223,19 @@ def test_affinity_ends_when_the_wait_exceeds_the_gap_and_returns_after() -> None
     assert policy.rank(request, [home, other], 0.0)[0] == "home"
 
 
+def test_routers_that_share_nothing_agree_on_the_home_of_a_new_prompt_within_the_gap() -> None:
+    fleet = [replica(name) for name in "abcdefgh"]
+    for group in range(20):
+        homes = {build("prefix_affinity").rank(ticket(prefix=prompt(group)), fleet, 0.0)[0]}
+        homes.add(build("prefix_affinity").rank(ticket(prefix=prompt(group, 5)), fleet, 0.0)[0])
+        assert len(homes) == 1
+        (home,) = (each for each in fleet if each.id in homes)
+        home.own_uncached_prompt_tokens = 33_000
+        first = build("prefix_affinity").rank(ticket(prefix=prompt(group)), fleet, 0.0)[0]
+        assert first != home.id
+        home.own_uncached_prompt_tokens = 0
+
+
 def test_affinity_picks_the_holder_with_the_least_uncached_work() -> None:
     policy = build("prefix_affinity")
     first, second, cold = replica("first"), replica("second"), replica("cold")
