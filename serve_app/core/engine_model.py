@@ -14,8 +14,7 @@ Source: vLLM v1's scheduler with ``scheduling_policy=priority`` and chunked pref
 A step lasts ``overhead + max(weights, prefill * tokens) + context * sum(decode contexts)
 + batch * sequences``.
 
-Only one deviation from vLLM is deliberate: after a sequence preempts itself, the others
-of that step still run, where vLLM skips those behind it for one step.
+A test runs vLLM's own scheduler beside this one and compares every step.
 
 Nothing happens per token. While nobody is admitted, finishes or lacks a block, the step
 time grows linearly, so any number of steps is one quadratic; block needs repeat with the
@@ -31,7 +30,7 @@ from heapq import heappop, heappush
 
 from serve_app.core.decode_set import DecodeSet
 from serve_app.core.engine_parts import EngineParams, Event, EventKind, Phase, Sequence, StepRun
-from serve_app.core.kv_blocks import KvBlocks
+from serve_app.core.kv_blocks import HASH_LIMIT, KvBlocks
 from serve_app.core.types import PriorityClass
 
 __all__ = ["EngineModel", "EngineParams", "Event", "EventKind", "Phase", "Sequence", "StepRun"]
@@ -44,6 +43,7 @@ _PREEMPTED = EventKind.PREEMPTED
 _WAITING = Phase.WAITING
 _PREFILL = Phase.PREFILL
 _DECODE = Phase.DECODE
+_STALLED = Phase.STALLED
 _ENDED = Phase.ENDED
 
 
@@ -80,6 +80,7 @@ class EngineModel:
         self._waiting_count = 0
         self._running: dict[int, Sequence] = {}
         self._partial: Sequence | None = None
+        self._stalled: list[Sequence] = []
         self._decoding = DecodeSet(params.block_tokens)
         self._still_tokens = [0] * len(PriorityClass)  # of waiting and prefilling sequences
         # The plan: steps of one composition, of which the first is in flight.
@@ -118,7 +119,9 @@ class EngineModel:
                 f"{prompt_tokens} prompt and {output_tokens} output tokens exceed the "
                 f"KV cache of {self.capacity_tokens} tokens"
             )
-        self._sync(_ticks(now_s))
+        self._sync(now_s)
+        if not self.params.prefix_caching:
+            hashes = ()
         order = self._order
         self._order = order + 1
         sequence = Sequence(name, order, prompt_tokens, output_tokens, int(priority), hashes)
@@ -133,7 +136,7 @@ class EngineModel:
 
         The step in flight keeps its duration: the work on it is already under way.
         """
-        self._sync(_ticks(now_s))
+        self._sync(now_s)
         if sequence.phase is _ENDED:
             return
         sequence._generated = self.generated(sequence)
@@ -141,14 +144,14 @@ class EngineModel:
             self._waiting_count -= 1
             self._still_tokens[sequence.priority] -= sequence.prompt_tokens + sequence._generated
         else:
-            self._remove_running(sequence, in_flight=self._plan_steps > 0)
+            self._remove_running(sequence, self._plan_steps > 0)
         sequence.phase = _ENDED
         sequence.finished_s = now_s
         self._cut_plan()
 
     def advance(self, until_s: float) -> list[Event]:
         """Run to ``until_s`` and return what happened since the last call, in order."""
-        self._sync(_ticks(until_s))
+        self._sync(until_s)
         events = self._events
         if events:
             self._events = []
@@ -210,28 +213,45 @@ class EngineModel:
 
     # ---- time --------------------------------------------------------------------
 
-    def _sync(self, limit: int) -> None:
-        """Complete every step that ends by ``limit``; an idle engine moves to it."""
+    def _sync(self, until_s: float) -> None:
+        """Complete every step that ends by ``until_s``; an idle engine moves to it.
+
+        A step that would start at that very instant is left open: additions come first.
+        """
+        limit = _ticks(until_s)
         while True:
             if self._plan_steps:
                 end = self._plan_end()
                 if end > limit:
-                    self._pass_steps(self._steps_within(limit - self._start))
+                    self._enter_plan(limit, until_s)
                     return
                 self._complete_plan(end)
-            elif self._start >= limit:
+            elif self._start / _TICKS_PER_S >= until_s:
                 return
             elif not self._plan():
                 self._start = limit
                 return
 
+    def _enter_plan(self, limit: int, until_s: float) -> None:
+        """Pass the steps of the plan that end by ``limit``, fewer than all."""
+        steps = self._steps_within(limit - self._start)
+        if not steps:
+            return
+        end = self._start + self._duration_of(steps)
+        if end / _TICKS_PER_S >= until_s:
+            self._plan_steps = steps
+            self._complete_plan(end)
+        else:
+            self._pass_steps(steps)
+
     def _plan_end(self) -> int:
-        steps = self._plan_steps
+        return self._start + self._duration_of(self._plan_steps)
+
+    def _duration_of(self, steps: int) -> int:
+        """Return how long the first ``steps`` steps of the plan take."""
         if steps == 1:
-            return self._start + self._plan_first
-        return (
-            self._start + steps * self._plan_first + self._plan_growth * (steps * (steps - 1) // 2)
-        )
+            return self._plan_first
+        return steps * self._plan_first + self._plan_growth * (steps * (steps - 1) // 2)
 
     def _steps_within(self, ticks: int) -> int:
         """Return how many steps of the plan end within ``ticks``, fewer than planned."""
@@ -252,9 +272,7 @@ class EngineModel:
 
     def _pass_steps(self, steps: int) -> None:
         """Let ``steps`` of a plan pass that goes on: the following one is in flight."""
-        if not steps:
-            return
-        duration = steps * self._plan_first + self._plan_growth * (steps * (steps - 1) // 2)
+        duration = self._duration_of(steps)
         self._record(steps, duration)
         blocks = self._decoding.blocks_of_steps(self.steps_total + 1, steps)
         if blocks:
@@ -297,6 +315,8 @@ class EngineModel:
         self._start = end
         self.steps_total += 1
         now_s = end / _TICKS_PER_S
+        if self._stalled:
+            self._end_stall()
         for sequence in self._decoding.pop_finished(self.steps_total):
             del self._running[sequence.order]
             sequence._generated = sequence.output_tokens
@@ -327,13 +347,12 @@ class EngineModel:
             partial = self._partial
         elif blocks:
             self.kv.take(blocks)
-        if partial is not None:
+        if partial is not None and chunk:
             budget -= chunk
             self._compute(partial, chunk)
         if self._waiting_count and not preempted and budget > 0:
             self._admit(budget)
-        if not decodes.count and not self._prefills:
-            # A lone sequence never preempts itself, so only an empty engine gets here.
+        if not decodes.count and not self._prefills and not self._stalled:
             return False
         self._set_plan(decodes.count)
         if preempted:
@@ -354,10 +373,10 @@ class EngineModel:
             + self._per_context * self._decoding.contexts(step)
             + self._per_sequence * (decoding + len(prefills))
         )
-        # With all costs zero a step still has an end after its start.
-        self._plan_first = duration or 1
+        # Even a step without work, or without costs, ends after it started.
+        self._plan_first = duration if tokens and duration else 1
         self._plan_growth = self._per_context * decoding
-        if prefills:
+        if prefills or not decoding:
             self._plan_steps = 1
         else:
             # The blocks of the step in flight are taken; those of the others must be free.
@@ -440,6 +459,19 @@ class EngineModel:
                 named.append(segment_hash)
         sequence._examined = full
 
+    def _name_privately(self, victim: Sequence, tokens: int) -> None:
+        """Let a sequence find its own blocks again, if they are still there then.
+
+        Its hashes are extended by made-up ones as far as its ``tokens`` with blocks go.
+        """
+        if not self.params.prefix_caching:
+            return
+        known = len(victim.hashes)
+        first = HASH_LIMIT + (victim.order << 32)
+        full = tokens // self._segment_tokens
+        victim.hashes += tuple(range(first + known, first + full))
+        self._name_segments(victim, tokens)
+
     def _uncomputed(self, sequence: Sequence) -> int:
         return sequence.prompt_tokens + sequence._generated - sequence.computed_tokens
 
@@ -455,35 +487,57 @@ class EngineModel:
         """Allocate this step's blocks one sequence at a time, preempting as vLLM does.
 
         Returns the chunk of the sequence in prefill; it is the last in running order.
+        A sequence that preempts itself ends the round: those behind it miss the step.
         """
         running = self._running
         size = self._block_tokens
         served: set[int] = set()
         chunk = 0
+        itself = False
         for sequence in list(running.values()):
+            if sequence.phase is _WAITING:
+                continue
+            if itself:
+                self._stall(sequence)
+                continue
             if sequence.phase is _DECODE:
                 context = sequence.prompt_tokens + self.generated(sequence)
                 need = int((context - 1) % size == 0)
-            elif sequence.phase is _PREFILL:
+            else:
                 budget = self.params.token_budget - self._decoding.count
                 chunk = min(self._uncomputed(sequence), budget)
                 need = self._blocks_for(sequence, chunk)
-            else:
-                continue
-            while need > self.kv.free():
+            while need > self.kv.free() and not itself:
                 victim = max(running.values(), key=_preemption_order)
                 self._preempt(victim, in_flight=victim.order in served)
-                if victim is sequence:
-                    break
-            if sequence.phase is not _WAITING:
-                if need:
-                    self.kv.take(need)
+                itself = victim is sequence
+            if not itself:
+                self.kv.take(need)
                 served.add(sequence.order)
         return chunk
 
+    def _stall(self, sequence: Sequence) -> None:
+        """Leave a running sequence out of the step that is being composed."""
+        if sequence.phase is _DECODE:
+            sequence._generated = self.generated(sequence)
+            context = sequence.prompt_tokens + sequence._generated
+            self._decoding.leave(sequence, context, self.steps_total)
+            self._still_tokens[sequence.priority] += context
+            sequence.computed_tokens = context - 1
+            sequence.phase = _STALLED
+        self._stalled.append(sequence)
+
+    def _end_stall(self) -> None:
+        """Let those decode again that missed the step just completed."""
+        for sequence in self._stalled:
+            if sequence.phase is _STALLED:
+                self._start_decoding(sequence)
+        self._stalled = []
+
     def _preempt(self, victim: Sequence, in_flight: bool) -> None:
         victim._generated = self.generated(victim)
-        self._remove_running(victim, in_flight=in_flight)
+        self._name_privately(victim, self._held_tokens(victim, in_flight))
+        self._remove_running(victim, in_flight)
         victim.phase = _WAITING
         victim.preemptions += 1
         victim.computed_tokens = 0
@@ -505,13 +559,17 @@ class EngineModel:
         if sequence.first_token_s is None:
             sequence.first_token_s = now_s
             self._events.append((now_s, _FIRST_TOKEN, sequence))
-        priority = sequence.priority
-        context = sequence.prompt_tokens + generated
-        self._still_tokens[priority] -= context - 1
         if generated == sequence.output_tokens:
+            self._still_tokens[sequence.priority] -= sequence.prompt_tokens + generated - 1
             del self._running[sequence.order]
             self._end(sequence, now_s)
             return
+        self._still_tokens[sequence.priority] += 1
+        self._start_decoding(sequence)
+
+    def _start_decoding(self, sequence: Sequence) -> None:
+        context = sequence.prompt_tokens + sequence._generated
+        self._still_tokens[sequence.priority] -= context
         sequence.phase = _DECODE
         sequence._base_step = self.steps_total
         self._decoding.join(sequence, context, self.steps_total)
@@ -521,35 +579,43 @@ class EngineModel:
         computed = sequence.prompt_tokens + sequence.output_tokens - 1
         if len(sequence.hashes) > sequence._examined:
             self._name_segments(sequence, computed)
-        self._release(sequence, (computed - 1) // self._block_tokens + 1)
+        self._release(sequence, computed)
         sequence.phase = _ENDED
         sequence.finished_s = now_s
         self._events.append((now_s, _FINISHED, sequence))
 
-    def _release(self, sequence: Sequence, blocks: int) -> None:
+    def _release(self, sequence: Sequence, tokens: int) -> None:
+        """Free the blocks of a sequence that hold ``tokens`` tokens."""
+        size = self._block_tokens
         named = sequence._named
+        shared = len(named) * self.kv.segment_blocks
+        blocks = (tokens - 1) // size + 1 - shared
+        full = tokens // size - shared if self.params.prefix_caching else 0
+        self.kv.release(blocks, full, named)
         if named:
-            self.kv.release(blocks - len(named) * self.kv.segment_blocks, named)
             sequence._named = []
-        else:
-            self.kv.release(blocks, ())
+
+    def _held_tokens(self, sequence: Sequence, in_flight: bool) -> int:
+        """Return how many tokens the blocks of a running sequence hold.
+
+        ``in_flight``: those of the step under way have been taken for it.
+        """
+        if sequence.phase is _DECODE:
+            return sequence.prompt_tokens + sequence._generated - (not in_flight)
+        return sequence.computed_tokens
 
     def _remove_running(self, sequence: Sequence, in_flight: bool) -> None:
-        """Take a sequence out before its end; ``_generated`` is up to date.
-
-        ``in_flight``: the blocks of the step under way have been taken for it.
-        """
+        """Take a sequence out before its end; ``_generated`` is up to date."""
         del self._running[sequence.order]
+        held = self._held_tokens(sequence, in_flight)
         context = sequence.prompt_tokens + sequence._generated
         if sequence.phase is _DECODE:
-            held = context if in_flight else context - 1
             self._decoding.leave(sequence, context, self.steps_total)
         else:
-            held = sequence.computed_tokens
             self._still_tokens[sequence.priority] -= context
             if self._partial is sequence:
                 self._partial = None
-        self._release(sequence, (held - 1) // self._block_tokens + 1)
+        self._release(sequence, held)
 
 
 def _ticks(time_s: float) -> int:

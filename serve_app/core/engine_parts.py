@@ -21,7 +21,8 @@ class Phase(IntEnum):
     WAITING = 0
     PREFILL = 1
     DECODE = 2
-    ENDED = 3
+    STALLED = 3  # running, but without a part in the step in flight
+    ENDED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class EngineParams:
     kv_blocks: int = 26_313
     block_tokens: int = 16
     blocks_per_hash: int = 1
+    prefix_caching: bool = True
     overhead_s: float = 0.00115
     weights_s: float = 0.0057
     prefill_s_per_token: float = 30e-6

@@ -23,6 +23,7 @@ class Slow:
     hashes: tuple[int, ...]
     generated: int = 0
     computed: int = 0
+    filled: int = 0  # computed tokens, and those of the step being composed
     cached: int | None = None
     state: str = "waiting"
     private: list[int] = field(default_factory=list)
@@ -49,8 +50,9 @@ class ReferenceEngine:
         self.running: list[Slow] = []
         self.waiting: list[Slow] = []
         self.free_blocks = list(range(params.kv_blocks))
-        self.cache: dict[int, Segment] = {}
-        self.idle: list[int] = []
+        self.cache: dict[int | str, Segment] = {}
+        self.idle: list[int | str] = []
+        self.nameless = 0
         self.events: list[tuple[float, EventKind, int]] = []
         self.preemptions = 0
 
@@ -91,7 +93,7 @@ class ReferenceEngine:
                 if self.end > limit:
                     return
                 self.complete()
-            elif self.now >= limit:
+            elif self.now / TICKS_PER_S >= now_s:
                 return
             elif not self.compose():
                 self.now = limit
@@ -100,7 +102,10 @@ class ReferenceEngine:
     # -- blocks
 
     def free(self) -> int:
-        return len(self.free_blocks) + len(self.idle) * self.params.blocks_per_hash
+        return len(self.free_blocks) + self.idle_blocks()
+
+    def idle_blocks(self) -> int:
+        return sum(len(self.cache[name].blocks) for name in self.idle)
 
     def take(self, slow: Slow, count: int) -> None:
         for _ in range(count):
@@ -112,6 +117,13 @@ class ReferenceEngine:
         return len(slow.private) + len(slow.segments) * self.params.blocks_per_hash
 
     def release(self, slow: Slow) -> None:
+        # Full blocks without a name are cached too; nobody will ever ask for them.
+        named = len(slow.segments) * self.params.blocks_per_hash
+        for _ in range(slow.filled // self.params.block_tokens - named):
+            self.nameless += 1
+            name = f"nameless {self.nameless}"
+            self.cache[name] = Segment([slow.private.pop()], 0)
+            self.idle.append(name)
         self.free_blocks += slow.private
         slow.private = []
         for name in reversed(slow.segments):
@@ -122,7 +134,7 @@ class ReferenceEngine:
 
     def name_segments(self, slow: Slow) -> None:
         per = self.params.blocks_per_hash
-        full = slow.computed // (per * self.params.block_tokens)
+        full = slow.filled // (per * self.params.block_tokens)
         while slow.looked_at < min(full, len(slow.hashes)):
             name = slow.hashes[slow.looked_at]
             slow.looked_at += 1
@@ -147,8 +159,11 @@ class ReferenceEngine:
                 self.preempt(victim)
                 if victim is slow:
                     break
-            if slow in self.running:
+            if slow not in self.running:
+                break
+            else:
                 self.take(slow, self.blocks(slow.computed + chunk) - self.held(slow))
+                slow.filled = slow.computed + chunk
                 scheduled[slow.name] = (slow, chunk)
                 budget -= chunk
         for slow, chunk in scheduled.values():
@@ -166,7 +181,7 @@ class ReferenceEngine:
             self.running.append(slow)
             scheduled[slow.name] = (slow, chunk)
             budget -= chunk
-        if not scheduled:
+        if not scheduled and not self.running:
             return False
         self.scheduled = list(scheduled.values())
         self.end = self.now + self.duration()
@@ -180,7 +195,8 @@ class ReferenceEngine:
                 break
             hits += 1
         found = list(slow.hashes[:hits])
-        free = self.free() - sum(name in self.idle for name in found) * self.params.blocks_per_hash
+        held_next = sum(name in self.idle for name in found)
+        free = self.free() - held_next * self.params.blocks_per_hash
         if self.blocks(slow.tokens) - hits * self.params.blocks_per_hash > free:
             return 0
         for name in found:
@@ -195,6 +211,7 @@ class ReferenceEngine:
         chunk = min(slow.tokens - slow.computed, budget)
         self.take(slow, self.blocks(slow.computed + chunk) - self.held(slow))
         slow.computed += chunk
+        slow.filled = slow.computed
         slow.state = "prefill"
         self.name_segments(slow)
         return chunk
@@ -204,6 +221,10 @@ class ReferenceEngine:
 
     def preempt(self, victim: Slow) -> None:
         self.running.remove(victim)
+        per = self.params.blocks_per_hash * self.params.block_tokens
+        for index in range(len(victim.hashes), victim.filled // per):
+            victim.hashes = (*victim.hashes, f"{victim.name} at {index}")
+        self.name_segments(victim)
         self.release(victim)
         victim.computed = 0
         victim.state = "waiting"
@@ -224,7 +245,7 @@ class ReferenceEngine:
             + round(p.context_s_per_token * TICKS_PER_S) * contexts
             + round(p.batch_s_per_request * TICKS_PER_S) * len(self.scheduled)
         )
-        return max(1, duration)
+        return max(1, duration) if tokens else 1
 
     def complete(self) -> None:
         assert self.end is not None

@@ -90,6 +90,19 @@ def test_additions_of_one_instant_share_a_step_and_later_ones_wait_for_its_end()
     assert late.started_s == pytest.approx(1.010)
 
 
+def test_an_addition_at_the_end_of_a_step_joins_the_next_one_within_a_run_too() -> None:
+    model = EngineModel(ROUND)
+    model.add("runs", 0.0, prompt_tokens=1, output_tokens=50)
+    model.advance(model.next_step_s())
+    for _ in range(3):
+        boundary_s = model.next_step_s()
+        model.advance(boundary_s)
+    joins = model.add("joins", boundary_s, prompt_tokens=1, output_tokens=1)
+    drain(model)
+    assert joins.started_s == boundary_s
+    assert joins.first_token_s == pytest.approx(boundary_s + 0.010)
+
+
 # ---- KV cache --------------------------------------------------------------------
 
 
@@ -233,6 +246,7 @@ OPERATIONS = st.lists(
         ADDITIONS,
         st.tuples(st.just("wait"), st.sampled_from([0.0, 0.001, 0.003_7, 0.02, 0.15])),
         st.tuples(st.just("next")),
+        st.tuples(st.just("step")),
         st.tuples(st.just("abort"), st.integers(0, 3)),
     ),
     min_size=4,
@@ -288,14 +302,18 @@ class Pair:
         assert sorted(fast) == sorted(slow)
         self.compare()
 
+    def settle(self) -> None:
+        """Compose the next step in both, as a caller that asks for its end does."""
+        assert self.model.next_step_s() == self.twin.next_step_s()
+        self.compare()
+
     def compare(self) -> None:
         model, twin = self.model, self.twin
         assert model.running == len(twin.running)
         assert model.waiting == len(twin.waiting)
         assert model.kv.free() == twin.free()
-        assert model.kv.cached_segments() == len(twin.idle)
+        assert model.kv.idle_blocks == twin.idle_blocks()
         assert model.preemptions_total == twin.preemptions
-        assert model.next_step_s() == twin.next_step_s()
         tokens = [0, 0, 0]
         for fast, slow in self.members:
             assert model.generated(fast) == slow.generated
@@ -305,7 +323,7 @@ class Pair:
         assert model.in_flight_tokens() == tuple(tokens)
 
     def next_event(self) -> bool:
-        self.twin.next_step_s()
+        self.settle()
         next_s = self.model.next_event_s()
         if next_s < math.inf:
             self.advance(next_s)
@@ -325,8 +343,12 @@ def test_jumping_over_steps_gives_the_same_bits_as_taking_them_one_by_one(
             pair.abort(*arguments)
         elif operation == "wait":
             pair.advance(pair.now_s + arguments[0])
-        else:
+        elif operation == "next":
             pair.next_event()
+        elif (step_s := pair.model.next_step_s()) < math.inf:
+            # One step within a run: what is added now comes before the following one.
+            pair.settle()
+            pair.advance(step_s)
     while pair.next_event():
         pass
     assert pair.model.kv.free() == params.kv_blocks
