@@ -12,6 +12,7 @@ namespaces cannot be had, the stack's processes are found by descent and killed.
 from __future__ import annotations
 
 import os
+import random
 import re
 import shutil
 import signal
@@ -38,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RAY_ENV = ROOT / "configs" / "ray.env"
 KEY = "stack-bootstrap-key-0123456789"
 POLL_S = 0.1
+ROUTER_PORTS = 20
 STOP_TIMEOUT_S = 30.0
 TAIL_CHARACTERS = 6000
 HAPROXY_SOCKET_PATH_CHARACTERS = 97
@@ -298,14 +300,29 @@ def _haproxy_paths(folder: Path) -> dict[str, str]:
 
 
 def _private_ports() -> dict[str, str]:
-    """Return the environment by which two stacks in one network do not meet."""
-    first = 30_000 + 100 * (os.getpid() % 50) + 10 * (free_port() % 10)
+    """Return the environment by which two stacks in one network do not meet.
+
+    Routers share a port with whoever listens there already, so the blocks must not overlap.
+    """
+    blocks = list(range(30_000, 32_000, ROUTER_PORTS))
+    random.shuffle(blocks)
+    first = next(block for block in blocks if _all_free(block, ROUTER_PORTS))
     return {
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + 999),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + ROUTER_PORTS - 1),
     }
+
+
+def _all_free(first: int, count: int) -> bool:
+    for port in range(first, first + count):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                return False
+    return True
 
 
 def _wait_until_ready(stack: Stack, process: subprocess.Popen[bytes], deadline_s: float) -> None:
