@@ -12,12 +12,24 @@ from benchmarks.scenarios.report import page
 from benchmarks.scenarios.targets import verdicts
 from serve_app.sim import plots
 from serve_app.sim.compare import calibration, compare, to_json
-from serve_app.sim.contenders import CONTENDERS, PRODUCT
+from serve_app.sim.contenders import PRODUCT, THREE_ROUTERS
 from serve_app.sim.scenarios import KNEES, MIX_OF, SCENARIOS, build_scenario, default_setup
 
 REPORT = Path("benchmarks/reports/policies.md")
-SLOW = {"diurnal": (PRODUCT, "least-loaded", "power-of-two")}
-"""The day is half a million requests: only a few contenders run it."""
+DEFAULT = (
+    PRODUCT,
+    "round-robin",
+    "least-loaded",
+    "power-of-two",
+    "gie-scorer",
+    "sticky",
+    "cache-aware",
+)
+CONTENDERS_OF = {
+    "diurnal": (PRODUCT, "least-loaded"),
+    "overload": (PRODUCT, THREE_ROUTERS, *DEFAULT[1:]),
+}
+"""The day is four hundred thousand requests: only two contenders run it."""
 
 
 def main() -> int:
@@ -33,7 +45,7 @@ def main() -> int:
     sections, means = [], {}
     setup = default_setup()
     for name in args.scenario or SCENARIOS:
-        contenders = args.policy or SLOW.get(name, tuple(CONTENDERS))
+        contenders = args.policy or CONTENDERS_OF.get(name, DEFAULT)
         scenario = build_scenario(name, setup, duration_s=args.duration_s)
         started_s = time.monotonic()
         results = compare(

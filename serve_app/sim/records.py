@@ -15,10 +15,16 @@ RANK_SLACK = 1e-9
 
 
 class Question:
-    """One arrival's fate over all its attempts. ``ttft_s`` counts from its last attempt."""
+    """One arrival's fate over all its attempts.
+
+    ``ttft_s`` counts from ``asked_s``: its first attempt since it was last refused. Time
+    spent with a replica that died or never answered counts, time a client was told to
+    stay away does not.
+    """
 
     __slots__ = (
         "arrival",
+        "asked_s",
         "attempts",
         "cached_tokens",
         "degraded",
@@ -34,6 +40,7 @@ class Question:
 
     def __init__(self, arrival: Arrival) -> None:
         self.arrival = arrival
+        self.asked_s: float | None = None
         self.attempts = 0
         self.refused = 0
         self.refusal: RejectReason | None = None

@@ -167,6 +167,8 @@ class Simulator:
         """Send a question, for the first time or again."""
         setup, arrival, run = self._setup, question.arrival, self._run
         question.attempts += 1
+        if question.asked_s is None:
+            question.asked_s = now_s
         run.offered_attempts += 1
         ticket = Ticket(
             RequestId(f"{run.offered_attempts}"),
@@ -259,6 +261,7 @@ class Simulator:
         attempt.ended = True
         question = attempt.question
         question.outcome = None
+        question.asked_s = None
         question.refused += 1
         question.refusal = effect.reason
         self._run.rejects[question.arrival.priority_class, effect.reason] += 1
@@ -337,7 +340,8 @@ class Simulator:
         del self._attempts[request_id]
         del node.attempts[request_id]
         question.outcome = Outcome.COMPLETED
-        question.ttft_s = attempt.first_token_s - attempt.offered_s
+        assert question.asked_s is not None
+        question.ttft_s = attempt.first_token_s - question.asked_s
         question.output_tokens = sequence.output_tokens
         question.cached_tokens = sequence.cached_tokens
         later_tokens = sequence.output_tokens - 1
