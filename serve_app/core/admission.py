@@ -85,8 +85,10 @@ class Shares:
         """Whether one more request of a class may run, by its number of requests."""
         limits = self._slot_limits[sparse]
         critical, standard, sheddable = self.requests
+        if critical + standard + sheddable >= limits[CRITICAL]:
+            return False
         if rank == CRITICAL:
-            return critical + standard + sheddable < limits[CRITICAL]
+            return True
         if standard + sheddable >= limits[STANDARD]:
             return False
         return rank == STANDARD or sheddable < limits[SHEDDABLE]
@@ -124,7 +126,8 @@ class Turns:
 
     Each unit of cost dispatched for a class pays the next less important one, if it
     waits, share / (1 - share); dispatching from that one costs it. What is owed never
-    exceeds the cost of the next request, and is lost when nobody of the class waits.
+    exceeds the cost of the next request by more than one payment, and is lost when nobody
+    of the class waits.
     """
 
     __slots__ = ("_classes", "_owed")
@@ -159,8 +162,8 @@ class Turns:
         share = policy.minimum_share_ratio
         if below[1]:
             share = max(share, policy.aged_share_ratio)
-        earned = owed[rank + 1] + cost * share / (1.0 - share)
-        owed[rank + 1] = min(earned, below[0])
+        payment = cost * share / (1.0 - share)
+        owed[rank + 1] = min(owed[rank + 1] + payment, below[0] + payment)
 
 
 class ServiceRate:
@@ -221,6 +224,12 @@ class _Client:
         self.not_before_s = -inf
         self.updated_s = now_s
 
+    def fade(self, now_s: float) -> None:
+        keep = THROTTLE_WINDOW_S / (THROTTLE_WINDOW_S + now_s - self.updated_s)
+        self.ignored *= keep
+        self.accepts *= keep
+        self.updated_s = now_s
+
 
 class ClientThrottle:
     """Refuses, without further work, clients that ignore the advice to come back later.
@@ -228,8 +237,9 @@ class ClientThrottle:
     Counts, per key and class, requests that come before the advised time ("requests")
     and requests admitted ("accepts"). A request that comes early is refused with
     probability max(0, (requests - 2 x accepts) / (requests + 1)), decided by a hash of
-    its id. A client that waits as advised is never throttled. Counts fade over
-    ``THROTTLE_WINDOW_S``; the least recently refused keys are forgotten first.
+    its id. A client that waits as advised is never throttled, nor is one of whose
+    requests half are admitted. Counts fade over ``THROTTLE_WINDOW_S``; the keys longest
+    unheard of are forgotten first.
 
     Source: "Handling Overload", Site Reliability Engineering (Google), client-side
     throttling with K = 2, here kept by the server for clients that lack it.
@@ -247,7 +257,7 @@ class ClientThrottle:
         client = self._clients.get((key, rank))
         if client is None or now_s >= client.not_before_s:
             return False
-        self._fade(client, now_s)
+        client.fade(now_s)
         client.ignored += 1.0
         chance = (client.ignored - 2.0 * client.accepts) / (client.ignored + 1.0)
         return hashed_fraction(request_id) < chance
@@ -259,27 +269,24 @@ class ClientThrottle:
 
     def accepted(self, key: KeyId, rank: int, now_s: float) -> None:
         """A request of the key was admitted."""
-        client = self._clients.get((key, rank))
-        if client is not None:
-            self._fade(client, now_s)
-            client.accepts += 1.0
+        client = self._client((key, rank), now_s)
+        client.fade(now_s)
+        client.accepts += 1.0
 
     def refused(self, key: KeyId, rank: int, retry_after_s: float, now_s: float) -> None:
         """A request of the key was refused with the advice to come back later."""
-        client = self._clients.get((key, rank))
-        if client is None:
-            if len(self._clients) >= self._keys_max:
-                self._clients.popitem(last=False)
-            client = self._clients[(key, rank)] = _Client(now_s)
-        else:
-            self._clients.move_to_end((key, rank))
+        client = self._client((key, rank), now_s)
         client.not_before_s = max(client.not_before_s, now_s + retry_after_s)
 
-    def _fade(self, client: _Client, now_s: float) -> None:
-        keep = THROTTLE_WINDOW_S / (THROTTLE_WINDOW_S + now_s - client.updated_s)
-        client.ignored *= keep
-        client.accepts *= keep
-        client.updated_s = now_s
+    def _client(self, name: tuple[KeyId, int], now_s: float) -> _Client:
+        client = self._clients.get(name)
+        if client is not None:
+            self._clients.move_to_end(name)
+            return client
+        if len(self._clients) >= self._keys_max:
+            self._clients.popitem(last=False)
+        client = self._clients[name] = _Client(now_s)
+        return client
 
 
 def advice_s(wait_s: float, request_id: RequestId, policy: PoolPolicy) -> float:

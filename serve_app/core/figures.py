@@ -36,7 +36,7 @@ class PoolFigures:
     retry_balance: float
     tenants_active: int
     tenants_known: int
-    clients_refused: int
+    clients_known: int
 
 
 def pool_figures(pool: Pool, now_s: float) -> PoolFigures:
@@ -60,7 +60,7 @@ def pool_figures(pool: Pool, now_s: float) -> PoolFigures:
         retry_balance=pool.retries.balance,
         tenants_active=len(load.tenants),
         tenants_known=sum(queue.tenants for queue in pool.queues),
-        clients_refused=len(pool.throttle),
+        clients_known=len(pool.throttle),
     )
 
 

@@ -288,18 +288,20 @@ class Pool:
     def _try(self, entry: Entry, now_s: float) -> Dispatch | None:
         """Dispatch a request if its tenant, its class and a replica have room.
 
+        Headroom for sparse tenants is not taken while more important classes wait.
         When no replica has room for anything of the class, it is marked full until
         capacity changes, and so are the less important ones, whose limits are tighter.
         """
         load, rank = self.load, entry.rank
-        if not load.shares.has_slot(rank, entry.sparse):
+        sparse = entry.sparse and not (rank and self._somebody_above(rank))
+        if not load.shares.has_slot(rank, sparse):
             return None
         if not load.tenant_may_take(entry):
             if entry.ticket.request_id in self.waiting:
                 self.queues[rank].forfeit(entry)
             return None
         prefill_tokens = min(entry.ticket.prompt_tokens, self.policy.prefill_knee_tokens)
-        if not load.shares.has_tokens(rank, entry.sparse, entry.need_tokens, prefill_tokens):
+        if not load.shares.has_tokens(rank, sparse, entry.need_tokens, prefill_tokens):
             return None
         found = load.candidates(entry, self.routing, now_s)
         if found:
@@ -308,6 +310,10 @@ class Pool:
             for each in range(rank, 3):
                 self._full[each] = True
         return None
+
+    def _somebody_above(self, rank: int) -> bool:
+        critical, standard, _ = self.queues
+        return bool(critical) or (rank == SHEDDABLE and bool(standard))
 
     def _send(self, entry: Entry, found: Sequence[Replica], now_s: float) -> Dispatch | None:
         routing, ticket = self.routing, entry.ticket
