@@ -19,7 +19,7 @@ ROOT_LOGGER = "headrace"
 FLUSH_BYTES = 64 * 1024
 MAX_TEXT_CHARACTERS = 256
 
-_STANDARD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_FORMATTED_FIELDS = {"message", "asctime", "taskName"}
 
 
 class TextStream(Protocol):
@@ -119,8 +119,10 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "event": record.getMessage(),
         }
+        # Ray and vLLM install record factories that add fields of their own to every record.
+        common = vars(logging.makeLogRecord({})).keys() | _FORMATTED_FIELDS
         for name, value in vars(record).items():
-            if name not in _STANDARD_FIELDS and name not in event:
+            if name not in common and name not in event:
                 event[name] = value
         if record.exc_info and record.exc_info[0] is not None:
             event["exception"] = self.formatException(record.exc_info)

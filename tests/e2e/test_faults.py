@@ -23,6 +23,7 @@ from tests.stack import ROOT, Stack, running_stack
 
 STEP_S = 0.02
 WAIT_S = 90.0
+OUTCOMES = ("completed", "cancelled", "failed", "rejected")
 
 
 def document(**engine: Any) -> dict[str, Any]:
@@ -78,6 +79,10 @@ def ask(stack: Stack, **options: Any) -> str:
     return answer.choices[0].message.content or ""
 
 
+def ended(stack: Stack, outcome: str) -> float:
+    return stack.metric("headrace_requests_total", outcome=outcome)
+
+
 def served_again(stack: Stack) -> bool:
     try:
         return bool(ask(stack))
@@ -85,7 +90,7 @@ def served_again(stack: Stack) -> bool:
         return False
 
 
-async def _leave_at_random(stack: Stack, clients: int, seed: int) -> int:
+async def leave_at_random(stack: Stack, clients: int, seed: int) -> int:
     """Open streams and plain requests and drop each after a random while; return how many."""
     chance = random.Random(seed)
     left = 0
@@ -118,15 +123,18 @@ async def _leave_at_random(stack: Stack, clients: int, seed: int) -> int:
 
 
 def test_two_hundred_clients_that_leave_at_random_leak_no_slot(stack: Stack) -> None:
-    cancelled = stack.metric("headrace_requests_total", outcome="cancelled")
+    before = {outcome: ended(stack, outcome) for outcome in OUTCOMES}
     wasted = stack.metric("headrace_engine_tokens_total", kind="wasted")
-    assert asyncio.run(_leave_at_random(stack, clients=200, seed=1)) == 200
+    assert asyncio.run(leave_at_random(stack, clients=200, seed=1)) == 200
     until(lambda: is_idle(stack), "engines and routers idle after all clients left")
     until(
-        lambda: stack.metric("headrace_requests_total", outcome="cancelled") >= cancelled + 200,
-        "all 200 counted as cancelled",
+        lambda: stack.metric("headrace_engine_tokens_total", kind="wasted") > wasted,
+        "the generated tokens counted",
     )
-    assert stack.metric("headrace_engine_tokens_total", kind="wasted") > wasted
+    counted = {outcome: ended(stack, outcome) - before[outcome] for outcome in OUTCOMES}
+    # A client may leave before its request has reached a router, and then nobody counts it.
+    assert 150 <= counted["cancelled"] <= 200, counted
+    assert counted["completed"] == counted["failed"] == 0, counted
     assert ask(stack)
 
 

@@ -4,8 +4,10 @@ The last test kills the engine of the session, so it stays last.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import json
+import random
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -13,7 +15,6 @@ import psutil
 import pytest
 import pytest_asyncio
 from prometheus_client import REGISTRY
-from transformers import AutoTokenizer
 
 from serve_app import models
 from serve_app.core.types import Outcome, PriorityClass, RequestId
@@ -87,6 +88,14 @@ async def answer(engine: VllmEngine, call: GenerateCall) -> tuple[dict[str, Any]
     return json.loads(frame.data), final
 
 
+def _random_call(dice: random.Random) -> GenerateCall:
+    body: dict[str, Any] = {"max_tokens": 200, "ignore_eos": True, "n": dice.choice([1, 1, 2])}
+    stream = dice.random() < 0.6
+    if dice.random() < 0.5:
+        return chat(PARIS | body, stream=stream)
+    return completion(body | {"prompt": dice.choice(["One", ["One", "Two"]])}, stream=stream)
+
+
 async def exhaust(stream: AsyncGenerator[GenerateItem, None]) -> None:
     async with asyncio.timeout(WAIT_S):
         async for _ in stream:
@@ -158,6 +167,8 @@ async def test_the_chat_template_makes_the_model_answer_the_question(engine: Vll
 
 async def test_every_frames_ids_stand_for_the_text_so_far(engine: VllmEngine) -> None:
     path = models.resolve("smollm2", models.default_cache_dir())
+    from transformers import AutoTokenizer  # seconds, and torch
+
     tokenizer = AutoTokenizer.from_pretrained(path)
     frames, final = await read(engine, chat(PARIS | GREEDY, stream=True))
     ids: list[int] = []
@@ -333,6 +344,39 @@ async def test_a_critical_request_overtakes_a_sheddable_one_in_vllms_queue(
         await until(lambda: engine.snapshot().waiting == 2)
         await busy[0].aclose()
     assert finished == [PriorityClass.CRITICAL, PriorityClass.SHEDDABLE]
+
+
+async def test_random_departures_leave_nothing_behind(engine: VllmEngine) -> None:
+    dice = random.Random(20_260)
+    calls = [_random_call(dice) for _ in range(48)]
+    heard: list[Metered] = []
+    engine.on_metered(heard.append)
+
+    async def leave(call: GenerateCall, after_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with (
+                asyncio.timeout(after_s),
+                contextlib.aclosing(engine.generate(call)) as items,
+            ):
+                async for _ in items:
+                    pass
+
+    async with asyncio.timeout(WAIT_S), asyncio.TaskGroup() as group:
+        for call in calls:
+            group.create_task(leave(call, dice.uniform(0, 3)))
+            await asyncio.sleep(dice.uniform(0, 0.1))
+    assert len(heard) > len(calls) // 2
+    view = engine.snapshot()
+    assert (view.running, view.waiting, view.in_flight_tokens) == (0, 0, (0, 0, 0))
+    ids = [account.request_id for account in heard]
+    assert len(ids) == len(set(ids))
+    assert {account.outcome for account in heard} <= {Outcome.COMPLETED, Outcome.CANCELLED}
+    # The scheduler's own view, as of a step in which one request runs alone.
+    await read(engine, chat(PARIS | GREEDY))
+    labels = {"model_name": "smollm2", "engine": "0"}
+    assert REGISTRY.get_sample_value("vllm:num_requests_running", labels) == 0
+    assert REGISTRY.get_sample_value("vllm:num_requests_waiting", labels) == 0
+    assert REGISTRY.get_sample_value("vllm:kv_cache_usage_perc", labels) == 0
 
 
 async def test_vllms_own_metrics_are_in_the_default_registry(engine: VllmEngine) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -113,6 +114,26 @@ def test_a_stream_that_fails_loses_lines_and_counts_them() -> None:
 
     log.flush()
     assert log.lost_lines == 2, "lost lines are not kept for another try"
+
+
+def test_what_a_library_adds_to_every_record_stays_out(headrace_logger: logging.Logger) -> None:
+    usual = logging.getLogRecordFactory()
+
+    def stamped(*args: Any, **options: Any) -> logging.LogRecord:
+        record = usual(*args, **options)
+        record.stamp = "library's own"
+        return record
+
+    logging.setLogRecordFactory(stamped)
+    stream = io.StringIO()
+    configure(stream)
+    try:
+        headrace_logger.info("engine started", extra={"pool": "chat"})
+    finally:
+        logging.setLogRecordFactory(usual)
+    event = json.loads(stream.getvalue())
+    assert event["pool"] == "chat"
+    assert "stamp" not in event
 
 
 def test_events_are_json_with_their_extras(headrace_logger: logging.Logger) -> None:
