@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import inf
 
 from serve_app.core.entry import Entry
-from serve_app.core.figures import PoolFigures, pool_figures
+from serve_app.core.figures import PoolFigures, noisiest_tenants, pool_figures
 from serve_app.core.load import RoutingPolicy
 from serve_app.core.policy import PoolPolicy
 from serve_app.core.pool import Pool
@@ -98,7 +98,11 @@ class Controller:
             if pool is None:
                 self._pools[name] = Pool(name, policy, self._build_routing(policy), now_s)
                 continue
-            if pool.policy.routing != policy.routing:
+            known = pool.policy
+            if (known.routing, known.routing_settings) != (
+                policy.routing,
+                policy.routing_settings,
+            ):
                 pool.routing = self._build_routing(policy)
             pool.reconfigure(policy)
             pool.closing = False
@@ -302,6 +306,26 @@ class Controller:
         if known is None:
             return 0.0
         return sum(queue.debt(tenant, self._now_s) for queue in known.queues)
+
+    def noisiest_tenants(self, pool: PoolName, limit: int) -> list[tuple[TenantId, float]]:
+        """Return the active tenants furthest ahead of their fair share, with their debts."""
+        known = self._pools.get(pool)
+        return noisiest_tenants(known, limit, self._now_s) if known else []
+
+    def expected_output(self, pool: PoolName, tenant: TenantId, max_tokens: int) -> int:
+        """Return the output expected of a tenant's request, at most ``max_tokens``."""
+        known = self._pools.get(pool)
+        return known.outputs.predict(tenant, max_tokens) if known else max_tokens
+
+    def output_error_ratio(self, pool: PoolName, tenant: TenantId) -> float:
+        """Return a tenant's recent error of that expectation over tokens produced."""
+        known = self._pools.get(pool)
+        return known.outputs.error_ratio(tenant) if known else 0.0
+
+    def largest_kv_tokens(self, pool: PoolName) -> int:
+        """Return the largest KV cache among a pool's live replicas; 0 without any."""
+        known = self._pools.get(pool)
+        return known.load.largest_kv_tokens if known else 0
 
     # Inside
 

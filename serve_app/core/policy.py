@@ -7,9 +7,12 @@ assertions here only guard against mistakes in code.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from serve_app.core.types import PoolName
+
+if TYPE_CHECKING:
+    from serve_app.core.routing.settings import RoutingSettings
 
 UNIT = 1.0 + 1e-9
 
@@ -152,8 +155,9 @@ class PoolPolicy:
     ``queue_wait_slos``. ``client_throttle`` refuses clients that ignore the advice.
 
     ``ordering`` "arrival" serves in order of arrival, without classes, reserves or
-    fairness: the baseline. ``routing`` names the ranking; the controller's constructor
-    resolves it.
+    fairness: the baseline. ``routing`` names the ranking, ``routing_settings`` its numbers
+    (None: those that the controller was made with); the controller's constructor resolves
+    both.
     """
 
     max_concurrency_per_replica: int = 64
@@ -176,6 +180,7 @@ class PoolPolicy:
     client_throttle: bool = True
     ordering: Literal["fair", "arrival"] = "fair"
     routing: str = "least_loaded"
+    routing_settings: RoutingSettings | None = None
     critical: ClassPolicy = ClassPolicy(ttft_slo_s=1.0)
     standard: ClassPolicy = ClassPolicy(
         ttft_slo_s=2.0, kv_limit_ratio=0.92, minimum_share_ratio=0.1, aged_share_ratio=0.2

@@ -14,6 +14,7 @@ from serve_app.core.routing.prefixes import (
     AbandonAffinity,
     CacheAware,
     PrefixAffinity,
+    PrefixAware,
     WeightedScore,
 )
 from serve_app.core.routing.settings import RandomSource, RoutingSettings
@@ -30,6 +31,7 @@ __all__ = [
     "choose_pool",
     "make_routing",
     "routing_by_policy",
+    "uses_prefixes",
 ]
 
 ROUTINGS: Mapping[str, Callable[[RoutingSettings, RandomSource], RoutingPolicy]] = MappingProxyType(
@@ -64,9 +66,17 @@ def make_routing(name: str, settings: RoutingSettings, random: RandomSource) -> 
 def routing_by_policy(
     settings: RoutingSettings, random: RandomSource
 ) -> Callable[[PoolPolicy], RoutingPolicy]:
-    """Return what a Controller builds its pools' routing with: the policy's own, by name."""
+    """Return what a Controller builds its pools' routing with: the policy's own, by name.
+
+    ``settings`` are those of pools that set none.
+    """
 
     def build(policy: PoolPolicy) -> RoutingPolicy:
-        return make_routing(policy.routing, settings, random)
+        return make_routing(policy.routing, policy.routing_settings or settings, random)
 
     return build
+
+
+def uses_prefixes(routing: RoutingPolicy) -> bool:
+    """Return whether a routing policy reads ``Ticket.prefix_hashes``."""
+    return isinstance(routing, PrefixAware)
