@@ -12,10 +12,6 @@ from starlette.responses import Response
 from serve_app.completions import Completions
 from serve_app.gateway.auth import require_admin
 
-FAST_PATH_IS_OFF = (
-    "Ray Serve's fast path is off: start with `headrace up`, or source configs/ray.env "
-    "before `serve run`"
-)
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -27,6 +23,7 @@ class Readiness:
     pools: Mapping[str, int]
     fast_path: bool
     control_away: bool
+    notes: Sequence[str] = ()
     draining: bool = False
 
     @property
@@ -87,9 +84,7 @@ class Operations:
     async def ready(self, _request: Request) -> Response:
         """200 if at least one pool can serve, else 503; replicas per pool either way."""
         state = self._readiness()
-        notes = []
-        if not state.fast_path:
-            notes.append(FAST_PATH_IS_OFF)
+        notes = [*state.notes]
         if state.control_away:
             notes.append("Control does not answer; keys and routes are those last known")
         body = {

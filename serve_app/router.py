@@ -16,6 +16,7 @@ from ray import serve
 from starlette.applications import Starlette
 from starlette.routing import Route
 
+from serve_app import ray_env
 from serve_app.completions import Completions, Routes
 from serve_app.config import GatewayArgs, RouterConfig
 from serve_app.control_link import HandleControlLink
@@ -30,14 +31,12 @@ from serve_app.gateway.admin import KeyAdministration
 from serve_app.gateway.http import exception_handlers
 from serve_app.keys import KeyTable
 from serve_app.observer import RouterObserver
-from serve_app.operations import FAST_PATH_IS_OFF, MetricsCopy, Operations, Readiness
+from serve_app.operations import MetricsCopy, Operations, Readiness
 from serve_app.telemetry.exposition import Family
 from serve_app.telemetry.logs import RequestLog, configure, process_stderr
 from serve_app.telemetry.uplink import Heartbeat, Tables, Uplink
 
 logger = logging.getLogger("headrace.router")
-
-FAST_PATH_FLAGS = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_THROUGHPUT_OPTIMIZED")
 
 
 class Router:
@@ -48,9 +47,9 @@ class Router:
         configure(stderr)
         self._args = GatewayArgs.model_validate(args)
         self._name = serve.get_replica_context().replica_id.unique_id
-        self._fast_path = all(os.environ.get(flag) == "1" for flag in FAST_PATH_FLAGS)
-        if not self._fast_path:
-            logger.warning(FAST_PATH_IS_OFF)
+        self._shortcomings = ray_env.shortcomings(os.environ)
+        for shortcoming in self._shortcomings:
+            logger.warning(shortcoming)
         self._observer = RouterObserver(self._name, RequestLog(stderr), time.time)
         self._gate = Gate(Controller(), time.monotonic, self._observer.notice)
         self._fleet = Fleet(self._name, self._gate, _connect, DIRECTORY)
@@ -132,7 +131,8 @@ class Router:
         return Readiness(
             keys_loaded=keys is not None,
             pools={name: self._gate.replicas(PoolName(name)) for name in self._config.pools},
-            fast_path=self._fast_path,
+            fast_path=ray_env.fast_path(os.environ),
+            notes=self._shortcomings,
             control_away=self._uplink.control_is_away,
         )
 

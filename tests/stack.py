@@ -32,6 +32,8 @@ import httpx
 import psutil
 import yaml
 
+from serve_app import ray_env
+
 if TYPE_CHECKING:
     import openai
 
@@ -228,10 +230,8 @@ def free_port() -> int:
 
 
 def ray_flags() -> dict[str, str]:
-    """Return the settings of configs/ray.env."""
-    lines = RAY_ENV.read_text().splitlines()
-    pairs = (line.split("=", 1) for line in lines if line and not line.startswith("#"))
-    return dict(pairs)
+    """Return the settings of configs/ray.env, and HAProxy's program."""
+    return ray_env.missing(RAY_ENV, {})
 
 
 @cache

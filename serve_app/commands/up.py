@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from serve_app import ray_env
 from serve_app.terminal import note, out
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     file = config_file.load(args.file)
     if port:
         file = config_file.with_port(file, config_file.parse_port(port, "HEADRACE_PORT"))
-    _apply_ray_env(args.file.parent / "ray.env")
+    os.environ.update(ray_env.missing(args.file.parent / ray_env.FILE_NAME, os.environ))
     config_file.ask_ray(file)
     _prepare_models(file, say)
     secret = _first_key(file)
@@ -163,16 +164,6 @@ def _narrator(started_at_s: float) -> Callable[[str], None]:
         note(f"[{time.monotonic() - started_at_s:6.1f} s] {step}")
 
     return say
-
-
-def _apply_ray_env(path: Path) -> None:
-    """Set Ray's flags from a file of NAME=VALUE lines, leaving those already set."""
-    if not path.is_file():
-        return
-    for line in path.read_text().splitlines():
-        name, equals, value = line.strip().removeprefix("export ").partition("=")
-        if equals and not name.startswith("#"):
-            os.environ.setdefault(name.strip(), value.strip().strip("'\""))
 
 
 def _prepare_models(file: ServeFile, say: Callable[[str], None]) -> None:
