@@ -10,17 +10,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from serve_app.core import policy
-
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
-
-
-class Strict(BaseModel):
-    """Frozen, and unknown fields are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+from serve_app.config_access import Aliases, KeyPolicy, TenantPolicy
+from serve_app.config_base import Name, Strict
+from serve_app.config_policy import PoolPolicy
 
 
 class VllmSettings(Strict):
@@ -156,233 +150,49 @@ class GatewayArgs(Strict):
     control: ControlLinkSettings = ControlLinkSettings()
 
 
-Ratio = Annotated[float, Field(ge=0, le=1)]
-Rising = tuple[float, float, float, float]
-
-
-class ClassPolicy(Strict):
-    """How one priority class is treated in a pool."""
-
-    ttft_slo_s: float = Field(gt=0, description="Target from offer to first token.")
-    queue_wait_slos: float = Field(
-        2.0, gt=0, description="A request waits at most this many TTFT targets."
-    )
-    queue_capacity: int | None = Field(None, ge=0, description="Own bound; null: the pool's.")
-    kv_limit_ratio: float = Field(
-        0.97, gt=0, le=4, description="KV use, by prediction, up to which the class is admitted."
-    )
-    minimum_share_ratio: float = Field(
-        0.0, ge=0, lt=1, description="Share of dispatched cost owed while waiting."
-    )
-    aged_share_ratio: float = Field(
-        0.0, ge=0, lt=1, description="The same once the next request waited longer than its target."
-    )
-
-    def to_core(self) -> policy.ClassPolicy:
-        """Return the settings as core reads them."""
-        return policy.ClassPolicy(**self.model_dump())
-
-
-class FairnessPolicy(Strict):
-    """What a request costs its tenant, and how long a tenant's debt is remembered."""
-
-    input_weight: float = Field(1.0, ge=0, description="Cost of a prompt token.")
-    cached_input_weight: float = Field(0.1, ge=0, description="Cost of a cached prompt token.")
-    output_weight: float = Field(2.0, ge=0, description="Cost of an output token.")
-    request_cost: float = Field(16.0, ge=0, description="Fixed cost of a request.")
-    by_engine_seconds: bool = Field(
-        False, description="Reconcile by measured engine time where engines report it."
-    )
-    debt_half_life_s: float = Field(60.0, gt=0, description="An idle tenant's debt halves in this.")
-    sparse_cost: float = Field(
-        8192.0, ge=0, description="Cost waiting or owed up to which a tenant counts as sparse."
-    )
-    tenants_max: int = Field(10_000, ge=1, description="Bound of the tables by tenant.")
-
-    @model_validator(mode="after")
-    def _costs_something(self) -> FairnessPolicy:
-        if self.input_weight + self.output_weight + self.request_cost <= 0:
-            raise ValueError("one of input_weight, output_weight and request_cost must be above 0")
-        return self
-
-    def to_core(self) -> policy.FairnessPolicy:
-        """Return the settings as core reads them."""
-        return policy.FairnessPolicy(**self.model_dump())
-
-
-class BrownoutPolicy(Strict):
-    """When a pool gives up what: 1 Sheddable, 2 long answers, 3 the model, 4 Standard."""
-
-    kv_ratios: Rising = Field(
-        (0.85, 0.90, 0.95, 0.97), description="KV use of rungs 1 to 4; above 1: never."
-    )
-    queue_ratios: Rising = Field(
-        (0.5, 0.7, 0.85, 0.95), description="Fill of the queues at rungs 1 to 4; above 1: never."
-    )
-    storm_preemptions_per_s: float = Field(
-        2.0, gt=0, description="Preemptions per replica that count as rung 4."
-    )
-    hysteresis_ratio: float = Field(0.05, ge=0, le=1, description="Margin below to step down.")
-    stable_s: float = Field(10.0, gt=0, description="Time below before each step down.")
-    shed_sheddable: bool = Field(True, description="Rung 1 acts.")
-    cap_output: bool = Field(True, description="Rung 2 acts.")
-    use_fallback: bool = Field(True, description="Rung 3 acts.")
-    critical_only: bool = Field(True, description="Rung 4 acts.")
-    output_cap_tokens: int = Field(512, ge=1, description="max_tokens of Standard at rung 2.")
-    fallback_pool: Name | None = Field(None, description="Where Standard goes at rung 3.")
-
-    @field_validator("kv_ratios", "queue_ratios")
-    @classmethod
-    def _rising(cls, ratios: Rising) -> Rising:
-        if ratios[0] <= 0 or list(ratios) != sorted(ratios):
-            raise ValueError("must be four rising thresholds above 0")
-        return ratios
-
-    def to_core(self) -> policy.BrownoutPolicy:
-        """Return the settings as core reads them."""
-        return policy.BrownoutPolicy(**self.model_dump())
-
-
-class BreakerPolicy(Strict):
-    """When a replica is left alone, and how many retries a pool may cause."""
-
-    failures: int = Field(5, ge=1, description="Failures in a row that open the breaker.")
-    open_s: float = Field(5.0, gt=0, description="Time until a probe; doubles if that fails.")
-    open_max_s: float = Field(60.0, gt=0)
-    retry_ratio: float = Field(0.2, ge=0, le=1, description="Retries earned per dispatch.")
-    retry_reserve: float = Field(32.0, ge=0, description="Retries saved up at most.")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> BreakerPolicy:
-        if self.open_s > self.open_max_s:
-            raise ValueError("open_s must be at most open_max_s")
-        return self
-
-    def to_core(self) -> policy.BreakerPolicy:
-        """Return the settings as core reads them."""
-        return policy.BreakerPolicy(**self.model_dump())
-
-
-class PoolPolicy(Strict):
-    """How routers admit to and route within a pool."""
-
-    max_concurrency_per_replica: int = Field(
-        64, ge=1, le=4096, description="The knee: requests in flight per replica."
-    )
-    prefill_knee_tokens: int = Field(
-        4096, ge=1, description="The knee: prompt tokens sent to a replica and not yet computed."
-    )
-    knee_tokens_per_replica: int | None = Field(
-        None, ge=1, description="The knee: tokens in flight; null: the KV cache's capacity."
-    )
-    critical_reserve_ratio: float = Field(
-        0.3, ge=0, lt=1, description="Share of the knee kept for Critical."
-    )
-    sheddable_share_ratio: Ratio = Field(0.2, description="Share of the knee open to Sheddable.")
-    sparse_headroom_ratio: float = Field(
-        0.1, ge=0, lt=1, description="Share kept for tenants served less than their fair share."
-    )
-    tenant_concurrency_ratio: float = Field(
-        1.0, gt=0, le=1, description="Slots one tenant may hold while others are active."
-    )
-    tenant_kv_ratio: float = Field(
-        0.5, gt=0, le=1, description="KV cache one tenant may hold while others are active."
-    )
-    queue_capacity: int = Field(256, ge=0, description="Requests of a class waiting in one router.")
-    queue_timeout_s: float = Field(30, gt=0, description="A request waits at most this long.")
-    hold_without_replica_s: float = Field(
-        5, ge=0, description="Requests are held this long while the pool has no replica."
-    )
-    stale_after_s: float = Field(
-        0.3, gt=0, le=30, description="A replica silent for this long counts as saturated."
-    )
-    lost_after_s: float = Field(60, gt=0, description="A replica silent for this long is dropped.")
-    retry_after_min_s: float = Field(1, gt=0)
-    retry_after_max_s: float = Field(60, gt=0)
-    expected_output_tokens: int = Field(
-        256, ge=1, description="Length of an answer before any has been seen."
-    )
-    early_rejection: bool = Field(
-        True, description="Refuse at once what would miss its TTFT target."
-    )
-    client_throttle: bool = Field(True, description="Refuse clients that ignore Retry-After.")
-    ordering: Literal["fair", "arrival"] = Field(
-        "fair", description="`arrival`: first come, first served, no classes: the baseline."
-    )
-    routing: Literal[
-        "round_robin",
-        "least_loaded",
-        "power_of_two",
-        "kv_queue",
-        "prefix_affinity",
-        "session_affinity",
-        "adapter_locality",
-        "cache_aware",
-        "abandon_affinity",
-        "weighted_score",
-    ] = "least_loaded"
-    critical: ClassPolicy = ClassPolicy(ttft_slo_s=1.0)
-    standard: ClassPolicy = ClassPolicy(
-        ttft_slo_s=2.0, kv_limit_ratio=0.92, minimum_share_ratio=0.1, aged_share_ratio=0.2
-    )
-    sheddable: ClassPolicy = ClassPolicy(
-        ttft_slo_s=10.0, kv_limit_ratio=0.80, aged_share_ratio=0.05
-    )
-    fairness: FairnessPolicy = FairnessPolicy()
-    brownout: BrownoutPolicy = BrownoutPolicy()
-    breaker: BreakerPolicy = BreakerPolicy()
-
-    @model_validator(mode="after")
-    def _ordered(self) -> PoolPolicy:
-        if self.stale_after_s > self.lost_after_s:
-            raise ValueError("stale_after_s must be at most lost_after_s")
-        if self.retry_after_min_s > self.retry_after_max_s:
-            raise ValueError("retry_after_min_s must be at most retry_after_max_s")
-        return self
-
-    def to_core(self) -> policy.PoolPolicy:
-        """Return the settings as core reads them."""
-        return policy.PoolPolicy(
-            **{
-                name: value.to_core() if hasattr(value, "to_core") else value
-                for name, value in dict(self).items()
-            }
-        )
+TenantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}$")]
 
 
 class RouterConfig(Strict):
     """The Router's ``user_config``: changing it restarts no router."""
 
     pools: dict[Name, PoolPolicy] = Field(default_factory=dict)
-    aliases: dict[str, Name] = Field(
-        default_factory=dict, description="The client's model name -> pool."
+    aliases: Aliases = Field(
+        default_factory=dict,
+        description="The client's model name -> pool, or a mapping that sets more.",
+    )
+    tenants: dict[TenantName, TenantPolicy] = Field(default_factory=dict, max_length=10_000)
+    default_tenant: TenantPolicy = Field(
+        TenantPolicy(), description="What holds for tenants not named under tenants."
+    )
+    keys: dict[Annotated[str, Field(min_length=1, max_length=64)], KeyPolicy] = Field(
+        default_factory=dict, max_length=10_000, description="By key id, as `keys list` shows it."
     )
 
-    @field_validator("aliases")
-    @classmethod
-    def _alias_names(cls, aliases: dict[str, str]) -> dict[str, str]:
-        for alias in aliases:
-            if not alias or len(alias) > 256:
-                raise ValueError(f"alias {alias!r:.40} must have 1 to 256 characters")
-        return aliases
-
     @model_validator(mode="after")
-    def _fallbacks_are_pools(self) -> RouterConfig:
+    def _other_pools_are_pools(self) -> RouterConfig:
         for name, pool in self.pools.items():
-            fallback = pool.brownout.fallback_pool
-            if fallback is not None and (fallback == name or fallback not in self.pools):
+            targets = {
+                "brownout.fallback_pool": pool.brownout.fallback_pool,
+                "heavy.pool": pool.heavy.pool if pool.heavy else None,
+            }
+            for field, target in targets.items():
+                if target is not None and (target == name or target not in self.pools):
+                    raise ValueError(f"pools.{name}.{field}: {target!r} must be another pool")
+            if pool.heavy and self.pools[pool.heavy.pool].heavy:
                 raise ValueError(
-                    f"pools.{name}.brownout.fallback_pool: {fallback!r} must be another pool"
+                    f"pools.{name}.heavy.pool: {pool.heavy.pool!r} has a heavy pool itself; "
+                    "one step is all a request takes"
                 )
         return self
 
     @model_validator(mode="after")
     def _aliases_have_pools(self) -> RouterConfig:
-        for alias, pool in self.aliases.items():
-            if pool not in self.pools:
+        for alias, route in self.aliases.items():
+            if route.pool not in self.pools:
                 known = ", ".join(sorted(self.pools)) or "none"
                 raise ValueError(
-                    f"aliases.{alias}: there is no pool {pool!r}; pools are: {known}. "
+                    f"aliases.{alias}: there is no pool {route.pool!r}; pools are: {known}. "
                     "Add it under pools or point the alias at one of these"
                 )
         return self

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,7 @@ from serve_app.completions import Completions, Routes
 from serve_app.config import GatewayArgs, RouterConfig
 from serve_app.control_link import HandleControlLink
 from serve_app.core.controller import Controller
+from serve_app.core.routing import RoutingSettings, routing_by_policy
 from serve_app.core.types import PoolName, PriorityClass
 from serve_app.engine.api import Endpoint
 from serve_app.engine.replica_directory import DIRECTORY
@@ -51,7 +53,8 @@ class Router:
         for shortcoming in self._shortcomings:
             logger.warning(shortcoming)
         self._observer = RouterObserver(self._name, RequestLog(stderr), time.time)
-        self._gate = Gate(Controller(), time.monotonic, self._observer.notice)
+        routing = routing_by_policy(RoutingSettings(), random.Random())  # noqa: S311 - a coin toss
+        self._gate = Gate(Controller(routing), time.monotonic, self._observer.notice)
         self._fleet = Fleet(self._name, self._gate, _connect, DIRECTORY)
         self._control = HandleControlLink(self._args.control.app)
         self._completions = Completions(
@@ -85,7 +88,7 @@ class Router:
         self._fleet.connect(pools)
         self._gate.configure(pools)
         self._completions.routes = Routes(
-            {alias: PoolName(pool) for alias, pool in config.aliases.items()}
+            {alias: PoolName(route.pool) for alias, route in config.aliases.items()}
         )
         self._config = config
 

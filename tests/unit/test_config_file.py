@@ -78,7 +78,7 @@ def test_a_file_resolves_to_typed_models(tmp_path: Path) -> None:
     engine = file.pools["sim"].engine
     assert isinstance(engine, SimSettings)
     assert engine.max_num_seqs == 8
-    assert file.router.aliases == {"m": "sim"}
+    assert {name: alias.pool for name, alias in file.router.aliases.items()} == {"m": "sim"}
     assert file.gateway.max_in_flight > 0
     assert file.control.database.startswith("sqlite:///")
     assert file.port == 8000
