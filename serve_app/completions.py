@@ -227,7 +227,7 @@ class Completions:
         return GenerateCall(
             request_id=ticket.request_id,
             endpoint=endpoint,
-            body=parsed.body_for_engine(ticket.pool),
+            body=parsed.body_for_engine(parsed.model),
             stream=parsed.stream,
             tenant=ticket.tenant,
             cache_salt=hashlib.sha256(ticket.tenant.encode()).hexdigest()[:16],

@@ -28,8 +28,9 @@ class GenerateCall:
     """Everything an engine needs for one request. Built by the router only.
 
     ``body`` is the client's JSON object re-encoded by the edge: validated, engine-only
-    fields removed, ``model`` replaced by the engine's served name. ``max_tokens`` caps
-    the body's own value. ``cache_salt`` isolates prefix caches between tenants.
+    fields removed. Its ``model`` is the client's name, which every answer repeats; the
+    engine serves what it serves. ``max_tokens`` caps the body's own value.
+    ``cache_salt`` isolates prefix caches between tenants.
     ``target`` names the replica the core chose; ``fallbacks`` the next ones, in order.
     ``resume_token_ids`` are tokens already delivered by another replica, to continue
     from; an engine that cannot do so answers with a Refusal.

@@ -218,6 +218,7 @@ class SimEngine:
             return Refusal(409, f"request {call.request_id} is running", code="duplicate_request")
         return read_job(
             call,
+            served_model=self._settings.model,
             max_model_len=self._settings.max_model_len,
             default_output_tokens=self._settings.default_output_tokens,
             seed=self._settings.seed,
@@ -228,7 +229,7 @@ class SimEngine:
             endpoint=call.endpoint,
             id=("chatcmpl-" if call.endpoint is Endpoint.CHAT else "cmpl-") + call.request_id,
             created_s=int(time.time()),
-            model=self._settings.model,
+            model=job.model,
         )
         generation = Generation(call, job, header, self._model, self._clock())
         generation.submit(self._now_virtual_s(), self._settings)

@@ -48,7 +48,8 @@ class Prompt:
 class Job:
     """One request, understood. ``output_tokens`` counts resumed tokens too.
 
-    ``finish_reason`` is what ends an answer that reaches ``output_tokens``.
+    ``finish_reason`` is what ends an answer that reaches ``output_tokens``. ``model`` is
+    the client's name for the model, which the answer repeats.
     """
 
     endpoint: Endpoint
@@ -58,6 +59,7 @@ class Job:
     finish_reasons: tuple[str, ...]
     stops: tuple[str, ...]
     include_usage: bool
+    model: str
 
 
 class Answer:
@@ -117,7 +119,12 @@ def prefix_hashes(text: bytes, segment_tokens: int, salt: str) -> tuple[int, ...
 
 
 def read_job(
-    call: GenerateCall, *, max_model_len: int, default_output_tokens: int, seed: int
+    call: GenerateCall,
+    *,
+    served_model: str,
+    max_model_len: int,
+    default_output_tokens: int,
+    seed: int,
 ) -> Job | Refusal:
     """Understand a request, or say what is wrong with it as the client's error."""
     try:
@@ -156,7 +163,14 @@ def read_job(
             400, "only a request with one choice can be continued", code="resume_unsupported"
         )
     return Job(
-        call.endpoint, prompts, choices, tuple(outputs), tuple(reasons), stops, include_usage
+        call.endpoint,
+        prompts,
+        choices,
+        tuple(outputs),
+        tuple(reasons),
+        stops,
+        include_usage,
+        str(body.get("model") or served_model),
     )
 
 

@@ -34,14 +34,16 @@ class GenerationFailed(RuntimeError):
 class Generation:
     """State of one request between vLLM's OpenAI layer and the reader of its frames.
 
-    ``engine_errors`` are what vLLM's streams raised: its OpenAI layer turns them into SSE
-    text, which loses their type. ``collectors`` are vLLM's output queues, by vLLM's
+    ``model`` is the client's name of it, which answers repeat. ``engine_errors`` are what
+    vLLM's streams raised: its OpenAI layer turns them into SSE text, which loses their
+    type. ``collectors`` are vLLM's output queues, by vLLM's
     request id. ``started`` turns true when vLLM has the request,
     ``aborted`` when somebody asked for its end.
     """
 
     call: GenerateCall
     meter: RequestMeter
+    model: str = ""
     task: asyncio.Task[None] | None = None
     refusal: Refusal | None = None
     finish_reason: str | None = None

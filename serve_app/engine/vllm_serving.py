@@ -69,6 +69,7 @@ class OpenAILayer:
             logging.getLogger(name).addFilter(_is_not_known)
         state = State()
         await init_app_state(engine, state, arguments, await engine.get_supported_tasks())
+        _name_answers(state.openai_serving_models, engine, served_name)
         return cls(engine, state, served_name)
 
     async def run(self, generation: Generation) -> None:
@@ -83,7 +84,9 @@ class OpenAILayer:
         self._engine.generation.set(generation)
         handler = self._handlers[generation.call.endpoint]
         try:
-            body = request_body(generation.call, self._served_name)
+            body = request_body(generation.call)
+            generation.model = str(body.get("model") or self._served_name)
+            body["model"] = self._served_name
             request = handler.request_type.model_validate(body)
             result = await handler.create(request, _raw_request(generation.call))
             if isinstance(result, ErrorResponse):
@@ -157,6 +160,19 @@ def _is_not_known(record: logging.LogRecord) -> bool:
     """
     error = record.exc_info[1] if record.exc_info else None
     return not isinstance(error, VLLMClientError | EngineDeadError)
+
+
+def _name_answers(vllm_models: Any, engine: MeteredAsyncLLM, served_name: str) -> None:
+    """Have answers carry the client's name of the model; vLLM's is the name it was started with.
+
+    vLLM asks once per request, in the task that serves it.
+    """
+
+    def model_name(_lora_request: Any = None) -> str:
+        generation = engine.generation.get()
+        return generation.model if generation is not None else served_name
+
+    vllm_models.model_name = model_name
 
 
 def _raw_request(call: GenerateCall) -> Any:

@@ -40,7 +40,7 @@ _CONTEXT_OVERFLOW = re.compile(r"maximum context length|cannot be greater than m
 _DEFAULT_COMPLETION_TOKENS = 16
 
 
-def request_body(call: GenerateCall, served_name: str) -> dict[str, Any]:
+def request_body(call: GenerateCall) -> dict[str, Any]:
     """Return the body for vLLM: the client's, less what steers the engine, plus what we set.
 
     Raises:
@@ -51,7 +51,6 @@ def request_body(call: GenerateCall, served_name: str) -> dict[str, Any]:
         raise ValueError("the request body must be a JSON object")
     for name in ENGINE_ONLY_FIELDS.intersection(body):
         del body[name]
-    body["model"] = served_name
     body["stream"] = call.stream
     body["priority"] = int(call.priority_class)
     if call.cache_salt:

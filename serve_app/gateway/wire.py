@@ -52,13 +52,13 @@ class ParsedRequest:
     session: str | None
     fields: bytes
 
-    def body_for_engine(self, served_model: str) -> bytes:
-        """Return the JSON object for the engine, its model replaced by ``served_model``.
+    def body_for_engine(self, model: str) -> bytes:
+        """Return the JSON object for the engine; answers repeat ``model`` as their model.
 
         ``fields`` is the object without its model, encoded when the request was parsed.
         """
-        model = b'{"model":' + orjson.dumps(served_model)
-        return model + (b"}" if self.fields == b"{}" else b"," + self.fields[1:])
+        start = b'{"model":' + orjson.dumps(model)
+        return start + (b"}" if self.fields == b"{}" else b"," + self.fields[1:])
 
 
 def parse_chat(body: bytes, limits: LimitSettings) -> ParsedRequest:

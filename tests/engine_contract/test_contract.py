@@ -35,6 +35,7 @@ CONTEXT_TOKENS = 1024
 DONE = b"data: [DONE]\n\n"
 IDS = itertools.count(1)
 BOTH_ENDPOINTS = pytest.mark.parametrize("endpoint", list(Endpoint))
+USAGE = {True: {"include_usage": True}, False: None}
 STREAM_OR_NOT = pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 
 
@@ -199,6 +200,17 @@ async def test_a_whole_answer_has_openais_shape(engine: Engine, endpoint: Endpoi
         assert choice["message"]["role"] == "assistant"
     usage = body["usage"]
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+
+
+@STREAM_OR_NOT
+@BOTH_ENDPOINTS
+async def test_an_answer_names_the_model_as_the_client_did(
+    engine: Engine, endpoint: Endpoint, stream: bool
+) -> None:
+    call = make_call(endpoint, stream=stream, model="alias", stream_options=USAGE[stream])
+    answer = await collect(engine, call)
+    named = answer.events if stream else [answer.body]
+    assert {event["model"] for event in named} == {"alias"}
 
 
 @BOTH_ENDPOINTS

@@ -29,10 +29,14 @@ def _call(body: Any, **changes: Any) -> GenerateCall:
 
 
 def test_fields_that_steer_the_engine_come_from_the_call_alone() -> None:
-    client = dict.fromkeys(ENGINE_ONLY_FIELDS, "client") | {"temperature": 0, "stream": False}
-    assert request_body(_call(client), "served") == {
+    client = dict.fromkeys(ENGINE_ONLY_FIELDS, "client") | {
         "temperature": 0,
-        "model": "served",
+        "stream": False,
+        "model": "m",
+    }
+    assert request_body(_call(client)) == {
+        "temperature": 0,
+        "model": "m",
         "stream": True,
         "priority": 2,
         "cache_salt": "tenant-salt",
@@ -40,14 +44,14 @@ def test_fields_that_steer_the_engine_come_from_the_call_alone() -> None:
 
 
 def test_without_a_salt_the_clients_is_still_dropped() -> None:
-    body = request_body(_call({"cache_salt": "theirs"}, cache_salt=""), "served")
+    body = request_body(_call({"cache_salt": "theirs"}, cache_salt=""))
     assert "cache_salt" not in body
 
 
 @pytest.mark.parametrize("body", [[], "text", 1, None])
 def test_a_body_that_is_no_object_is_refused(body: Any) -> None:
     with pytest.raises(ValueError, match="JSON object"):
-        request_body(_call(body), "served")
+        request_body(_call(body))
 
 
 @pytest.mark.parametrize(
@@ -72,13 +76,13 @@ def test_a_body_that_is_no_object_is_refused(body: Any) -> None:
 def test_output_is_capped_and_wrong_values_are_left_to_be_refused(
     endpoint: Endpoint, body: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    sent = request_body(_call(body, endpoint=endpoint, max_tokens=10), "served")
+    sent = request_body(_call(body, endpoint=endpoint, max_tokens=10))
     assert {key: value for key, value in sent.items() if key.startswith("max_")} == expected
 
 
 def test_a_cap_above_the_completions_default_leaves_the_default() -> None:
     call = _call({}, endpoint=Endpoint.COMPLETIONS, max_tokens=100)
-    assert request_body(call, "served")["max_tokens"] == 16
+    assert request_body(call)["max_tokens"] == 16
 
 
 def test_context_overflow_has_openais_code_and_names_the_clients_field() -> None:
