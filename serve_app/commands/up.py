@@ -214,7 +214,7 @@ def _banner(file: ServeFile, dashboard_url: str, secret: str | None) -> str:
     base_url = _base_url(file)
     shown = secret or "$HEADRACE_API_KEY"
     lines = ["", f"  endpoint  {base_url}/v1", f"  models    {', '.join(file.router.aliases)}"]
-    lines.append(f"  dashboard {dashboard_url}")
+    lines.append(f"  dashboard {dashboard_url}   (it asks for what `ray get-auth-token` prints)")
     if secret is not None:
         lines.append(f"  key       {secret}   (shown once)")
     else:

@@ -47,6 +47,7 @@ def is_read_by_ray(name: str) -> bool:
     sources = (
         "ray/serve/_private/constants.py",
         "ray/_private/ray_constants.py",
+        "ray/_private/authentication/authentication_token_setup.py",
         "ray/_private/metrics_agent.py",
         "ray/_common/usage/usage_constants.py",
     )
