@@ -11,7 +11,7 @@ from serve_app.errors import ApiError, ConfigError
 from serve_app.gateway.admin import key_json, key_request
 from serve_app.keys import BOOTSTRAP_KEY_ID
 from serve_app.ledger.store import KeyStore
-from serve_app.terminal import CommandFailed
+from serve_app.terminal import CommandFailed, note
 
 _TIMEOUT_S = 15.0
 
@@ -37,6 +37,11 @@ class DatabaseKeys:
 
     def __init__(self, url: str) -> None:
         self._store = KeyStore(url)
+        if self._store.is_new:
+            note(
+                f"headrace: made a new key store, {self._store.place}; a service that was "
+                "started in another folder has one of its own"
+            )
 
     def create(self, fields: dict[str, Any]) -> dict[str, Any]:
         """See Keys."""

@@ -45,6 +45,7 @@ class Control:
         configure(process_stderr())
         self._args = ControlArgs.model_validate(args)
         self._store = KeyStore(self._args.database)
+        logger.info("keys are kept in %s", self._store.place)
         self._bootstrap = os.environ.get("HEADRACE_BOOTSTRAP_KEY")
         self._processes: dict[str, _Process] = {}
         self._metrics = ControlMetrics(CollectorRegistry())

@@ -38,15 +38,18 @@ class KeyStore:
     def __init__(self, url: str, wall_clock: Callable[[], float] = time.time) -> None:
         """Open the database at ``url`` and create what is missing.
 
+        ``place`` then names it, without a password; ``is_new`` tells whether its file was
+        made just now: a relative path is one of the working directory, so a caller who
+        expected keys there may be in the wrong one.
+
         Raises:
             ConfigError: the URL is malformed, its driver is not installed, or the folder
                 of an SQLite file cannot be made.
         """
         self._wall_clock = wall_clock
-        parsed = _parse(url)
-        self._place = parsed.render_as_string(hide_password=True)
-        if parsed.get_backend_name() == "sqlite":
-            _prepare_file(parsed)
+        parsed = _parse(absolute_url(url, Path.cwd()))
+        self.place = parsed.render_as_string(hide_password=True)
+        self.is_new = parsed.get_backend_name() == "sqlite" and _prepare_file(parsed)
         self._engine = _engine(parsed)
         self._create_tables()
 
@@ -121,7 +124,7 @@ class KeyStore:
                 return
             except IntegrityError as error:
                 if attempt == _CREATE_ATTEMPTS:
-                    raise StoreUnavailable(f"{self._place}: {error.orig}") from error
+                    raise StoreUnavailable(f"{self.place}: {error.orig}") from error
 
     @contextmanager
     def _change(self) -> Iterator[Connection]:
@@ -139,7 +142,7 @@ class KeyStore:
         except IntegrityError:
             raise
         except DBAPIError as error:
-            raise StoreUnavailable(f"{self._place}: {error.orig}") from error
+            raise StoreUnavailable(f"{self.place}: {error.orig}") from error
 
 
 def absolute_url(url: str, folder: Path) -> str:
@@ -168,16 +171,18 @@ def _parse(url: str) -> URL:
         ) from None
 
 
-def _prepare_file(url: URL) -> None:
-    """Make the folder and the file, readable by this user only."""
+def _prepare_file(url: URL) -> bool:
+    """Make the folder and the file, readable by this user only; tell whether it was missing."""
     if not url.database or url.database == ":memory:":
         raise ConfigError("the database must be a file: several processes share it")
     path = Path(url.database)
+    is_new = not path.exists()
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
     except OSError as error:
         raise ConfigError(f"the database {path} cannot be opened: {error.strerror}") from error
+    return is_new
 
 
 def _engine(url: URL) -> Engine:

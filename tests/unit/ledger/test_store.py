@@ -199,3 +199,14 @@ def test_the_schema_is_valid_for_postgresql_too() -> None:
     for table in METADATA.sorted_tables:
         statement = str(CreateTable(table).compile(dialect=postgresql.dialect()))
         assert f"CREATE TABLE {table.name}" in statement
+
+
+def test_a_store_says_where_it_is_and_whether_it_was_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, second = KeyStore("sqlite:///a/b.db"), KeyStore("sqlite:///a/b.db")
+    assert first.place == second.place == f"sqlite:///{tmp_path}/a/b.db"
+    assert (first.is_new, second.is_new) == (True, False)
+    first.close()
+    second.close()
