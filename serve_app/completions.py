@@ -7,11 +7,10 @@ is streamed; whatever happens, one audit record says how it ended.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from starlette.types import Receive, Scope, Send
 
@@ -24,9 +23,8 @@ from serve_app.core.types import (
     RejectReason,
     ReplicaId,
     RequestId,
-    Ticket,
 )
-from serve_app.engine.api import Endpoint, GenerateCall
+from serve_app.engine.api import Endpoint
 from serve_app.engine.transport import Transport
 from serve_app.errors import (
     ApiError,
@@ -36,28 +34,23 @@ from serve_app.errors import (
     RateLimited,
     Unavailable,
 )
-from serve_app.gate import Gate, Lease, Refused
+from serve_app.gate import Gate, Refused
 from serve_app.gateway.auth import authenticate, require_model
 from serve_app.gateway.edge import request_names
 from serve_app.gateway.http import ClientGone, read_body, require_json
-from serve_app.gateway.wire import ParsedRequest, ServiceTier, parse_chat, parse_completions
+from serve_app.gateway.wire import ParsedRequest, parse_chat, parse_completions
 from serve_app.keys import KeyRecord, KeyTable
+from serve_app.limiter import RouterLimits
 from serve_app.relay import Delivery, Relay
+from serve_app.rules import Rules
+from serve_app.tickets import Prepared, Tickets, asked_class
 
-# Text has rarely fewer than three bytes per token, and a chat template adds some. The
-# engine's own count replaces the estimate when the request ends.
-BYTES_PER_TOKEN = 3
-TEMPLATE_TOKENS = 64
+SESSION_HEADER = b"x-headrace-session"
+SESSION_BYTES_MAX = 256
 
 CLIENT_CLOSED_REQUEST = 499
 
 _PARSERS = {Endpoint.CHAT: parse_chat, Endpoint.COMPLETIONS: parse_completions}
-_CLASS_OF_TIER: Mapping[ServiceTier, PriorityClass] = {
-    "priority": PriorityClass.CRITICAL,
-    "auto": PriorityClass.STANDARD,
-    "default": PriorityClass.STANDARD,
-    "flex": PriorityClass.SHEDDABLE,
-}
 _TOO_MANY = frozenset(
     {
         RejectReason.QUEUE_FULL,
@@ -87,30 +80,10 @@ class Audit:
     queued_s: float | None = None
     outcome: Outcome | None = None
     degraded: str | None = None
+    rated: bool = False
     status: int = 200
     ended_at_s: float | None = None
     delivery: Delivery = field(default_factory=Delivery)
-
-
-@dataclass(frozen=True, slots=True)
-class Routes:
-    """Which pool serves which model name; replaced as a whole by a configuration change."""
-
-    aliases: Mapping[str, PoolName] = field(default_factory=dict)
-
-    def pool_of(self, model: str) -> PoolName:
-        """Return the pool behind a client's model name.
-
-        Raises:
-            ModelNotFound: no pool serves that name.
-        """
-        pool = self.aliases.get(model)
-        if pool is None:
-            raise ModelNotFound(
-                f"The model {model!r:.200} does not exist or you do not have access to it.",
-                param="model",
-            )
-        return pool
 
 
 class Completions:
@@ -121,17 +94,29 @@ class Completions:
         *,
         gate: Gate,
         transport: Callable[[PoolName], Transport],
+        tickets: Tickets,
+        rates: RouterLimits,
         limits: LimitSettings,
         on_audit: Callable[[Audit], None],
         clock: Callable[[], float],
     ) -> None:
         self._gate = gate
         self._transport = transport
+        self._tickets = tickets
+        self._rates = rates
         self._limits = limits
         self._on_audit = on_audit
         self._clock = clock
         self.keys: KeyTable | None = None
-        self.routes = Routes()
+
+    @property
+    def rules(self) -> Rules:
+        """The configuration in force; replaced as a whole by ``configure``."""
+        return self._tickets.rules
+
+    def configure(self, rules: Rules) -> None:
+        """Serve by other rules from the next request on."""
+        self._tickets.rules = rules
 
     def endpoint(self, endpoint: Endpoint) -> _EndpointApp:
         """Return the ASGI application of one endpoint."""
@@ -147,20 +132,16 @@ class Completions:
                 async with asyncio.timeout(self._limits.max_stream_s):
                     await self._answer(endpoint, scope, receive, relay, audit)
             except ApiError as error:
-                self._note_error(audit, error)
-                await relay.fail(error)
+                await self._fail(relay, audit, error)
             except Refused as refused:
                 audit.reason = refused.reject.reason.value
-                refusal = refusal_error(refused.reject)
-                self._note_error(audit, refusal)
-                await relay.fail(refusal)
+                await self._fail(relay, audit, refusal_error(refused.reject))
             except TimeoutError:
                 late = DeadlineExceeded(
                     f"The response took longer than {self._limits.max_stream_s:g} seconds."
                 )
                 audit.reason = "deadline"
-                self._note_error(audit, late)
-                await relay.fail(late)
+                await self._fail(relay, audit, late)
             except ClientGone:
                 audit.outcome, audit.status = Outcome.CANCELLED, CLIENT_CLOSED_REQUEST
             except asyncio.CancelledError:
@@ -175,23 +156,64 @@ class Completions:
         require_json(scope)
         body = await read_body(scope, receive, self._limits.max_body_bytes)
         parsed = _PARSERS[endpoint](body, self._limits)
+        del body
+        prepared = await self._prepare(scope, parsed, audit, key)
+        ticket, scopes = prepared.ticket, prepared.terms.scopes
+        audit.pool, audit.served_class = ticket.pool, ticket.priority_class
+        headers, refused = self._rates.take(
+            ticket.request_id, scopes, prepared.expected_tokens, prepared.upper_tokens
+        )
+        relay.add_headers(headers)
+        audit.rated = True
+        if refused is not None:
+            raise refused
+        try:
+            await self._serve(endpoint, prepared, relay, audit)
+        finally:
+            self._rates.settle(ticket.request_id, _used_tokens(prepared, audit))
+
+    async def _prepare(
+        self, scope: Scope, parsed: ParsedRequest, audit: Audit, key: KeyRecord
+    ) -> Prepared:
+        """Apply who asks and for what to a request that could be read."""
         audit.model = parsed.model
+        audit.asked_class = asked_class(parsed)
         require_model(key, parsed.model)
-        audit.pool = pool = self.routes.pool_of(parsed.model)
-        audit.asked_class = _CLASS_OF_TIER[parsed.service_tier]
-        audit.served_class = max(audit.asked_class, key.priority_ceiling)
-        ticket = self._ticket(audit, key, pool, parsed)
-        call = self._call(endpoint, ticket, parsed)
-        async with self._gate.place(ticket) as lease:
+        terms = self.rules.terms(key, parsed.model, parsed.user)
+        audit.pool = terms.pool
+        audit.served_class = max(audit.asked_class, terms.ceiling)
+        return await self._tickets.prepare(
+            audit.request_id,
+            key,
+            parsed,
+            terms=terms,
+            session=_session_header(scope),
+            room_tokens=self._rates.room_tokens(terms.scopes),
+        )
+
+    async def _serve(
+        self, endpoint: Endpoint, prepared: Prepared, relay: Relay, audit: Audit
+    ) -> None:
+        """Wait for a place and deliver the answer while it is held."""
+        async with self._gate.place(prepared.ticket) as lease:
+            dispatch = lease.dispatch
+            # A fallback pool may have taken it.
+            audit.pool = dispatch.pool
             audit.decision = "dispatched"
-            audit.queued_s = lease.dispatch.queued_s
-            audit.degraded = lease.dispatch.degraded
-            relay.describe(lease.dispatch, audit.served_class)
+            audit.queued_s = dispatch.queued_s
+            audit.degraded = dispatch.degraded
+            relay.describe(dispatch, prepared.ticket.priority_class)
             try:
-                await relay.run(lease, self._transport(pool), lambda held: _aimed(call, held))
+                await relay.run(
+                    lease,
+                    self._transport(dispatch.pool),
+                    lambda held: prepared.call(endpoint, held.dispatch),
+                )
                 audit.outcome = Outcome.COMPLETED
             finally:
                 audit.replica = lease.replica
+        if lease.usage.prompt_tokens:
+            self._tickets.learn(prepared, dispatch.pool, lease.usage.prompt_tokens)
 
     def caller(self, scope: Scope) -> KeyRecord:
         """Return the key that a request came with.
@@ -203,36 +225,6 @@ class Completions:
         if self.keys is None:
             raise Unavailable("The service is starting.", code="starting", retry_after_s=1.0)
         return authenticate(scope["headers"], self.keys, time.time())
-
-    def _ticket(
-        self, audit: Audit, key: KeyRecord, pool: PoolName, parsed: ParsedRequest
-    ) -> Ticket:
-        assert audit.served_class is not None
-        exact = parsed.prompt_token_ids
-        estimate = parsed.prompt_bytes // BYTES_PER_TOKEN + TEMPLATE_TOKENS
-        per_choice = parsed.max_tokens or self._limits.max_output_tokens
-        return Ticket(
-            request_id=audit.request_id,
-            pool=pool,
-            tenant=key.tenant,
-            key=key.key_id,
-            priority_class=audit.served_class,
-            prompt_tokens=estimate if exact is None else exact,
-            max_tokens=per_choice * parsed.choices,
-            user=key.user,
-            session=parsed.session,
-        )
-
-    def _call(self, endpoint: Endpoint, ticket: Ticket, parsed: ParsedRequest) -> GenerateCall:
-        return GenerateCall(
-            request_id=ticket.request_id,
-            endpoint=endpoint,
-            body=parsed.body_for_engine(parsed.model),
-            stream=parsed.stream,
-            tenant=ticket.tenant,
-            cache_salt=hashlib.sha256(ticket.tenant.encode()).hexdigest()[:16],
-            priority_class=ticket.priority_class,
-        )
 
     def _open_audit(self, endpoint: Endpoint, scope: Scope) -> Audit:
         request_id, label = request_names(scope)
@@ -246,12 +238,15 @@ class Completions:
             audit.ended_at_s = self._clock()
             self._on_audit(audit)
 
-    @staticmethod
-    def _note_error(audit: Audit, error: ApiError) -> None:
+    async def _fail(self, relay: Relay, audit: Audit, error: ApiError) -> None:
+        """End the response with an error; its headers tell the limits as every answer's do."""
+        if audit.key is not None and not audit.rated:
+            relay.add_headers(self._rates.headers(self.rules.scopes(audit.key, None)))
         audit.status = error.status
         audit.reason = audit.reason or error.code or error.type
         if audit.decision == "dispatched":
             audit.outcome = Outcome.FAILED
+        await relay.fail(error)
 
 
 class _EndpointApp:
@@ -293,9 +288,18 @@ def refusal_error(reject: Reject) -> ApiError:
     )
 
 
-def _aimed(call: GenerateCall, lease: Lease) -> GenerateCall:
-    """Return the call with the places and the cap the core decided on."""
-    first, *others = lease.dispatch.replicas
-    return replace(
-        call, target=first, fallbacks=tuple(others), max_tokens=lease.dispatch.max_tokens
-    )
+def _used_tokens(prepared: Prepared, audit: Audit) -> int:
+    """Return what a request used of its token limits; nothing if no engine saw it."""
+    usage, delivery = audit.delivery.usage, audit.delivery
+    if usage is not None:
+        return usage.prompt_tokens + usage.completion_tokens
+    if audit.decision != "dispatched" or not delivery.output_tokens:
+        return 0
+    return prepared.prompt.expected_tokens + delivery.output_tokens
+
+
+def _session_header(scope: Scope) -> str | None:
+    for name, value in scope["headers"]:
+        if name == SESSION_HEADER and 0 < len(value) <= SESSION_BYTES_MAX:
+            return str(value.decode("latin-1"))
+    return None

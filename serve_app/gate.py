@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 from serve_app.core.controller import Controller
+from serve_app.core.figures import PoolFigures
 from serve_app.core.policy import PoolPolicy
 from serve_app.core.types import (
     Dispatch,
@@ -27,6 +28,7 @@ from serve_app.core.types import (
     ReplicaId,
     ReplicaView,
     RequestId,
+    TenantId,
     Ticket,
     Usage,
 )
@@ -154,6 +156,31 @@ class Gate:
     def replicas(self, pool: PoolName) -> int:
         """Return how many replicas of ``pool`` report their load."""
         return len(self._core.replicas(pool))
+
+    def snapshot_age_s(self, pool: PoolName) -> float:
+        """Return the age of the oldest load snapshot of a pool's replicas; 0 without any."""
+        times_s = [replica.observed_at_s for replica in self._core.replicas(pool)]
+        return max(0.0, self._clock() - min(times_s)) if times_s else 0.0
+
+    def figures(self, pool: PoolName) -> PoolFigures | None:
+        """Return a pool's state for metrics, or None if it is unknown."""
+        return self._core.figures(pool)
+
+    def noisiest_tenants(self, pool: PoolName, limit: int) -> list[tuple[TenantId, float]]:
+        """Return the active tenants furthest ahead of their fair share, with their debts."""
+        return self._core.noisiest_tenants(pool, limit)
+
+    def expected_output(self, pool: PoolName, tenant: TenantId, max_tokens: int) -> int:
+        """Return the output expected of a tenant's request, at most ``max_tokens``."""
+        return self._core.expected_output(pool, tenant, max_tokens)
+
+    def output_error_ratio(self, pool: PoolName, tenant: TenantId) -> float:
+        """Return a tenant's recent error of that expectation over tokens produced."""
+        return self._core.output_error_ratio(pool, tenant)
+
+    def largest_kv_tokens(self, pool: PoolName) -> int:
+        """Return the largest KV cache among a pool's live replicas; 0 without any."""
+        return self._core.largest_kv_tokens(pool)
 
     def close(self) -> None:
         """Stop the timer."""

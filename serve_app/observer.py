@@ -14,11 +14,14 @@ from prometheus_client import CollectorRegistry
 
 from serve_app import __version__
 from serve_app.completions import Audit
-from serve_app.core.types import Notice, Outcome
+from serve_app.core.limits import Refused
+from serve_app.core.types import Notice, Outcome, PoolName, PriorityClass
+from serve_app.gate import Gate
 from serve_app.relay import Delivery
 from serve_app.telemetry.exposition import Family, render_families
 from serve_app.telemetry.logs import RequestLine, RequestLog
 from serve_app.telemetry.metrics import NO_POOL, ProcessMetrics, RouterMetrics, class_label
+from serve_app.telemetry.policy_metrics import TENANTS_SHOWN, TenantFigures
 
 logger = logging.getLogger("headrace.router")
 
@@ -48,6 +51,8 @@ class RouterObserver:
             metrics.retries_total.labels(pool).inc(delivery.attempts - 1)
         if audit.outcome is Outcome.FAILED and delivery.first_byte_at_s is not None:
             metrics.stream_errors_total.labels(pool).inc()
+        if audit.degraded is not None:
+            metrics.policies.degraded_total.labels(pool, class_, audit.degraded).inc()
         self._count_tokens(audit, pool)
         self._time(audit, pool, class_)
         self._log.write(request_line(audit, self._wall_clock()))
@@ -57,6 +62,36 @@ class RouterObserver:
         self.metrics.notices_total.labels(notice.pool, notice.kind).inc()
         where = {"pool": notice.pool, "replica": notice.replica}
         logger.info(notice.kind, extra={**where, **notice.detail})
+
+    def rate_limited(self, refused: Refused) -> None:
+        """Count a request that its limits refused."""
+        counter = self.metrics.policies.rate_limited_total
+        counter.labels(refused.scope.value, refused.limit.value).inc()
+
+    def prompt_counted(self, exact: bool) -> None:
+        """Count a prompt whose exact length was wanted, and whether it could be had."""
+        result = "counted" if exact else "estimated"
+        self.metrics.policies.prompts_counted_total.labels(result).inc()
+
+    def pool(self, pool: PoolName, gate: Gate, prompt_error_ratio: float) -> None:
+        """Set a pool's gauges from what its core knows."""
+        figures = gate.figures(pool)
+        if figures is None:
+            return
+        self.metrics.pool_load(
+            pool,
+            queued=dict(zip(PriorityClass, figures.waiting, strict=True)),
+            in_flight=gate.in_flight(pool),
+            replicas=gate.replicas(pool),
+            snapshot_age_s=gate.snapshot_age_s(pool),
+        )
+        tenants = [
+            TenantFigures(tenant, debt, gate.output_error_ratio(pool, tenant))
+            for tenant, debt in gate.noisiest_tenants(pool, TENANTS_SHOWN)
+        ]
+        self.metrics.policies.pool(
+            pool, figures, prompt_error_ratio=prompt_error_ratio, tenants=tenants
+        )
 
     def families(self) -> Mapping[str, Family]:
         """Render the registry for Control."""

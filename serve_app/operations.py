@@ -103,7 +103,7 @@ class Operations:
     async def models(self, request: Request) -> Response:
         """The models this key may use, as OpenAI lists them."""
         key = self._completions.caller(request.scope)
-        names = [name for name in self._completions.routes.aliases if key.may_use(name)]
+        names = [name for name in self._completions.rules.aliases if key.may_use(name)]
         return _json({"object": "list", "data": [self._model(name) for name in sorted(names)]})
 
     async def model(self, request: Request) -> Response:
@@ -111,8 +111,7 @@ class Operations:
         key = self._completions.caller(request.scope)
         name = request.path_params["name"]
         # A model outside the key's scope does not exist for it.
-        pool = self._completions.routes.pool_of(name if key.may_use(name) else "")
-        assert pool, "a route without a pool"
+        self._completions.rules.alias(name if key.may_use(name) else "")
         return _json(self._model(name))
 
     async def metrics(self, request: Request) -> Response:

@@ -28,6 +28,13 @@ from serve_app.gateway.http import StreamSender, send_json
 
 Headers = list[tuple[bytes, bytes]]
 
+_NO_TIER = b',"service_tier":null'
+_TIER_OF_CLASS = {
+    PriorityClass.CRITICAL: b"priority",
+    PriorityClass.STANDARD: b"default",
+    PriorityClass.SHEDDABLE: b"flex",
+}
+
 
 @dataclass(slots=True)
 class Delivery:
@@ -55,15 +62,21 @@ class Relay:
         self.stream = StreamSender(send, self._headers)
         self.delivery = Delivery()
         self._answered = False
+        self._tier: bytes | None = None
 
     def describe(self, dispatch: Dispatch, served_class: PriorityClass) -> None:
-        """Add the response headers that say where and how the request is served."""
+        """Say in the response where and how the request is served: headers, service tier."""
+        self._tier = b',"service_tier":"%s"' % _TIER_OF_CLASS[served_class]
         headers: Headers = [
             (b"x-headrace-pool", dispatch.pool.encode()),
             (b"x-headrace-class", served_class.name.lower().encode()),
         ]
         if dispatch.degraded is not None:
             headers.append((b"x-headrace-degraded", dispatch.degraded.encode()))
+        self.add_headers(headers)
+
+    def add_headers(self, headers: Headers) -> None:
+        """Add response headers, before anything was sent."""
         self._headers.extend(headers)
         for name, value in headers:
             self.stream.add_header(name, value)
@@ -116,16 +129,32 @@ class Relay:
             self.delivery.output_tokens += tokens
             lease.progress(tokens)
         now_s = self._clock()
+        data = frame.data
         if self.delivery.first_byte_at_s is None:
             self.delivery.first_byte_at_s = now_s
+            if self._tier is not None:
+                data = with_service_tier(data, self._tier, streamed=streamed)
         self.delivery.last_byte_at_s = now_s
         self.delivery.frames += 1
         self.delivery.streamed = streamed
         if streamed:
-            await self.stream.write(frame.data)
+            await self.stream.write(data)
         else:
             self._answered = True
-            await send_json(self._send, frame.data, headers=self._headers)
+            await send_json(self._send, data, headers=self._headers)
+
+
+def with_service_tier(data: bytes, tier: bytes, *, streamed: bool) -> bytes:
+    """Return a whole body, or a stream's first events, with the tier that was served.
+
+    ``tier`` is the member as JSON with a comma before it. It goes to the end of the first
+    object, or in place of an engine's own null; data without an object stays as it is.
+    """
+    null = data.find(_NO_TIER)
+    if not streamed and null >= 0:
+        return data[:null] + tier + data[null + len(_NO_TIER) :]
+    end = data.find(b"}\n\n") if streamed else data.rfind(b"}")
+    return data if end < 0 else data[:end] + tier + data[end:]
 
 
 def error_of(refusal: Refusal) -> ApiError:

@@ -18,12 +18,12 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from serve_app import ray_env
-from serve_app.completions import Completions, Routes
+from serve_app.completions import Completions
 from serve_app.config import GatewayArgs, RouterConfig
 from serve_app.control_link import HandleControlLink
 from serve_app.core.controller import Controller
-from serve_app.core.routing import RoutingSettings, routing_by_policy
-from serve_app.core.types import PoolName, PriorityClass
+from serve_app.core.routing import RoutingSettings, routing_by_policy, uses_prefixes
+from serve_app.core.types import PoolName
 from serve_app.engine.api import Endpoint
 from serve_app.engine.replica_directory import DIRECTORY
 from serve_app.engine.transport import HandleTransport, Transport
@@ -32,11 +32,15 @@ from serve_app.gate import Gate
 from serve_app.gateway.admin import KeyAdministration
 from serve_app.gateway.http import exception_handlers
 from serve_app.keys import KeyTable
+from serve_app.limiter import RouterLimits
 from serve_app.observer import RouterObserver
 from serve_app.operations import MetricsCopy, Operations, Readiness
+from serve_app.rules import Rules
 from serve_app.telemetry.exposition import Family
 from serve_app.telemetry.logs import RequestLog, configure, process_stderr
 from serve_app.telemetry.uplink import Heartbeat, Tables, Uplink
+from serve_app.tickets import Tickets
+from serve_app.token_counts import TokenCounter
 
 logger = logging.getLogger("headrace.router")
 
@@ -53,13 +57,23 @@ class Router:
         for shortcoming in self._shortcomings:
             logger.warning(shortcoming)
         self._observer = RouterObserver(self._name, RequestLog(stderr), time.time)
-        routing = routing_by_policy(RoutingSettings(), random.Random())  # noqa: S311 - a coin toss
-        self._gate = Gate(Controller(routing), time.monotonic, self._observer.notice)
+        self._routing = routing_by_policy(
+            RoutingSettings(),
+            random.Random(),  # noqa: S311 - a coin toss
+        )
+        self._gate = Gate(Controller(self._routing), time.monotonic, self._observer.notice)
         self._fleet = Fleet(self._name, self._gate, _connect, DIRECTORY)
         self._control = HandleControlLink(self._args.control.app)
+        self._counter = TokenCounter()
+        self._tickets = Tickets(
+            self._gate, self._counter, self._args.limits, self._observer.prompt_counted
+        )
+        self._rates = RouterLimits(time.monotonic, self._observer.rate_limited)
         self._completions = Completions(
             gate=self._gate,
             transport=self._fleet.transport,
+            tickets=self._tickets,
+            rates=self._rates,
             limits=self._args.limits,
             on_audit=self._observer.audit,
             clock=time.monotonic,
@@ -87,9 +101,14 @@ class Router:
         pools = {PoolName(name): policy.to_core() for name, policy in config.pools.items()}
         self._fleet.connect(pools)
         self._gate.configure(pools)
-        self._completions.routes = Routes(
-            {alias: PoolName(route.pool) for alias, route in config.aliases.items()}
+        prefixes = {name: uses_prefixes(self._routing(pool)) for name, pool in pools.items()}
+        rules = Rules.of(config, prefixes)
+        self._counter.configure(
+            {name: rule.tokenizer for name, rule in rules.pools.items() if rule.tokenizer}
         )
+        self._completions.configure(rules)
+        for name in self._config.pools.keys() - config.pools.keys():
+            self._observer.metrics.forget_pool(PoolName(name))
         self._config = config
 
     def __serve_build_asgi_app__(self) -> Starlette:
@@ -128,6 +147,7 @@ class Router:
         await self._uplink.stop()
         await self._fleet.stop()
         self._gate.close()
+        self._counter.close()
 
     def _readiness(self) -> Readiness:
         keys = self._completions.keys
@@ -145,14 +165,9 @@ class Router:
         return Heartbeat(process=self._name, role="router", pool=None, keys_version=version)
 
     def _families(self) -> Mapping[str, Family]:
-        for pool in self._config.pools:
-            name = PoolName(pool)
-            self._observer.metrics.pool_load(
-                name,
-                queued={PriorityClass.STANDARD: self._gate.queue_depth(name)},
-                in_flight=self._gate.in_flight(name),
-                replicas=self._gate.replicas(name),
-            )
+        for name in self._config.pools:
+            pool = PoolName(name)
+            self._observer.pool(pool, self._gate, self._tickets.error_ratio(pool))
         return self._observer.families()
 
     def _take_tables(self, tables: Tables) -> None:

@@ -16,8 +16,8 @@ PREFIX_BYTES: Final = 2**20
 MAX_CONTENT_PARTS: Final = 16_384
 MAX_PROMPT_TOKEN_IDS: Final = 2**20
 _TOKEN_ID_LIMIT: Final = 2**31
-_ROLE_MARK: Final = b"\x1e"
-_TEXT_MARK: Final = b"\x1f"
+ROLE_MARK: Final = b"\x1e"
+TEXT_MARK: Final = b"\x1f"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +64,12 @@ def chat_prompt(messages: list[dict[str, Any]], tools: list[Any] | None) -> Prom
     """
     text = _Text()
     if tools:
-        text.add(_ROLE_MARK, orjson.dumps(tools))
+        text.add(ROLE_MARK, orjson.dumps(tools))
     for index, message in enumerate(messages):
-        text.add(_ROLE_MARK, str(message["role"]).encode())
+        text.add(ROLE_MARK, str(message["role"]).encode())
         _add_content(text, message, index)
         if message.get("tool_calls"):
-            text.add(_TEXT_MARK, orjson.dumps(message["tool_calls"]))
+            text.add(TEXT_MARK, orjson.dumps(message["tool_calls"]))
     return Prompt(text.size_bytes, None, text.prefix())
 
 
@@ -134,7 +134,7 @@ def _token_ids(ids: list[Any], where: str) -> bytes:
 def _add_content(text: _Text, message: dict[str, Any], index: int) -> None:
     content = message.get("content")
     if isinstance(content, str):
-        text.add(_TEXT_MARK, content.encode())
+        text.add(TEXT_MARK, content.encode())
     elif isinstance(content, list):
         if not content:
             where = path("messages", index, "content")
@@ -155,7 +155,7 @@ def _add_part(text: _Text, part: object, where: tuple[str | int, ...]) -> None:
         problem = f"at most {MAX_CONTENT_PARTS} content parts in one request"
         refuse("messages", problem, "array_above_max_length")
     if isinstance(part, str):
-        text.add(_TEXT_MARK, part.encode())
+        text.add(TEXT_MARK, part.encode())
         return
     if not isinstance(part, dict):
         refuse(path(*where), "a content part must be an object", "invalid_type")
@@ -168,11 +168,11 @@ def _add_part(text: _Text, part: object, where: tuple[str | int, ...]) -> None:
         value = part.get(TEXT_PARTS[kind])
         if not isinstance(value, str):
             refuse(path(*where, TEXT_PARTS[kind]), "it must be a string", "invalid_type")
-        text.add(_TEXT_MARK, value.encode())
+        text.add(TEXT_MARK, value.encode())
     elif kind in MEDIA_URL_PARTS:
-        text.add(_TEXT_MARK, _inline_media(part.get(kind), (*where, kind)))
+        text.add(TEXT_MARK, _inline_media(part.get(kind), (*where, kind)))
     elif kind == "input_audio":
-        text.add(_TEXT_MARK, _inline_audio(part.get(kind), (*where, kind)))
+        text.add(TEXT_MARK, _inline_audio(part.get(kind), (*where, kind)))
     else:
         known = ", ".join(sorted({*TEXT_PARTS, *MEDIA_URL_PARTS, "input_audio"}))
         refuse(path(*where, "type"), f"unknown content part type; known are {known}")

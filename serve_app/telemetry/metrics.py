@@ -14,6 +14,7 @@ from typing import Protocol
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from serve_app.core.types import Outcome, PoolName, PriorityClass, ReplicaView, Usage
+from serve_app.telemetry.policy_metrics import PolicyMetrics
 
 LATENCY_BUCKETS_S = (
     *(0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.5, 0.75),
@@ -86,6 +87,7 @@ class RouterMetrics(ProcessMetrics):
         super().__init__(registry)
         self._declare_requests()
         self._declare_load()
+        self.policies = PolicyMetrics(registry)
 
     def _declare_requests(self) -> None:
         registry, by_class = self.registry, ("pool", "class")
@@ -201,6 +203,7 @@ class RouterMetrics(ProcessMetrics):
         queued: Mapping[PriorityClass, int],
         in_flight: int,
         replicas: int,
+        snapshot_age_s: float = 0.0,
     ) -> None:
         """Set a router's gauges of one pool; classes not in ``queued`` have nobody waiting."""
         for priority_class in PriorityClass:
@@ -208,6 +211,7 @@ class RouterMetrics(ProcessMetrics):
             self.queue_depth.labels(pool, class_label(priority_class)).set(depth)
         self.in_flight.labels(pool).set(in_flight)
         self.replicas.labels(pool).set(replicas)
+        self.snapshot_age_seconds.labels(pool).set(snapshot_age_s)
 
     def forget_pool(self, pool: PoolName) -> None:
         """Drop the gauges of a pool that is no longer configured; counters stay."""
@@ -215,6 +219,7 @@ class RouterMetrics(ProcessMetrics):
             self.queue_depth.remove(pool, class_label(priority_class))
         for gauge in (self.in_flight, self.replicas, self.snapshot_age_seconds):
             gauge.remove(pool)
+        self.policies.forget_pool(pool)
 
 
 class EngineMetrics(ProcessMetrics):

@@ -67,10 +67,15 @@ def test_every_metric_has_the_prefix_a_base_unit_and_help(kind: type[ProcessMetr
 @pytest.mark.parametrize("kind", [RouterMetrics, EngineMetrics])
 def test_no_metric_is_labelled_by_tenant_user_key_or_request(kind: type[ProcessMetrics]) -> None:
     forbidden = {"tenant", "user", "key", "key_id", "request_id", "model_name", "path"}
-    metrics = kind(CollectorRegistry())
+    # Bounded by TENANTS_SHOWN per pool: see the test of it below.
+    noisiest = {"headrace_fairness_debt", "headrace_tenant_output_error_ratio"}
+    registry = CollectorRegistry()
+    kind(registry)
 
-    for metric in vars(metrics).values():
-        assert not forbidden & set(getattr(metric, "_labelnames", ()))
+    for metric in registry._collector_to_names:
+        labels = set(getattr(metric, "_labelnames", ()))
+        allowed = {"tenant"} if getattr(metric, "_name", "") in noisiest else set()
+        assert not forbidden & (labels - allowed)
 
 
 def test_a_router_shows_no_engine_and_an_engine_no_router() -> None:
