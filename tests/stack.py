@@ -302,7 +302,8 @@ def _haproxy_paths(folder: Path) -> dict[str, str]:
 def _private_ports() -> dict[str, str]:
     """Return the environment by which two stacks in one network do not meet.
 
-    Routers share a port with whoever listens there already, so the blocks must not overlap.
+    Routers and Serve's fallback proxy share a port with whoever listens there already, so
+    that one stack's HAProxy would send to the other's.
     """
     blocks = list(range(30_000, 32_000, ROUTER_PORTS))
     random.shuffle(blocks)
@@ -310,6 +311,8 @@ def _private_ports() -> dict[str, str]:
     return {
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + ROUTER_PORTS - 1),
     }
