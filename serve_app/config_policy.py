@@ -41,6 +41,29 @@ class ClassPolicy(Strict):
         return policy.ClassPolicy(**self.model_dump())
 
 
+class CriticalPolicy(ClassPolicy):
+    """Critical, as it is unless told otherwise."""
+
+    ttft_slo_s: float = Field(1.0, gt=0, description="Target from offer to first token.")
+
+
+class StandardPolicy(ClassPolicy):
+    """Standard, as it is unless told otherwise."""
+
+    ttft_slo_s: float = Field(2.0, gt=0, description="Target from offer to first token.")
+    kv_limit_ratio: float = Field(0.92, gt=0, le=4, description="As in ClassPolicy.")
+    minimum_share_ratio: float = Field(0.1, ge=0, lt=1, description="As in ClassPolicy.")
+    aged_share_ratio: float = Field(0.2, ge=0, lt=1, description="As in ClassPolicy.")
+
+
+class SheddablePolicy(ClassPolicy):
+    """Sheddable, as it is unless told otherwise."""
+
+    ttft_slo_s: float = Field(10.0, gt=0, description="Target from offer to first token.")
+    kv_limit_ratio: float = Field(0.80, gt=0, le=4, description="As in ClassPolicy.")
+    aged_share_ratio: float = Field(0.05, ge=0, lt=1, description="As in ClassPolicy.")
+
+
 class FairnessPolicy(Strict):
     """What a request costs its tenant, and how long a tenant's debt is remembered."""
 
@@ -251,13 +274,9 @@ class PoolPolicy(Strict):
     routing_settings: RoutingSettings = RoutingSettings()
     heavy: HeavyPool | None = Field(None, description="Long contexts go to another pool.")
     prompt: PromptSettings = PromptSettings()
-    critical: ClassPolicy = ClassPolicy(ttft_slo_s=1.0)
-    standard: ClassPolicy = ClassPolicy(
-        ttft_slo_s=2.0, kv_limit_ratio=0.92, minimum_share_ratio=0.1, aged_share_ratio=0.2
-    )
-    sheddable: ClassPolicy = ClassPolicy(
-        ttft_slo_s=10.0, kv_limit_ratio=0.80, aged_share_ratio=0.05
-    )
+    critical: CriticalPolicy = CriticalPolicy()
+    standard: StandardPolicy = StandardPolicy()
+    sheddable: SheddablePolicy = SheddablePolicy()
     fairness: FairnessPolicy = FairnessPolicy()
     brownout: BrownoutPolicy = BrownoutPolicy()
     breaker: BreakerPolicy = BreakerPolicy()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from serve_app.config import ControlArgs, GatewayArgs, PoolArgs, RouterConfig
+from serve_app.config import ControlArgs, GatewayArgs, PoolArgs, RouterConfig, VllmSettings
 
 GATEWAY: Final = "serve_app.app:gateway"
 POOL: Final = "serve_app.app:pool"
@@ -66,6 +66,15 @@ def _pool_problems(gateway: Application, pools: list[Application]) -> list[str]:
         for name, application in served.items()
         if name not in router.pools
     ]
+    for alias, route in router.aliases.items():
+        pool = served.get(route.pool)
+        if route.adapter is None or pool is None or not isinstance(pool.args, PoolArgs):
+            continue
+        if isinstance(pool.args.engine, VllmSettings):
+            problems.append(
+                f"{config}.aliases.{alias}.adapter: the vLLM engine of {POOL_PREFIX}{route.pool} "
+                "serves no adapters; point the alias at the pool itself"
+            )
     return problems
 
 
@@ -98,4 +107,27 @@ def warnings(applications: list[Application]) -> list[str]:
                 )
         if isinstance(args, GatewayArgs) and not (application.router or RouterConfig()).aliases:
             lines.append(f"{application.where}: no aliases, so no model can be called")
+        if isinstance(args, GatewayArgs):
+            lines += _prompt_warnings(application, applications)
+    return lines
+
+
+def _prompt_warnings(gateway: Application, applications: list[Application]) -> list[str]:
+    """Return what a pool's engine knows better than its routers were told."""
+    lines: list[str] = []
+    engines = {a.args.name: a.args.engine for a in applications if isinstance(a.args, PoolArgs)}
+    where = f"{gateway.where}.deployments[0].user_config.pools"
+    for name, pool in (gateway.router or RouterConfig()).pools.items():
+        told, engine = pool.prompt.context_tokens, engines[name]
+        if told is not None and engine.max_model_len not in (None, told):
+            lines.append(
+                f"{where}.{name}.prompt.context_tokens: {told}, but the pool's engine has "
+                f"max_model_len {engine.max_model_len}"
+            )
+        if pool.heavy is not None and engines[pool.heavy.pool].model != engine.model:
+            lines.append(
+                f"{where}.{name}.heavy.pool: {pool.heavy.pool!r} serves "
+                f"{engines[pool.heavy.pool].model!r}, not {engine.model!r}: long prompts get "
+                "another model's answers"
+            )
     return lines

@@ -85,7 +85,7 @@ class Prepared:
         return GenerateCall(
             request_id=ticket.request_id,
             endpoint=endpoint,
-            body=parsed.body_for_engine(ticket.adapter or dispatch.pool),
+            body=parsed.body_for_engine(parsed.model),
             stream=parsed.stream,
             tenant=ticket.tenant,
             cache_salt=self.salt,

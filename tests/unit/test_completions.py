@@ -1,0 +1,269 @@
+"""The completion endpoints over a real core and scripted engines: limits, tiers, pools."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import orjson
+import pytest
+
+from serve_app.completions import Audit, Completions
+from serve_app.config import LimitSettings, RouterConfig
+from serve_app.core.controller import Controller
+from serve_app.core.limits import Refused as LimitRefused
+from serve_app.core.types import (
+    KeyId,
+    Outcome,
+    PoolName,
+    PriorityClass,
+    ReplicaId,
+    ReplicaView,
+    TenantId,
+    Usage,
+)
+from serve_app.engine.api import (
+    Endpoint,
+    EngineTimings,
+    Final,
+    Frame,
+    GenerateCall,
+    GenerateItem,
+    WatchCall,
+)
+from serve_app.gate import Gate
+from serve_app.keys import KeyRecord, KeyTable, digest_of
+from serve_app.limiter import RouterLimits
+from serve_app.rules import Rules
+from serve_app.tickets import Tickets
+from serve_app.token_counts import TokenCounter
+
+SECRET = "a-test-key-of-this-file"
+LIMITS = LimitSettings()
+CONFIG: dict[str, Any] = {
+    "pools": {
+        "big": {
+            "stale_after_s": 30,
+            "brownout": {
+                "kv_ratios": [0.5, 0.5, 0.5, 2],
+                "queue_ratios": [2, 2, 2, 2],
+                "fallback_pool": "small",
+            },
+        },
+        "small": {"stale_after_s": 30},
+    },
+    "aliases": {"m": "big"},
+    "tenants": {"t": {"limits": {"requests_per_min": 2, "tokens_per_min": 10_000}}},
+}
+
+
+class Engines:
+    """A pool's transport: every answer is one word; ``held`` keeps answers back."""
+
+    def __init__(self) -> None:
+        self.calls: list[GenerateCall] = []
+        self.called = asyncio.Event()
+        self.held: asyncio.Event | None = None
+
+    async def generate(self, call: GenerateCall) -> AsyncGenerator[GenerateItem, None]:
+        self.calls.append(call)
+        self.called.set()
+        if self.held is not None:
+            await self.held.wait()
+        data = b'data: {"id":"x"}\n\ndata: [DONE]\n\n' if call.stream else b'{"id":"x"}'
+        yield Frame(0, data, (7,))
+        yield Final(Usage(40, 0, 1), EngineTimings(), frames=1, finish_reason="stop")
+
+    def watch(self, call: WatchCall) -> AsyncGenerator[ReplicaView, None]:
+        raise AssertionError("nothing is watched here")
+
+
+class Site:
+    """One router's completions with a replica in each pool."""
+
+    def __init__(self, ceiling: PriorityClass = PriorityClass.STANDARD) -> None:
+        self.now_s = 50.0
+        self.audits: list[Audit] = []
+        self.over: list[LimitRefused] = []
+        self.engines = {PoolName("big"): Engines(), PoolName("small"): Engines()}
+        self.gate = Gate(Controller(), self.clock, lambda notice: None)
+        config = RouterConfig.model_validate(CONFIG)
+        self.gate.configure({PoolName(n): p.to_core() for n, p in config.pools.items()})
+        self.load("big", 0.0)
+        self.load("small", 0.0)
+        self.rates = RouterLimits(self.clock, self.over.append)
+        self.completions = Completions(
+            gate=self.gate,
+            transport=self.engines.__getitem__,
+            tickets=Tickets(self.gate, TokenCounter(), LIMITS, lambda exact: None),
+            rates=self.rates,
+            limits=LIMITS,
+            on_audit=self.audits.append,
+            clock=self.clock,
+        )
+        self.completions.configure(Rules.of(config, dict.fromkeys(self.engines, False)))
+        key = KeyRecord(
+            key_id=KeyId("k"),
+            name="",
+            digest=digest_of(SECRET),
+            tenant=TenantId("t"),
+            created_at_s=0.0,
+            priority_ceiling=ceiling,
+        )
+        self.completions.keys = KeyTable([key], 1)
+        self._sequence = 0
+
+    def clock(self) -> float:
+        return self.now_s
+
+    def load(self, pool: str, kv_usage_ratio: float) -> None:
+        """Have a pool's replica report its load."""
+        self.now_s += 1.0
+        view = ReplicaView(
+            replica=ReplicaId(f"{pool}-1"),
+            pool=PoolName(pool),
+            sequence=int(self.now_s),
+            slots=64,
+            running=0,
+            waiting=0,
+            kv_usage_ratio=kv_usage_ratio,
+            kv_tokens_capacity=100_000,
+        )
+        self.gate.observe(view)
+
+    async def ask(self, body: dict[str, Any] | bytes, secret: str = SECRET) -> Answer:
+        """Post to chat completions."""
+        data = body if isinstance(body, bytes) else orjson.dumps(body)
+        answer = Answer()
+
+        async def receive() -> Any:
+            return {"type": "http.request", "body": data, "more_body": False}
+
+        scope = {
+            "type": "http",
+            "headers": [
+                (b"authorization", b"Bearer " + secret.encode()),
+                (b"content-type", b"application/json"),
+            ],
+        }
+        await self.completions.serve(Endpoint.CHAT, scope, receive, answer.send)
+        return answer
+
+
+class Answer:
+    """A response, collected."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        self.body = b""
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            pairs = [(n.decode(), v.decode()) for n, v in message["headers"]]
+            self.headers = dict(pairs)
+            assert len(self.headers) == len(pairs), "a header stands twice"
+        else:
+            self.body += message.get("body", b"")
+
+    @property
+    def code(self) -> str:
+        return str(orjson.loads(self.body)["error"]["code"])
+
+
+def question(**fields: object) -> dict[str, Any]:
+    messages = [{"role": "user", "content": "hello"}]
+    return {"model": "m", "messages": messages, "max_tokens": 5, **fields}
+
+
+async def test_an_answer_tells_limits_class_and_tier() -> None:
+    site = Site()
+    answer = await site.ask(question(service_tier="priority"))
+    assert answer.status == 200
+    assert orjson.loads(answer.body) == {"id": "x", "service_tier": "default"}
+    assert answer.headers["x-headrace-class"] == "standard"
+    assert answer.headers["x-ratelimit-limit-requests"] == "2"
+    assert answer.headers["x-ratelimit-remaining-requests"] == "1"
+    assert site.audits[0].asked_class is PriorityClass.CRITICAL
+    assert site.audits[0].served_class is PriorityClass.STANDARD
+
+
+@pytest.mark.parametrize(
+    ("ceiling", "tier"),
+    [
+        (PriorityClass.CRITICAL, b"priority"),
+        (PriorityClass.STANDARD, b"default"),
+        (PriorityClass.SHEDDABLE, b"flex"),
+    ],
+)
+async def test_a_streams_first_event_tells_the_tier(ceiling: PriorityClass, tier: bytes) -> None:
+    answer = await Site(ceiling).ask(question(stream=True, service_tier="priority"))
+    first = b'data: {"id":"x","service_tier":"%s"}\n\n' % tier
+    assert answer.body == first + b"data: [DONE]\n\n"
+
+
+async def test_over_a_limit_is_a_429_and_no_engine_is_asked() -> None:
+    site = Site()
+    for _ in range(2):
+        assert (await site.ask(question())).status == 200
+    refused = await site.ask(question())
+    assert (refused.status, refused.code) == (429, "rate_limit_exceeded")
+    assert refused.headers["retry-after"] == "30"
+    assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+    assert len(site.engines[PoolName("big")].calls) == 2
+    assert len(site.over) == 1
+    assert site.audits[-1].outcome is None
+    assert site.audits[-1].reason == "rate_limit_exceeded"
+    assert site.gate.open_requests() == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [(b"{", 400), (question(model="nowhere"), 404), (question(max_tokens=0), 400)],
+)
+async def test_an_error_tells_the_limits_too_and_costs_nothing(
+    body: dict[str, Any] | bytes, status: int
+) -> None:
+    site = Site()
+    answer = await site.ask(body)
+    assert answer.status == status
+    assert answer.headers["x-ratelimit-remaining-requests"] == "2"
+    unknown = await site.ask(question(), secret="not-a-key-of-ours")
+    assert unknown.status == 401
+    assert "x-ratelimit-limit-requests" not in unknown.headers
+
+
+async def test_tokens_are_settled_to_the_engines_count_or_given_back() -> None:
+    site = Site()
+    await site.ask(question())
+    answer = await site.ask(b"{")
+    assert answer.headers["x-ratelimit-remaining-tokens"] == str(10_000 - 41)
+
+    site = Site()
+    engines = site.engines[PoolName("big")]
+    held = engines.held = asyncio.Event()
+    task = asyncio.create_task(site.ask(question()))
+    await engines.called.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    held.set()
+    answer = await site.ask(b"{")
+    assert answer.headers["x-ratelimit-remaining-tokens"] == "10000"
+    assert site.audits[0].outcome is Outcome.CANCELLED
+    assert site.gate.open_requests() == 0
+
+
+async def test_a_fallback_pool_is_called_in_place_of_the_one_asked_for() -> None:
+    site = Site()
+    site.load("big", 0.9)
+    answer = await site.ask(question())
+    assert answer.status == 200
+    assert answer.headers["x-headrace-pool"] == "small"
+    assert answer.headers["x-headrace-degraded"] == "fallback_model"
+    assert not site.engines[PoolName("big")].calls
+    [call] = site.engines[PoolName("small")].calls
+    assert call.target == "small-1"
+    assert (site.audits[0].pool, site.audits[0].degraded) == ("small", "fallback_model")
