@@ -19,9 +19,11 @@ work only, so it never goes before a waiting Critical.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from math import inf
 from zlib import crc32
 
+from serve_app.core.exchange import Held, Triple
 from serve_app.core.policy import ClassPolicy, PoolPolicy
 from serve_app.core.types import KeyId, RequestId
 
@@ -29,6 +31,7 @@ CRITICAL, STANDARD, SHEDDABLE = 0, 1, 2
 RATE_WINDOW_S = 10.0
 THROTTLE_WINDOW_S = 30.0
 JITTER_RATIO = 0.25
+NOTHING_HELD = Held()
 
 
 def hashed_fraction(request_id: RequestId) -> float:
@@ -46,6 +49,7 @@ class Shares:
     """
 
     __slots__ = (
+        "_others",
         "_prefill_limits",
         "_slot_limits",
         "_token_limits",
@@ -63,23 +67,36 @@ class Shares:
         self.resize(0, 0, 0, PoolPolicy())
 
     def resize(
-        self, slots: int, tokens_capacity: int, prefill_capacity: int, policy: PoolPolicy
+        self,
+        slots: int,
+        tokens_capacity: int,
+        prefill_capacity: int,
+        policy: PoolPolicy,
+        others: Held = NOTHING_HELD,
     ) -> None:
-        """Set the knee: requests, tokens, and prompt tokens not yet computed, in flight."""
+        """Set the knee: requests, tokens, and prompt tokens not yet computed, in flight.
+
+        What other routers hold by class counts as taken.
+        """
         self.slots = slots
         self.tokens_capacity = tokens_capacity
         reserve, share = policy.critical_reserve_ratio, policy.sheddable_share_ratio
         sheddable_slots = max(1, int(share * slots)) if share > 0 else 0
         self._slot_limits = _with_headroom(
-            (slots, slots - int(reserve * slots), sheddable_slots), policy.sparse_headroom_ratio
+            (slots, slots - int(reserve * slots), sheddable_slots),
+            policy.sparse_headroom_ratio,
+            others.requests,
         )
         ratios = (1.0, 1.0 - reserve, share)
         self._token_limits = _with_headroom(
-            tuple(int(ratio * tokens_capacity) for ratio in ratios), policy.sparse_headroom_ratio
+            tuple(int(ratio * tokens_capacity) for ratio in ratios),
+            policy.sparse_headroom_ratio,
         )
         self._prefill_limits = _with_headroom(
-            tuple(int(ratio * prefill_capacity) for ratio in ratios), policy.sparse_headroom_ratio
+            tuple(int(ratio * prefill_capacity) for ratio in ratios),
+            policy.sparse_headroom_ratio,
         )
+        self._others = others
 
     def has_slot(self, rank: int, sparse: bool) -> bool:
         """Whether one more request of a class may run, by its number of requests."""
@@ -95,29 +112,45 @@ class Shares:
 
     def has_tokens(self, rank: int, sparse: bool, need_tokens: int, prefill_tokens: int) -> bool:
         """Whether so many more tokens and uncomputed prompt tokens fit a class's share."""
-        return _fits(self.tokens, self._token_limits[sparse], rank, need_tokens) and _fits(
-            self.prefill, self._prefill_limits[sparse], rank, prefill_tokens
+        if rank == CRITICAL:
+            return True
+        tokens, prefill = self._token_limits[sparse], self._prefill_limits[sparse]
+        others = self._others
+        return _fits(self.tokens, others.tokens, tokens, rank, need_tokens) and _fits(
+            self.prefill, others.prefill, prefill, rank, prefill_tokens
         )
 
 
 def _with_headroom(
-    limits: tuple[int, ...], headroom_ratio: float
+    limits: tuple[int, ...], headroom_ratio: float, others: Sequence[int] = (0, 0, 0)
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the limits for tenants that use much, and for those that use little."""
-    return tuple(each - int(headroom_ratio * each) for each in limits), limits
+    """Return the limits for tenants that use much, and for those that use little.
+
+    A class's limit holds for it and the less important ones, and so do the others' parts.
+    The whole is bounded by the replicas' own caps, which know of the others sooner.
+    """
+    taken = (sum(others), others[STANDARD] + others[SHEDDABLE], others[SHEDDABLE])
+    whole = (
+        limits[CRITICAL],
+        limits[STANDARD] - taken[STANDARD],
+        limits[SHEDDABLE] - taken[SHEDDABLE],
+    )
+    much = tuple(
+        limit - int(headroom_ratio * limit) - each
+        for limit, each in zip(limits, taken, strict=True)
+    )
+    return much, whole
 
 
-def _fits(held: list[int], limits: tuple[int, ...], rank: int, amount: int) -> bool:
+def _fits(held: list[int], others: Triple, limits: tuple[int, ...], rank: int, amount: int) -> bool:
     """Whether ``amount`` more fits the limits of a class and of those above it.
 
     A class that holds nothing may take any amount, so that nothing is too large for ever.
     """
-    if rank == CRITICAL:
-        return True
-    total = held[SHEDDABLE]
+    total = held[SHEDDABLE] + others[SHEDDABLE]
     if rank == SHEDDABLE and total and total + amount > limits[SHEDDABLE]:
         return False
-    total += held[STANDARD]
+    total += held[STANDARD] + others[STANDARD]
     return not total or total + amount <= limits[STANDARD]
 
 

@@ -21,10 +21,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import inf
 
 from serve_app.core.entry import Entry
+from serve_app.core.exchange import Digest, RouterId
 from serve_app.core.figures import PoolFigures, noisiest_tenants, pool_figures
 from serve_app.core.load import RoutingPolicy
 from serve_app.core.policy import PoolPolicy
-from serve_app.core.pool import Pool
+from serve_app.core.pool import ONLY_ROUTER, Pool
 from serve_app.core.refusals import refusal_at_offer, refusal_to_wait, refuse, sheds
 from serve_app.core.saturation import Replica
 from serve_app.core.types import (
@@ -74,9 +75,19 @@ def least_loaded(policy: PoolPolicy) -> RoutingPolicy:
 class Controller:
     """Admission, queueing and routing of every pool, for one router."""
 
-    def __init__(self, routing: Callable[[PoolPolicy], RoutingPolicy] = least_loaded) -> None:
-        """Start with no pools; ``routing`` builds each pool's ranking from its policy."""
+    def __init__(
+        self,
+        routing: Callable[[PoolPolicy], RoutingPolicy] = least_loaded,
+        router: RouterId = ONLY_ROUTER,
+    ) -> None:
+        """Start with no pools; ``routing`` builds each pool's ranking from its policy.
+
+        ``router`` tells this router from the others of its fleet (exchange.py).
+        """
         self._build_routing = routing
+        self._router = router
+        self._told = 0
+        self._heard: dict[RouterId, int] = {}
         self._pools: dict[PoolName, Pool] = {}
         self._entries: dict[RequestId, Entry] = {}
         self._pool_of: dict[ReplicaId, Pool] = {}
@@ -96,7 +107,8 @@ class Controller:
         for name, policy in pools.items():
             pool = self._pools.get(name)
             if pool is None:
-                self._pools[name] = Pool(name, policy, self._build_routing(policy), now_s)
+                routing = self._build_routing(policy)
+                self._pools[name] = Pool(name, policy, routing, now_s, self._router)
                 continue
             known = pool.policy
             if (known.routing, known.routing_settings) != (
@@ -258,9 +270,33 @@ class Controller:
                 if now_s - replica.observed_at_s >= pool.policy.lost_after_s:
                     self._drop_replica(pool, replica.id, now_s)
             self._give_up_holding(pool, now_s, effects)
+            if pool.peers.expire(now_s):
+                pool.peers_changed()
             pool.capacity_changed()
             self._pump(pool, now_s, effects)
             self._drop_if_drained(pool)
+        return effects
+
+    def digest(self, now_s: float) -> Digest:
+        """Return what to tell the other routers; call it every ``EXCHANGE_PERIOD_S``.
+
+        Call ``advance`` before, so that routers that fell silent are forgotten.
+        """
+        self._told += 1
+        pools = {name: pool.digest() for name, pool in self._pools.items()}
+        return Digest(self._router, self._told, pools)
+
+    def hear(self, digest: Digest, now_s: float) -> list[Effect]:
+        """Take another router's digest; its own and those not newer than the last: no effect."""
+        now_s, effects = self._begin(now_s)
+        if digest.router == self._router or digest.sequence <= self._heard.get(digest.router, 0):
+            return effects
+        self._heard[digest.router] = digest.sequence
+        for name, part in digest.pools.items():
+            pool = self._pools.get(name)
+            if pool is not None:
+                pool.hear(digest.router, part, now_s)
+                self._pump(pool, now_s, effects)
         return effects
 
     def next_wakeup_s(self) -> float | None:
@@ -269,7 +305,12 @@ class Controller:
         earliest_s = self._deadlines[0][0] if self._deadlines else inf
         for pool in self._pools.values():
             if pool.waiting:
-                earliest_s = min(earliest_s, pool.hold_deadline_s(), pool.probe_s(self._now_s))
+                earliest_s = min(
+                    earliest_s,
+                    pool.hold_deadline_s(),
+                    pool.probe_s(self._now_s),
+                    pool.peers.expires_s(),
+                )
         return None if earliest_s == inf else earliest_s
 
     # Figures

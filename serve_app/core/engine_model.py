@@ -205,6 +205,16 @@ class EngineModel:
         )
         return critical, standard, sheddable
 
+    def prefill_tokens(self) -> int:
+        """Return the prompt tokens that wait or are being computed, O(waiting)."""
+        tokens = sum([chunk for _, chunk in self._prefills])
+        if self._partial is not None:
+            tokens += self._uncomputed(self._partial)
+        if self._waiting_count:
+            waiting = [each for _, _, each in self._waiting if each.phase is _WAITING]
+            tokens += sum([each.prompt_tokens for each in waiting])
+        return tokens
+
     def generated(self, sequence: Sequence) -> int:
         """Return how many output tokens a sequence has produced so far."""
         if sequence.phase is _DECODE:

@@ -59,7 +59,18 @@ class _Flow:
 class FairQueue:
     """The waiting requests of one class, in weighted fair order between tenants."""
 
-    __slots__ = ("_count", "_flows", "_heap", "_idle", "_level", "_policy", "backlog", "weights")
+    __slots__ = (
+        "_count",
+        "_flows",
+        "_heap",
+        "_idle",
+        "_level",
+        "_policy",
+        "_served",
+        "backlog",
+        "elsewhere",
+        "weights",
+    )
 
     def __init__(self, policy: FairnessPolicy) -> None:
         self._policy = policy
@@ -67,6 +78,8 @@ class FairQueue:
         self._idle: OrderedDict[TenantId, _Flow] = OrderedDict()
         self._heap: list[tuple[float, int, _Flow]] = []
         self._level = 0.0
+        self._served: dict[TenantId, float] | None = None
+        self.elsewhere: dict[TenantId, float] = {}
         self._count = 0
         self.backlog = 0.0
         self.weights = 0.0
@@ -102,15 +115,19 @@ class FairQueue:
         return self._decayed(idle, now_s) - self._level if idle else 0.0
 
     def is_sparse(self, tenant: TenantId, now_s: float) -> bool:
-        """Whether what a tenant has waiting and owes is no more than ``sparse_cost``."""
+        """Whether what a tenant has waiting and owes is no more than ``sparse_cost``.
+
+        ``elsewhere``, what tenants have waiting at other routers in cost over weight, counts.
+        """
+        owed = self.elsewhere.get(tenant, 0.0)
         flow = self._flows.get(tenant)
         if flow is not None:
-            owed = flow.counter - self._level + flow.backlog / flow.weight
+            owed += flow.counter - self._level + flow.backlog / flow.weight
             return owed <= self._policy.sparse_cost
         idle = self._idle.get(tenant)
-        if idle is None:
-            return True
-        return self._decayed(idle, now_s) - self._level <= self._policy.sparse_cost
+        if idle is not None:
+            owed += self._decayed(idle, now_s) - self._level
+        return owed <= self._policy.sparse_cost
 
     def push(self, entry: Entry, now_s: float) -> None:
         """Let a request wait; its tenant is lifted if it did not wait already."""
@@ -158,7 +175,9 @@ class FairQueue:
         """Remove a request to be served; its tenant is charged ``entry.charged``."""
         flow = self._flows[entry.flow]
         self._level = max(self._level, flow.counter)
-        flow.counter += entry.charged / flow.weight
+        share = entry.charged / flow.weight
+        flow.counter += share
+        self._note(entry.flow, share)
         flow.rate.served(entry.cost, now_s)
         self._leave(flow, entry, now_s)
         if flow.waiting:
@@ -177,7 +196,9 @@ class FairQueue:
             flow = _Flow(entry.flow, start, now_s)
         flow.weight = usable_weight(entry.ticket.weight)
         self._level = start
-        flow.counter = start + entry.charged / flow.weight
+        share = entry.charged / flow.weight
+        flow.counter = start + share
+        self._note(entry.flow, share)
         self._rest(flow, now_s)
 
     def charge(self, entry: Entry, cost: float, now_s: float) -> None:
@@ -186,19 +207,40 @@ class FairQueue:
         A tenant that is away and out of debt is given nothing back: that would be credit.
         """
         share = cost / usable_weight(entry.ticket.weight)
-        flow = self._flows.get(entry.flow)
+        self._note(entry.flow, share)
+        self.hear(entry.flow, share, now_s)
+
+    def hear(self, tenant: TenantId, share: float, now_s: float) -> None:
+        """Count service a tenant got elsewhere, in cost over weight."""
+        flow = self._flows.get(tenant)
         if flow is not None:
             flow.counter += share
             self._rekey(flow)
             return
-        idle = self._idle.get(entry.flow)
+        idle = self._idle.get(tenant)
         if idle is not None:
             idle.counter = self._decayed(idle, now_s) + share
             idle.touched_s = now_s
             if idle.counter <= self._level:
-                del self._idle[entry.flow]
+                del self._idle[tenant]
         elif share > 0:
-            self._rest(_Flow(entry.flow, self._level + share, now_s), now_s)
+            self._rest(_Flow(tenant, self._level + share, now_s), now_s)
+
+    def tell(self, limit: int) -> tuple[tuple[TenantId, float], ...]:
+        """Return what tenants were charged since the last call, the ``limit`` largest.
+
+        In cost over weight. The first call starts the count and returns nothing.
+        """
+        served, self._served = self._served, {}
+        if not served:
+            return ()
+        largest = sorted(served.items(), key=lambda item: -abs(item[1]))
+        return tuple(largest[:limit])
+
+    def backlogs(self, limit: int) -> list[tuple[TenantId, float, float]]:
+        """Return up to ``limit`` waiting tenants with their weight and waiting cost."""
+        waiting = sorted(self._flows.values(), key=lambda flow: -flow.backlog)[:limit]
+        return [(flow.tenant, flow.weight, flow.backlog) for flow in waiting]
 
     def forfeit(self, entry: Entry) -> None:
         """Raise a waiting tenant to the service level: it could not take its turn by its
@@ -255,6 +297,12 @@ class FairQueue:
         self._flows[tenant] = flow
         flow.rate.begin(now_s)
         return flow
+
+    def _note(self, tenant: TenantId, share: float) -> None:
+        """Remember a charge for the other routers, if there are any."""
+        served = self._served
+        if served is not None and (tenant in served or len(served) < self._policy.tenants_max):
+            served[tenant] = served.get(tenant, 0.0) + share
 
     def _leave(self, flow: _Flow, entry: Entry, now_s: float) -> None:
         del flow.waiting[entry.ticket.request_id]

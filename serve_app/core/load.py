@@ -12,8 +12,9 @@ from typing import NamedTuple, Protocol
 
 from serve_app.core.admission import Shares
 from serve_app.core.entry import Entry
+from serve_app.core.exchange import ALONE, Held, Peers
 from serve_app.core.policy import PoolPolicy
-from serve_app.core.saturation import Replica
+from serve_app.core.saturation import Prompts, Replica
 from serve_app.core.types import ReplicaId, ReplicaView, TenantId, Ticket
 
 LONG_PROMPT_RATIO = 0.25
@@ -72,9 +73,13 @@ class PoolLoad:
     __slots__ = (
         "_policy",
         "_prefill_limits",
+        "_prompts",
+        "_taken",
         "in_flight",
         "largest_kv_tokens",
         "live",
+        "others_large",
+        "part",
         "replicas",
         "shares",
         "size_blocked",
@@ -87,6 +92,10 @@ class PoolLoad:
         self.live: list[Replica] = []
         self.shares = Shares()
         self.tenants: dict[TenantId, TenantLoad] = {}
+        self.others_large: dict[TenantId, tuple[int, int]] = {}
+        self.part = ALONE
+        self._taken = Held()
+        self._prompts = Prompts()
         self.in_flight = 0
         self.size_blocked = False
         self.someone_size_blocked = False
@@ -95,15 +104,16 @@ class PoolLoad:
     def configure(self, policy: PoolPolicy) -> None:
         """Apply a pool's policy to what is there."""
         self._policy = policy
-        knee = policy.prefill_knee_tokens
-        self._prefill_limits = (
-            knee,
-            max(1, int((1.0 - policy.critical_reserve_ratio) * knee)),
-            max(1, int(policy.sheddable_share_ratio * knee)),
-        )
         for replica in self.replicas.values():
-            replica.limit(policy)
+            replica.limit(policy, self.part)
         self._recount()
+
+    def share(self, peers: Peers) -> None:
+        """Leave to the other routers what is theirs; places change hands at snapshots."""
+        self.part = peers.part
+        self._taken = peers.held()
+        self.others_large = peers.large()
+        self._resize()
 
     # Replicas
 
@@ -111,12 +121,13 @@ class PoolLoad:
         """Take a snapshot; return what it changed, or None if it is not newer."""
         known = self.replicas.get(view.replica)
         if known is None:
-            self.replicas[view.replica] = Replica(view, now_s, self._policy)
+            self.replicas[view.replica] = Replica(view, now_s, self._policy, self.part)
             self._recount()
             return Observed(0, True)
-        before, others, others_kv_tokens = known.view, known.others, known.others_kv_tokens
+        before, own_cap, others_kv_tokens = known.view, known.own_cap, known.others_kv_tokens
+        others_prefill_tokens = known.others_prefill_tokens
         was_fresh = known.is_fresh(self._policy, now_s)
-        if not known.observe(view, now_s):
+        if not known.observe(view, now_s, self.part, self._prompts):
             return None
         preemptions = max(0, view.preemptions_total - before.preemptions_total)
         if (
@@ -124,12 +135,13 @@ class PoolLoad:
             or before.slots != view.slots
             or before.kv_tokens_capacity != view.kv_tokens_capacity
         ):
-            known.limit(self._policy)
+            known.limit(self._policy, self.part)
             self._recount()
             return Observed(preemptions, True)
         has_more_room = (
             not was_fresh
-            or known.others < others
+            or known.others_prefill_tokens < others_prefill_tokens
+            or known.own_cap > own_cap
             or (self.someone_size_blocked and known.others_kv_tokens < others_kv_tokens)
         )
         return Observed(preemptions, has_more_room)
@@ -163,10 +175,8 @@ class PoolLoad:
         found = []
         size_blocked = False
         for replica in self.live:
-            prefill_tokens = replica.own_uncached_prompt_tokens
-            if replica.own + replica.others >= replica.slots_cap or (
-                prefill_tokens >= prefill_limit
-            ):
+            prefill_tokens = replica.own_uncached_prompt_tokens + replica.others_prefill_tokens
+            if replica.own >= replica.own_cap or prefill_tokens >= prefill_limit:
                 continue
             if replica.observed_at_s <= heard_after_s or replica.breaker.closed_until_s > now_s:
                 continue
@@ -200,13 +210,18 @@ class PoolLoad:
         """Whether a tenant's caps allow one more; they bind only while others are active."""
         if len(self.tenants) < 2:
             return True
-        load = self.tenants[entry.ticket.tenant]
-        if not load.in_flight:
+        tenant = entry.ticket.tenant
+        load = self.tenants[tenant]
+        requests, tokens = load.in_flight, load.tokens
+        if not requests:
             return True
+        if tenant in self.others_large:
+            elsewhere = self.others_large[tenant]
+            requests, tokens = requests + elsewhere[0], tokens + elsewhere[1]
         policy, shares = self._policy, self.shares
-        if load.in_flight + 1 > policy.tenant_concurrency_ratio * shares.slots:
+        if requests + 1 > policy.tenant_concurrency_ratio * shares.slots:
             return False
-        return load.tokens + entry.need_tokens <= policy.tenant_kv_ratio * shares.tokens_capacity
+        return tokens + entry.need_tokens <= policy.tenant_kv_ratio * shares.tokens_capacity
 
     def fits_somewhere(self, entry: Entry) -> bool:
         """Whether some live replica's KV cache has room by prediction; true without any."""
@@ -238,7 +253,9 @@ class PoolLoad:
 
     def hold(self, entry: Entry, replica: Replica, overlap_tokens: int, now_s: float) -> None:
         """Count an entered request as dispatched to ``replica``."""
-        uncached = max(0, entry.ticket.prompt_tokens - overlap_tokens)
+        prompt_tokens = entry.ticket.prompt_tokens
+        uncached = max(0, prompt_tokens - overlap_tokens)
+        self._prompts.learn(prompt_tokens, uncached)
         need_tokens = uncached + entry.expected_output
         rank = entry.rank
         entry.uncached_tokens = uncached
@@ -253,6 +270,7 @@ class PoolLoad:
         replica.own_tokens_by_class[rank] += need_tokens
         prefill_tokens = 0
         if not entry.has_first_token:
+            replica.own_prompt_tokens += prompt_tokens
             replica.own_uncached_prompt_tokens += uncached
             prefill_tokens = min(uncached, self._policy.prefill_knee_tokens)
             replica.own_prefill_by_class[rank] += prefill_tokens
@@ -310,6 +328,7 @@ class PoolLoad:
 
     def _prompt_done(self, entry: Entry, replica: Replica) -> None:
         rank, prefill_tokens = entry.rank, entry.prefill_tokens
+        replica.own_prompt_tokens -= entry.ticket.prompt_tokens
         replica.own_uncached_prompt_tokens -= entry.uncached_tokens
         replica.own_prefill_by_class[rank] -= prefill_tokens
         if replica.live:
@@ -318,14 +337,30 @@ class PoolLoad:
 
     def _recount(self) -> None:
         """Rebuild what depends on which replicas are live and how large they are."""
-        policy, shares = self._policy, self.shares
+        shares = self.shares
         self.live = live = [each for each in self.replicas.values() if each.live]
-        knee = policy.knee_tokens_per_replica
-        capacity = sum([min(each.kv_capacity, knee or each.kv_capacity) for each in live])
         self.largest_kv_tokens = max([each.kv_capacity for each in live], default=0)
-        slots = sum([each.slots_cap for each in live])
-        shares.resize(slots, capacity, policy.prefill_knee_tokens * len(live), policy)
+        self._resize()
         for rank in range(3):
             shares.requests[rank] = sum([each.own_by_class[rank] for each in live])
             shares.tokens[rank] = sum([each.own_tokens_by_class[rank] for each in live])
             shares.prefill[rank] = sum([each.own_prefill_by_class[rank] for each in live])
+
+    def _resize(self) -> None:
+        """Set the limits of the pool and of each replica's uncomputed prompts."""
+        policy, live = self._policy, self.live
+        prefill_knee = policy.prefill_knee_tokens
+        self._prefill_limits = (
+            prefill_knee,
+            max(1, int((1.0 - policy.critical_reserve_ratio) * prefill_knee)),
+            max(1, int(policy.sheddable_share_ratio * prefill_knee)),
+        )
+        knee = policy.knee_tokens_per_replica
+        capacity = sum([min(each.kv_capacity, knee or each.kv_capacity) for each in live])
+        self.shares.resize(
+            sum([each.slots_cap for each in live]),
+            capacity,
+            prefill_knee * len(live),
+            policy,
+            self._taken,
+        )

@@ -16,10 +16,26 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from math import inf
 
-from serve_app.core.admission import SHEDDABLE, STANDARD, ClientThrottle, ServiceRate, Turns
+from serve_app.core.admission import (
+    CRITICAL,
+    SHEDDABLE,
+    STANDARD,
+    ClientThrottle,
+    ServiceRate,
+    Turns,
+)
 from serve_app.core.breaker import RetryBudget
 from serve_app.core.brownout import Ladder
 from serve_app.core.entry import Entry
+from serve_app.core.exchange import (
+    LARGE_TENANT_RATIO,
+    TENANTS_TOLD_MAX,
+    Peers,
+    PoolDigest,
+    RouterId,
+    TenantHeld,
+    TenantWaiting,
+)
 from serve_app.core.fair_queue import FairQueue
 from serve_app.core.load import PoolLoad, RoutingPolicy
 from serve_app.core.policy import PoolPolicy
@@ -38,6 +54,7 @@ from serve_app.core.types import (
 FALLBACKS_MAX = 3
 BYPASS_MAX = 8
 EVERYONE = TenantId("")
+ONLY_ROUTER = RouterId("router")
 ENGINE_SECOND_KEEP = 0.999
 
 
@@ -45,10 +62,17 @@ class Pool:
     """One pool's queues and policies. Driven by the controller only."""
 
     def __init__(
-        self, name: PoolName, policy: PoolPolicy, routing: RoutingPolicy, now_s: float
+        self,
+        name: PoolName,
+        policy: PoolPolicy,
+        routing: RoutingPolicy,
+        now_s: float,
+        router: RouterId = ONLY_ROUTER,
     ) -> None:
         self.name = name
         self.routing = routing
+        self.peers = Peers(router)
+        self._critical_waits_elsewhere = False
         self.load = PoolLoad(policy)
         self.waiting: OrderedDict[RequestId, Entry] = OrderedDict()
         self.closing = False
@@ -190,6 +214,58 @@ class Pool:
         times = [replica.breaker.closed_until_s for replica in self.load.live]
         return min((time_s for time_s in times if time_s > now_s), default=inf)
 
+    # Other routers
+
+    def digest(self) -> PoolDigest:
+        """Return this router's part of the pool, and what was served since the last call."""
+        load = self.load
+        digest = PoolDigest(
+            requests=_triple(load.shares.requests),
+            tokens=_triple(load.shares.tokens),
+            prefill=_triple(load.shares.prefill),
+            critical_waits=self._critical_waits(),
+            served=tuple(queue.tell(TENANTS_TOLD_MAX) for queue in self.queues),
+            waiting=tuple(
+                tuple(TenantWaiting(*each) for each in queue.backlogs(TENANTS_TOLD_MAX))
+                for queue in self.queues
+            ),
+            large=self._large_tenants(),
+        )
+        self.peers.told(digest)
+        return digest
+
+    def hear(self, router: RouterId, digest: PoolDigest, now_s: float) -> None:
+        """Take another router's digest of this pool: what it serves, and what it leaves."""
+        for queue, served in zip(self.queues, digest.served, strict=True):
+            for tenant, share in served:
+                queue.hear(tenant, share, now_s)
+        self.peers.hear(router, digest, now_s)
+        self.peers_changed()
+
+    def peers_changed(self) -> None:
+        """Go by what the other routers said last."""
+        self._critical_waits_elsewhere = self.peers.critical_waits
+        self.load.share(self.peers)
+        for queue, elsewhere in zip(self.queues, self.peers.waiting(), strict=True):
+            queue.elsewhere = elsewhere
+        self.capacity_changed()
+
+    def _critical_waits(self) -> bool:
+        """Whether a Critical request waits for room, and not only for its tenant's cap."""
+        queue = self.queues[CRITICAL]
+        return bool(queue) and any(map(self.load.tenant_may_take, queue.heads(BYPASS_MAX)))
+
+    def _large_tenants(self) -> tuple[TenantHeld, ...]:
+        """Return the tenants that hold enough for a cap of theirs to matter."""
+        shares = self.load.shares
+        requests = max(1.0, LARGE_TENANT_RATIO * shares.slots)
+        tokens = max(1.0, LARGE_TENANT_RATIO * shares.tokens_capacity)
+        return tuple(
+            TenantHeld(tenant, held.in_flight, held.tokens)
+            for tenant, held in self.load.tenants.items()
+            if held.in_flight >= requests or held.tokens >= tokens
+        )
+
     # Replicas
 
     def replicas_changed(self, now_s: float) -> None:
@@ -288,11 +364,14 @@ class Pool:
     def _try(self, entry: Entry, now_s: float) -> Dispatch | None:
         """Dispatch a request if its tenant, its class and a replica have room.
 
+        Sheddable also waits while a Critical request waits for room here or elsewhere.
         Headroom for sparse tenants is not taken while more important classes wait.
         When no replica has room for anything of the class, it is marked full until
         capacity changes, and so are the less important ones, whose limits are tighter.
         """
         load, rank = self.load, entry.rank
+        if rank == SHEDDABLE and (self._critical_waits_elsewhere or self._critical_waits()):
+            return None
         sparse = entry.sparse and not (rank and self._somebody_above(rank))
         if not load.shares.has_slot(rank, sparse):
             return None
@@ -371,3 +450,8 @@ class Pool:
         self._engine_cost = self._engine_cost * ENGINE_SECOND_KEEP + token_cost
         self._engine_s = self._engine_s * ENGINE_SECOND_KEEP + engine_s
         return engine_s * self._engine_cost / self._engine_s
+
+
+def _triple(counts: list[int]) -> tuple[int, int, int]:
+    critical, standard, sheddable = counts
+    return critical, standard, sheddable

@@ -16,8 +16,29 @@ from __future__ import annotations
 from math import inf
 
 from serve_app.core.breaker import Breaker
+from serve_app.core.exchange import ALONE, Part, divided
 from serve_app.core.policy import PoolPolicy
 from serve_app.core.types import ReplicaId, ReplicaView
+
+PROMPT_RATE = 0.01
+
+
+class Prompts:
+    """What the pool's prompts are like, over about the last hundred.
+
+    ``uncached_ratio`` is how much of a prompt is not cached where it goes: engines report
+    whole prompts.
+    """
+
+    __slots__ = ("uncached_ratio",)
+
+    def __init__(self) -> None:
+        self.uncached_ratio = 1.0
+
+    def learn(self, prompt_tokens: int, uncached_tokens: int) -> None:
+        """A prompt was sent, so much of it not cached."""
+        ratio = uncached_tokens / max(1, prompt_tokens)
+        self.uncached_ratio += PROMPT_RATE * (ratio - self.uncached_ratio)
 
 
 class Replica:
@@ -27,67 +48,105 @@ class Replica:
     ``in_flight_tokens``, ``uncached_prompt_tokens``, ``kv_prediction_ratio``. Counts
     include other routers' work as last reported. ``own_*`` is this router's work:
     requests, KV tokens they are expected to need, tokens they hold by now, and prompt
-    tokens whose first output token has not come. ``live`` is false once the replica
-    drains or left the set.
+    tokens, all and uncached, whose first output token has not come. ``own_cap`` is how
+    many requests it may have here: what the others leave of ``slots_cap``.
+    ``expected_prefill_tokens`` is what another router may send here before the next
+    snapshot: all see a replica become free at the same moment, and by turns one of them
+    prefers it. ``live`` is false once the replica drains or left the set.
     """
 
     __slots__ = (
         "breaker",
+        "expected_prefill_tokens",
         "id",
         "kv_capacity",
         "live",
         "observed_at_s",
         "others",
         "others_kv_tokens",
+        "others_prefill_tokens",
         "others_tokens",
         "own",
         "own_by_class",
+        "own_cap",
         "own_prefill_by_class",
         "own_present_tokens",
+        "own_prompt_tokens",
         "own_tokens",
         "own_tokens_by_class",
         "own_uncached_prompt_tokens",
+        "prefill_knee_tokens",
         "slots_cap",
         "token_limits",
         "view",
     )
 
-    def __init__(self, view: ReplicaView, now_s: float, policy: PoolPolicy | None = None) -> None:
+    def __init__(
+        self,
+        view: ReplicaView,
+        now_s: float,
+        policy: PoolPolicy | None = None,
+        part: Part = ALONE,
+    ) -> None:
         policy = policy or PoolPolicy()
         self.id: ReplicaId = view.replica
         self.own = 0
         self.own_tokens = 0
         self.own_present_tokens = 0
+        self.own_prompt_tokens = 0
         self.own_uncached_prompt_tokens = 0
         self.own_by_class = [0, 0, 0]
         self.own_tokens_by_class = [0, 0, 0]
         self.own_prefill_by_class = [0, 0, 0]
+        self.expected_prefill_tokens = 0
         self.breaker = Breaker(policy.breaker)
         self._take(view, now_s)
-        self.limit(policy)
+        self.limit(policy, part)
 
-    def limit(self, policy: PoolPolicy) -> None:
+    def limit(self, policy: PoolPolicy, part: Part = ALONE) -> None:
         """Apply the pool's knee: requests in flight, and tokens in flight by class."""
         self.breaker.configure(policy.breaker)
+        self.prefill_knee_tokens = policy.prefill_knee_tokens
         self.slots_cap = min(policy.max_concurrency_per_replica, self.view.slots)
         knee = policy.knee_tokens_per_replica or self.kv_capacity
         self.token_limits = tuple(
             [min(knee, int(each.kv_limit_ratio * self.kv_capacity)) for each in policy.classes]
         )
+        self._claim(part)
 
-    def observe(self, view: ReplicaView, now_s: float) -> bool:
-        """Take a newer snapshot; older or repeated ones change nothing. Return if taken."""
+    def observe(
+        self, view: ReplicaView, now_s: float, part: Part = ALONE, prompts: Prompts | None = None
+    ) -> bool:
+        """Take a newer snapshot; older or repeated ones change nothing. Return if taken.
+
+        Of the places it shows free this router may fill its ``part``. ``prompts`` says what
+        prompts are like.
+        """
         if view.sequence <= self.view.sequence:
             return False
-        self._take(view, now_s)
+        self._take(view, now_s, prompts.uncached_ratio if prompts else 1.0)
+        self._claim(part)
+        if prompts is None:
+            return True
+        others_turn = divided(1, part, self.id, view.sequence) == 0
+        self.expected_prefill_tokens = self.prefill_knee_tokens if others_turn else 0
         return True
 
-    def _take(self, view: ReplicaView, now_s: float) -> None:
+    def _claim(self, part: Part) -> None:
+        """Set how many requests this router may have here until the next snapshot."""
+        free = self.slots_cap - self.own - self.others
+        self.own_cap = self.own + divided(free, part, self.id, self.view.sequence)
+
+    def _take(self, view: ReplicaView, now_s: float, uncached_ratio: float = 1.0) -> None:
         self.view = view
         self.observed_at_s = now_s
         self.live = not view.draining
         self.kv_capacity = max(1, view.kv_tokens_capacity)
         present = self.own_present_tokens
+        self.others_prefill_tokens = 0
+        if view.prefill_tokens:
+            others = max(0, view.prefill_tokens - self.own_prompt_tokens)
+            self.others_prefill_tokens = int(uncached_ratio * others)
         self.others = max(0, view.running + view.waiting - self.own)
         self.others_tokens = max(0, sum(view.in_flight_tokens) - present)
         self.others_kv_tokens = max(0, int(view.kv_usage_ratio * self.kv_capacity) - present)
@@ -122,6 +181,7 @@ class Replica:
             return inf
         return max(
             self.in_flight / max(1, self.slots_cap),
-            self.own_uncached_prompt_tokens / policy.prefill_knee_tokens,
+            (self.own_uncached_prompt_tokens + self.others_prefill_tokens)
+            / policy.prefill_knee_tokens,
             self.kv_prediction_ratio / policy.critical.kv_limit_ratio,
         )

@@ -96,6 +96,7 @@ class ReplicaView:
     ``kv_usage_ratio`` is used over total KV blocks. ``preemptions_total`` counts up
     for the replica's life. ``kv_tokens_capacity`` is how many tokens of context the
     KV cache holds. ``slots`` is how many requests the engine runs at once.
+    ``prefill_tokens`` are prompt tokens that wait or are being computed.
     """
 
     replica: ReplicaId
@@ -108,6 +109,7 @@ class ReplicaView:
     kv_tokens_capacity: int
     preemptions_total: int = 0
     in_flight_tokens: tuple[int, int, int] = (0, 0, 0)
+    prefill_tokens: int = 0
     adapters: tuple[str, ...] = ()
     draining: bool = False
 

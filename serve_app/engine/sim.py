@@ -164,6 +164,7 @@ class SimEngine:
             kv_tokens_capacity=model.capacity_tokens,
             preemptions_total=model.preemptions_total,
             in_flight_tokens=model.in_flight_tokens(),
+            prefill_tokens=model.prefill_tokens(),
             draining=self._draining,
         )
 

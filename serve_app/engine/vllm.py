@@ -168,6 +168,7 @@ class VllmEngine:
             kv_tokens_capacity=info.kv_tokens_capacity if info is not None else 0,
             preemptions_total=llm.load.preemptions_total if llm is not None else 0,
             in_flight_tokens=self._in_flight_tokens(),
+            prefill_tokens=llm.prefill_tokens if llm is not None else 0,
             draining=self._draining,
         )
 

@@ -147,6 +147,12 @@ class MeteredAsyncLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is untyped here
         count: int = self.output_processor.get_num_unfinished_requests()
         return count
 
+    @property
+    def prefill_tokens(self) -> int:
+        """Prompt tokens of sequences without an output token yet, cached ones included."""
+        tokens: int = self.output_processor.get_num_queued_tokens()
+        return tokens
+
     def tokens_of_unfinished(self) -> dict[str, int]:
         """Return tokens of context, prompt and output so far, by external request id."""
         tokens: dict[str, int] = {}

@@ -57,6 +57,7 @@ class Node:
     __slots__ = (
         "attempts",
         "engine",
+        "free_at_snapshot",
         "health",
         "id",
         "pool",
@@ -74,6 +75,7 @@ class Node:
         self.pool = pool
         self.engine = EngineModel(params)
         self.attempts: dict[RequestId, Attempt] = {}
+        self.free_at_snapshot = 0
         self.health = Health.UP
         self.prefill_broken_until_s = -inf
         self.scheduled_s = inf
@@ -86,8 +88,11 @@ class Node:
         """Whether a request sent here now is taken (a hung replica takes it, too)."""
         return self.health in (Health.UP, Health.HUNG)
 
-    def view(self, reported_slots: int | None) -> ReplicaView:
-        """Return the next snapshot; the engine has been advanced to now."""
+    def view(self, reported_slots: int | None, several_routers: bool) -> ReplicaView:
+        """Return the next snapshot; the engine has been advanced to now.
+
+        A lone router knows all prompts itself; counting them is left out for it.
+        """
         self.sequence_number += 1
         engine = self.engine
         unstarted = 0
@@ -104,6 +109,7 @@ class Node:
             kv_tokens_capacity=engine.capacity_tokens,
             preemptions_total=engine.preemptions_total,
             in_flight_tokens=engine.in_flight_tokens(),
+            prefill_tokens=engine.prefill_tokens() if several_routers else 0,
             draining=self.health is Health.DRAINING,
         )
 

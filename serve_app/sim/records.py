@@ -72,6 +72,7 @@ class Run:
 
     ``over_admitted_max`` is by how many requests a replica ever held more than its cap:
     several routers may fill the same free places between two snapshots.
+    ``over_bound_requests`` counts requests sent beyond the bound that core states for that.
     ``critical_passed_s`` is the longest any Critical request had waited, in any router,
     when a Sheddable one was sent.
     """
@@ -89,6 +90,7 @@ class Run:
     duplicated_tokens: int = 0
     lost_requests: int = 0
     over_admitted_max: int = 0
+    over_bound_requests: int = 0
     critical_passed_s: float = 0.0
     replica_s: float = 0.0
     ended_at_s: float = 0.0

@@ -9,6 +9,7 @@ from math import inf
 from typing import Protocol
 
 from serve_app.core.engine_model import EngineParams
+from serve_app.core.exchange import EXCHANGE_PERIOD_S
 from serve_app.core.policy import PoolPolicy
 from serve_app.core.routing import HeavyPool, RoutingSettings
 from serve_app.core.types import PoolName
@@ -115,7 +116,8 @@ class Setup:
     ``progress_period_s`` is how often running generations' tokens are reported.
     ``reported_slots`` replaces the engines' slots in snapshots: a router without
     admission sends an engine more than it can run. ``routers`` share the arrivals in turn;
-    each knows its own requests at once and the others' from snapshots. ``scaler`` builds
+    each knows its own requests at once, the others' from snapshots and from what they tell each
+    other every ``exchange_period_s``, in turn. ``scaler`` builds
     what sizes the first pool; None keeps it as it is.
     """
 
@@ -134,6 +136,7 @@ class Setup:
     engine_priority: bool = True
     reported_slots: int | None = None
     routers: int = 1
+    exchange_period_s: float = EXCHANGE_PERIOD_S
     scaler: Callable[[], Scaler] | None = None
 
     @property

@@ -17,6 +17,7 @@ from time import perf_counter, process_time
 
 from serve_app.core.controller import Controller
 from serve_app.core.engine_model import EventKind
+from serve_app.core.exchange import RouterId, over_admission_most
 from serve_app.core.routing import choose_pool, routing_by_policy
 from serve_app.core.types import (
     Dispatch,
@@ -115,6 +116,10 @@ class Simulator:
         if setup.scaler is not None:
             scaler = setup.scaler()
             self._at(scaler.period_s, self._scale, scaler)
+        if setup.routers > 1:
+            for router in range(setup.routers):
+                shift_s = setup.exchange_period_s * router / setup.routers
+                self._at(shift_s, self._exchange, router)
         self._at(0.0, self._sample, on_progress)
         self._next_arrival()
         end_s = setup.duration_s + setup.drain_s
@@ -235,11 +240,18 @@ class Simulator:
             self._end(attempt, Outcome.FAILED, now_s, again=False)
             usage = Usage()
             return self._controllers[router].finish(effect.request_id, usage, Outcome.FAILED, now_s)
-        cap = self._pools[node.pool].policy.max_concurrency_per_replica
-        if len(node.attempts) - cap > self._run.over_admitted_max:
-            self._run.over_admitted_max = len(node.attempts) - cap
+        self._watch_cap(node)
         self._schedule(node)
         return ()
+
+    def _watch_cap(self, node: Node) -> None:
+        """Note by how much a replica is over its cap, and over what routers may add to it."""
+        run, setup = self._run, self._setup
+        over = len(node.attempts) - self._pools[node.pool].policy.max_concurrency_per_replica
+        if over > run.over_admitted_max:
+            run.over_admitted_max = over
+        if over > 0 and over - over_admission_most(node.free_at_snapshot, setup.routers) > 0:
+            run.over_bound_requests += 1
 
     def _watch_order(
         self, request_id: RequestId, priority_class: PriorityClass, now_s: float
@@ -363,10 +375,21 @@ class Simulator:
         self._tell(now_s, node)
 
     def _tell(self, now_s: float, node: Node) -> None:
-        view = node.view(self._setup.reported_slots)
+        view = node.view(self._setup.reported_slots, self._setup.routers > 1)
+        cap = self._pools[node.pool].policy.max_concurrency_per_replica
+        node.free_at_snapshot = max(0, cap - len(node.attempts))
         for router, controller in enumerate(self._controllers):
             self._apply(router, controller.observe(view, now_s), now_s)
             self._plan_wakeup(router, now_s)
+
+    def _exchange(self, now_s: float, router: int) -> None:
+        """One router tells the others what it holds and who waits; routers take turns."""
+        self._at(now_s + self._setup.exchange_period_s, self._exchange, router)
+        self._apply(router, self._controllers[router].advance(now_s), now_s)
+        digest = self._controllers[router].digest(now_s)
+        for place, controller in enumerate(self._controllers):
+            if place != router:
+                self._apply(place, controller.hear(digest, now_s), now_s)
 
     def _plan_wakeup(self, router: int, now_s: float) -> None:
         """Between two snapshots the controller may want to be woken; at most one is pending."""
@@ -558,4 +581,5 @@ class Simulator:
 
     def _controller(self, place: int, seed: int) -> Controller:
         source = random.Random(f"{seed}:router-{place}")
-        return Controller(routing_by_policy(self._setup.routing, source))
+        router = RouterId(f"router-{place}")
+        return Controller(routing_by_policy(self._setup.routing, source), router)

@@ -68,6 +68,7 @@ def summarise(run: Run, setup: Setup, knee_per_s: float | None = None) -> Figure
         "retry_amplification": run.offered_attempts / asked,
         "restarts": sum(each.restarts for each in run.questions),
         "over_admitted_max": max(0, run.over_admitted_max),
+        "over_bound_requests": run.over_bound_requests,
         "critical_passed_s": run.critical_passed_s,
         "lost_requests": run.lost_requests,
         "duplicated_tokens": run.duplicated_tokens,

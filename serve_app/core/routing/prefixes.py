@@ -89,7 +89,14 @@ class PrefixAffinity(PrefixAware):
         settings = self._settings
         rate, barrier_s = settings.balance_tokens_per_s, settings.kv_barrier_s
         costs = sorted(
-            (wait_s + kv_queue_cost_s(each, rate, barrier_s), each.in_flight, place)
+            (
+                wait_s
+                + (each.others_prefill_tokens + each.expected_prefill_tokens)
+                / settings.prefill_tokens_per_s
+                + kv_queue_cost_s(each, rate, barrier_s),
+                each.in_flight,
+                place,
+            )
             for place, (each, wait_s) in enumerate(zip(candidates, waits_s, strict=True))
         )
         order = [place for _, _, place in costs]

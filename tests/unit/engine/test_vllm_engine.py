@@ -43,6 +43,7 @@ class FakeLLM:
         self.aborted: list[str] = []
         self.abort_seen = asyncio.Event()
         self.unfinished = 0
+        self.prefill_tokens = 0
         self.load = SimpleNamespace(waiting=0, kv_usage_ratio=0.5, preemptions_total=3)
         self.tokens: dict[str, int] = {}
         self.errored = False
