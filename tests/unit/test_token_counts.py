@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,16 +24,12 @@ class Words:
         self._gate = gate
         self.running = 0
 
-    def encode(self, text: str, add_special_tokens: bool) -> Any:
+    def encode_batch_fast(self, texts: list[str], add_special_tokens: bool) -> Any:
         assert not add_special_tokens
         self.running += 1
         if self._gate is not None:
             assert self._gate.wait(30)
-
-        class Encoding:
-            ids = text.split()
-
-        return Encoding
+        return [text.split() for text in texts]
 
 
 @pytest.fixture
@@ -98,3 +95,21 @@ async def test_more_than_a_few_waiting_prompts_are_not_counted(
     held.set()
     assert await asyncio.gather(*waiting) == [3] * WAITING_MAX
     assert await counter.count(POOL, b"a b c") == 3
+
+
+async def test_a_tokenizer_file_is_read_and_never_cuts_or_pads(
+    counters: list[TokenCounter], tmp_path: Path
+) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.enable_truncation(5)
+    made.enable_padding(length=50)
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text("{}")
+    counter = TokenCounter()
+    counters.append(counter)
+    counter.configure({POOL: str(tmp_path), PoolName("b"): str(tmp_path / "tokenizer.json")})
+
+    assert await counter.count(POOL, b"a b c d e f g") == 7
+    assert await counter.count(PoolName("b"), b"a " * 2000) == 2000
