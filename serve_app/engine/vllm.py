@@ -19,7 +19,7 @@ import logging
 import os
 from argparse import Namespace
 from collections.abc import AsyncGenerator, Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ import orjson
 
 from serve_app.config import VllmSettings
 from serve_app.core.types import Outcome, PoolName, PriorityClass, ReplicaId, ReplicaView, RequestId
+from serve_app.engine import vllm_fork
 from serve_app.engine.api import (
     Endpoint,
     EngineDead,
@@ -41,7 +42,6 @@ from serve_app.engine.meter import RequestMeter
 from serve_app.engine.vllm_args import (
     engine_and_frontend_args,
     prepare_environment,
-    prepare_platform_environment,
     served_name,
 )
 from serve_app.engine.vllm_generation import Generation
@@ -105,7 +105,10 @@ class VllmEngine:
             return self._info
         stages_s: dict[str, float] = {}
         started_s = stage_s = self._clock()
-        prepare_environment(os.environ)
+        on_cpu = vllm_fork.is_cpu_build()
+        prepare_environment(os.environ, on_cpu=on_cpu)
+        if on_cpu:
+            vllm_fork.start_fork_server()
         await asyncio.to_thread(_import_vllm)
         stages_s["import"] = self._clock() - stage_s
         stage_s = self._clock()
@@ -360,9 +363,10 @@ def _import_vllm() -> None:
 def _build(settings: VllmSettings, model_path: Path) -> tuple[MeteredAsyncLLM, Namespace]:
     from serve_app.engine.vllm_core import MeteredAsyncLLM
 
-    prepare_platform_environment(os.environ)
     engine_args, arguments = engine_and_frontend_args(settings, model_path)
+    started_by = vllm_fork.engine_from_fork_server if vllm_fork.is_cpu_build() else nullcontext
     try:
-        return MeteredAsyncLLM.build(engine_args), arguments
+        with started_by():
+            return MeteredAsyncLLM.build(engine_args), arguments
     except RuntimeError as error:
         raise EngineDead(f"vLLM's engine did not start: {error}") from error

@@ -1,7 +1,6 @@
 """From our settings to vLLM's arguments and environment.
 
-``prepare_environment`` must run before vLLM is imported anywhere in the process;
-``prepare_platform_environment`` before its engine is built.
+``prepare_environment`` must run before vLLM is imported anywhere in the process.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from serve_app.config import VllmSettings
 GIB = 2**30
 
 
-def prepare_environment(environment: MutableMapping[str, str]) -> None:
+def prepare_environment(environment: MutableMapping[str, str], *, on_cpu: bool) -> None:
     """Set what vLLM and its libraries read at import; what is set already stays."""
     defaults = {
         # Models are folders on disk: nothing may be fetched while serving.
@@ -28,18 +27,12 @@ def prepare_environment(environment: MutableMapping[str, str]) -> None:
         # The replica has threads (gRPC, tokenizers): a forked engine could deadlock.
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
-    for name, value in defaults.items():
-        environment.setdefault(name, value)
-
-
-def prepare_platform_environment(environment: MutableMapping[str, str]) -> None:
-    """Set what vLLM's child processes read and what depends on the device; imports vLLM."""
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
+    if on_cpu:
         # The engine runs eagerly there, but vLLM's logprobs would still be compiled at the
         # first request that asks for them, and stall every other one for half a minute.
-        environment.setdefault("TORCH_COMPILE_DISABLE", "1")
+        defaults["TORCH_COMPILE_DISABLE"] = "1"
+    for name, value in defaults.items():
+        environment.setdefault(name, value)
 
 
 def served_name(settings: VllmSettings) -> str:

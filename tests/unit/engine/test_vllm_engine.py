@@ -333,9 +333,19 @@ async def test_in_flight_tokens_are_split_by_class() -> None:
 
 def test_the_environment_keeps_what_the_user_set() -> None:
     environment = {"VLLM_WORKER_MULTIPROC_METHOD": "fork"}
-    prepare_environment(environment)
+    prepare_environment(environment, on_cpu=False)
     assert environment["VLLM_WORKER_MULTIPROC_METHOD"] == "fork"
     assert environment["HF_HUB_OFFLINE"] == "1"
+    assert "TORCH_COMPILE_DISABLE" not in environment
+
+
+def test_nothing_is_compiled_on_a_cpu_unless_the_user_says_so() -> None:
+    environment: dict[str, str] = {}
+    prepare_environment(environment, on_cpu=True)
+    assert environment["TORCH_COMPILE_DISABLE"] == "1"
+    environment = {"TORCH_COMPILE_DISABLE": "0"}
+    prepare_environment(environment, on_cpu=True)
+    assert environment["TORCH_COMPILE_DISABLE"] == "0"
 
 
 def test_the_served_name_is_the_last_part_of_the_path() -> None:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PARENT = """
 import multiprocessing, sys, time
 from serve_app.engine.vllm_lifeline import end_with_parent
@@ -17,7 +19,7 @@ def live(pipe):
     time.sleep(60)
 
 if __name__ == "__main__":
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(sys.argv[1])
     ours, theirs = context.Pipe()
     child = context.Process(target=live, args=(theirs,))
     child.start()
@@ -27,12 +29,13 @@ if __name__ == "__main__":
 """
 
 
-def test_killing_the_parent_outright_ends_the_child(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_killing_the_parent_outright_ends_the_child(tmp_path: Path, method: str) -> None:
     script = tmp_path / "parent.py"
     script.write_text(PARENT)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     parent = subprocess.Popen(
-        [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, str(script), method], stdout=subprocess.PIPE, text=True, env=environment
     )
     try:
         assert parent.stdout is not None
