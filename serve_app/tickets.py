@@ -145,7 +145,9 @@ class Tickets:
         max_tokens = per_choice * parsed.choices
         expected_output = self._expectations.expected_output(terms.pool, key.tenant, max_tokens)
         asked_output = expected_output if parsed.max_tokens is None else max_tokens
-        prompt = await self._prompt(parsed, terms, asked_output, expected_output, room_tokens)
+        prompt, least_tokens = await self._prompt(
+            parsed, terms, asked_output, expected_output, room_tokens
+        )
         _check_policy(prompt, terms)
         salt = hashlib.sha256(key.tenant.encode()).hexdigest()[:SALT_CHARACTERS]
         ticket = Ticket(
@@ -169,7 +171,7 @@ class Tickets:
         ticket = replace(
             ticket,
             pool=pool,
-            prompt_tokens=self._fitting(prompt, parsed, pool, rule),
+            prompt_tokens=self._fitting(prompt, least_tokens, parsed, pool),
             max_tokens=max_tokens,
             prefix_hashes=hashes,
         )
@@ -208,10 +210,14 @@ class Tickets:
         asked_output: int,
         expected_output: int,
         room_tokens: int | None,
-    ) -> TokenEstimate:
-        """Return the prompt's length: exact if that decides something and can be had."""
-        if parsed.prompt_token_ids is not None:
-            return TokenEstimate(parsed.prompt_token_ids, parsed.prompt_token_ids)
+    ) -> tuple[TokenEstimate, int]:
+        """Return the prompt's length, counted if that decides something and can be had.
+
+        Beside it the least that it can be. A count lacks what the chat template adds.
+        """
+        known = parsed.prompt_token_ids
+        if known is not None:
+            return TokenEstimate(known, known), known
         pool, rule = terms.pool, self._rule(terms.pool)
         estimate = self._prompts.estimate(pool, parsed.prompt_bytes)
         bounds = [self._context_tokens(pool, rule), terms.max_prompt_tokens]
@@ -220,34 +226,32 @@ class Tickets:
         if room_tokens is not None:
             bounds.append(room_tokens - expected_output)
         decides = any(bound is not None and estimate.decides(bound) for bound in bounds)
+        guessed = (estimate, estimate.expected_tokens // 2)
         if not decides and estimate.expected_tokens < rule.exact_above_tokens:
-            return estimate
+            return guessed
         counted = await self._counter.count(pool, parsed.prefix)
         self._on_counted(counted is not None)
         if counted is None:
-            return estimate
-        counted += TEMPLATE_TOKENS
-        if len(parsed.prefix) < PREFIX_BYTES:
-            return TokenEstimate(counted, counted)
-        # Only its beginning was counted: it has at least so many.
-        expected = max(counted, estimate.expected_tokens)
-        return TokenEstimate(expected, max(expected, estimate.upper_tokens))
+            return guessed
+        expected, upper = counted, counted + TEMPLATE_TOKENS
+        if len(parsed.prefix) >= PREFIX_BYTES:
+            # Only its beginning was counted.
+            expected = max(expected, estimate.expected_tokens)
+            upper = max(upper, estimate.upper_tokens)
+        return TokenEstimate(expected, upper), counted
 
     def _fitting(
-        self, prompt: TokenEstimate, parsed: ParsedRequest, pool: PoolName, rule: PoolRule
+        self, prompt: TokenEstimate, least_tokens: int, parsed: ParsedRequest, pool: PoolName
     ) -> int:
         """Return the prompt tokens to admit with: the upper bound, within what engines hold.
 
         A prompt that only may be too long is left to the engine's own count.
         """
-        context = self._context_tokens(pool, rule)
+        context = self._context_tokens(pool, self._rule(pool))
         if context is None or prompt.upper_tokens <= context:
             return prompt.upper_tokens
-        if parsed.choices > parsed.n:
-            return context  # several prompts: none of them need be that long
-        exact = prompt.expected_tokens == prompt.upper_tokens
-        least = prompt.expected_tokens if exact else prompt.expected_tokens // 2
-        if least > context:
+        several = parsed.choices > parsed.n  # none of the prompts need be that long
+        if least_tokens > context and not several:
             raise ContextLengthExceeded(
                 "The prompt is longer than this model's context: about "
                 f"{prompt.expected_tokens} tokens, where an engine holds {context}."

@@ -21,6 +21,7 @@ from serve_app.core.types import (
     ReplicaId,
     ReplicaView,
     TenantId,
+    Ticket,
     Usage,
 )
 from serve_app.engine.api import (
@@ -132,7 +133,9 @@ class Site:
         )
         self.gate.observe(view)
 
-    async def ask(self, body: dict[str, Any] | bytes, secret: str = SECRET) -> Answer:
+    async def ask(
+        self, body: dict[str, Any] | bytes, secret: str = SECRET, session: bytes | None = None
+    ) -> Answer:
         """Post to chat completions."""
         data = body if isinstance(body, bytes) else orjson.dumps(body)
         answer = Answer()
@@ -145,6 +148,7 @@ class Site:
             "headers": [
                 (b"authorization", b"Bearer " + secret.encode()),
                 (b"content-type", b"application/json"),
+                *([] if session is None else [(b"x-headrace-session", session)]),
             ],
         }
         await self.completions.serve(Endpoint.CHAT, scope, receive, answer.send)
@@ -267,3 +271,22 @@ async def test_a_fallback_pool_is_called_in_place_of_the_one_asked_for() -> None
     [call] = site.engines[PoolName("small")].calls
     assert call.target == "small-1"
     assert (site.audits[0].pool, site.audits[0].degraded) == ("small", "fallback_model")
+
+
+@pytest.mark.parametrize(
+    ("header", "session"), [(b"s-1", "t\0s-1"), (b"", None), (b"x" * 300, None), (None, None)]
+)
+async def test_a_session_header_of_sensible_length_reaches_routing(
+    header: bytes | None, session: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = Site()
+    placed: list[Ticket] = []
+    place = site.gate.place
+
+    def spy(ticket: Ticket) -> Any:
+        placed.append(ticket)
+        return place(ticket)
+
+    monkeypatch.setattr(site.gate, "place", spy)
+    assert (await site.ask(question(), session=header)).status == 200
+    assert [ticket.session for ticket in placed] == [session]

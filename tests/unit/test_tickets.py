@@ -231,11 +231,24 @@ async def test_a_prompt_is_counted_only_where_that_decides() -> None:
     assert near_policy.ticket.prompt_tokens == 150 + TEMPLATE_TOKENS
     near_room = await desk.prepare(completion("x" * 600, model="counted"), room_tokens=400)
     assert near_room.upper_tokens == 150 + TEMPLATE_TOKENS + 10
+    assert near_room.expected_tokens == 150 + 10
     await desk.prepare(completion("x" * 600, model="counted"), room_tokens=4000)
     assert len(desk.counts.asked) == 2
     await desk.prepare(completion("x" * 12_000, model="counted"))
     assert len(desk.counts.asked) == 3
     assert desk.wanted == [True, True, True]
+
+
+async def test_a_count_refuses_only_what_is_too_long_without_any_template() -> None:
+    for counted, fits in ((9_000, True), (9_990, True), (10_000, False)):
+        desk = Desk(exact=counted)
+        parsed = completion("x" * 30_000, model="counted")
+        if fits:
+            found = (await desk.prepare(parsed)).ticket.prompt_tokens
+            assert found == min(9_999, counted + TEMPLATE_TOKENS)
+        else:
+            with pytest.raises(ContextLengthExceeded, match="about 10000 tokens"):
+                await desk.prepare(parsed)
 
 
 async def test_without_a_tokenizer_the_estimate_decides() -> None:
