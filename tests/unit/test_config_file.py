@@ -403,3 +403,63 @@ def test_what_ray_itself_refuses_is_told_by_its_path(tmp_path: Path) -> None:
     (line,) = str(caught.value).splitlines()
     assert line.startswith(f"{file.path}: applications[2].deployments[0].max_ongoing_requests: ")
     assert "'many'" in line
+
+
+def test_an_adapter_on_an_engine_that_serves_none_is_refused(tmp_path: Path) -> None:
+    content = document()
+    content["applications"][1]["args"]["engine"] = {"kind": "vllm", "model": "/models/m"}
+    config = content["applications"][2]["deployments"][0]["user_config"]
+    config["aliases"]["law"] = {"pool": "sim", "adapter": "law"}
+    [line] = problems(tmp_path, content)
+    assert line.startswith("applications[2].deployments[0].user_config.aliases.law.adapter: ")
+    content["applications"][1]["args"]["engine"] = {"kind": "sim"}
+    assert loaded(tmp_path, content).router.aliases["law"].adapter == "law"
+
+
+def test_what_the_router_is_told_of_an_engine_is_compared_with_it(tmp_path: Path) -> None:
+    content = document()
+    long = {**content["applications"][1], "name": "pool-long"}
+    long["args"] = {"name": "long", "engine": {"kind": "sim", "model": "another"}}
+    content["applications"].insert(1, long)
+    config = content["applications"][3]["deployments"][0]["user_config"]
+    config["pools"] = {
+        "sim": {
+            "prompt": {"context_tokens": 100},
+            "heavy": {"pool": "long", "threshold_tokens": 50},
+        },
+        "long": {},
+    }
+    context, heavy = loaded(tmp_path, content).warnings
+    assert "pools.sim.prompt.context_tokens: 100, but the pool's engine has" in context
+    assert "pools.sim.heavy.pool: 'long' serves 'another'" in heavy
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (
+            {"tenants": {"a": {"weight": 0}}},
+            "tenants.a.weight: must be greater than 0; got 0 (Share of a busy pool relative to "
+            "other tenants')",
+        ),
+        (
+            {"tenants": {"a": {"limits": {"request_per_min": 1}}}},
+            "tenants.a.limits.request_per_min: unknown field; did you mean requests_per_min?",
+        ),
+        (
+            {"aliases": {"m": {"pool": "sim", "limits": {"concurrent": -1}}}},
+            "aliases.m.limits.concurrent: must be greater than or equal to 0; got -1 (Requests "
+            "open at once, in one router)",
+        ),
+        (
+            {"keys": {"k": {"max_output_token": 1}}},
+            "keys.k.max_output_token: unknown field; did you mean max_output_tokens?",
+        ),
+    ],
+)
+def test_a_wrong_limit_is_named_with_its_path(
+    tmp_path: Path, change: dict[str, Any], line: str
+) -> None:
+    content = document()
+    content["applications"][2]["deployments"][0]["user_config"].update(change)
+    assert problems(tmp_path, content) == [f"applications[2].deployments[0].user_config.{line}"]

@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from serve_app.core.controller import Controller
+from serve_app.core.controller import Controller, RoutingPolicy, least_loaded
 from serve_app.core.policy import PoolPolicy, arrival_order
+from serve_app.core.routing import RoutingSettings
 from serve_app.core.types import (
     KeyId,
     Notice,
@@ -346,3 +347,18 @@ async def test_two_hundred_clients_that_leave_at_random_moments_leak_nothing() -
         place._done.set()
     await asyncio.gather(*(place.task for place in places), return_exceptions=True)
     assert (made.queue_depth(POOL), made.in_flight(POOL), made.open_requests()) == (0, 0, 0)
+
+
+async def test_a_pool_takes_other_routing_numbers_at_once_and_keeps_what_it_learned_else() -> None:
+    built: list[RoutingSettings | None] = []
+
+    def build(policy: PoolPolicy) -> RoutingPolicy:
+        built.append(policy.routing_settings)
+        return least_loaded(policy)
+
+    made = Gate(Controller(build), asyncio.get_running_loop().time, lambda notice: None)
+    short, long = RoutingSettings(sticky_gap_s=0.1), RoutingSettings(sticky_gap_s=9.0)
+    for settings in (short, RoutingSettings(sticky_gap_s=0.1), long):
+        made.configure({POOL: PoolPolicy(routing_settings=settings)})
+
+    assert built == [short, long]

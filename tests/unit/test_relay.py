@@ -40,7 +40,7 @@ from serve_app.errors import (
 )
 from serve_app.gate import Lease
 from serve_app.gateway.http import ClientGone
-from serve_app.relay import Relay, error_of
+from serve_app.relay import Relay, error_of, with_service_tier
 
 POOL = PoolName("chat")
 USAGE = Usage(prompt_tokens=7, completion_tokens=2)
@@ -310,3 +310,32 @@ def test_refusals_keep_their_status_and_names(
     assert error.type == refusal.type
     assert error.code == refusal.code
     assert (error.retry_after_s is not None) == (status == 503)
+
+
+@pytest.mark.parametrize(
+    ("data", "streamed", "expected"),
+    [
+        (b'{"id":"x","n":1}', False, b'{"id":"x","n":1,"service_tier":"flex"}'),
+        # An engine that knows the field leaves it null; the object must not have it twice.
+        (
+            b'{"id":"x","service_tier":null,"usage":{}}',
+            False,
+            b'{"id":"x","service_tier":"flex","usage":{}}',
+        ),
+        (
+            b'{"text":"say \\"service_tier\\":null"}\n',
+            False,
+            b'{"text":"say \\"service_tier\\":null","service_tier":"flex"}\n',
+        ),
+        (
+            b'data: {"a":{"b":1}}\n\ndata: {"a":2}\n\n',
+            True,
+            b'data: {"a":{"b":1},"service_tier":"flex"}\n\ndata: {"a":2}\n\n',
+        ),
+        (b"data: [DONE]\n\n", True, b"data: [DONE]\n\n"),
+    ],
+)
+def test_the_served_tier_is_put_into_the_first_object_once(
+    data: bytes, streamed: bool, expected: bytes
+) -> None:
+    assert with_service_tier(data, b',"service_tier":"flex"', streamed=streamed) == expected
