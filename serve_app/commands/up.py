@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serve_app import ray_env
+from serve_app.commands.engine_news import EngineFailed, EngineNews
 from serve_app.terminal import note, out
 
 if TYPE_CHECKING:
     from serve_app.config_file import ServeFile
 
 POLL_S = 0.5
+STOP_TIMEOUT_S = 5.0
 
 
 def add_parser(subparsers: Any) -> None:
@@ -62,11 +65,11 @@ def run(args: argparse.Namespace) -> int:
     _prepare_models(file, say)
     secret = _first_key(file)
     stop = threading.Event()
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda *_: stop.set())
+    _stop_on_signals(stop)
     stack = _Stack(file, say)
     try:
         stack.start()
+        _stop_on_signals(stop)  # again: Ray puts a handler of its own that aborts
         stack.wait_until_running(started_at_s + args.timeout_s, stop)
         if not stop.is_set():
             say("serving")
@@ -92,6 +95,7 @@ class _Stack:
         self._file = file
         self._say = say
         self.dashboard_url = ""
+        self._logs = Path()
 
     def start(self) -> None:
         """Start Ray and hand Serve the applications.
@@ -105,9 +109,12 @@ class _Stack:
         from ray.serve.context import _get_global_client
         from ray.serve.schema import ServeDeploySchema
 
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         context = ray.init(address="local", log_to_driver=False, logging_level=logging.ERROR)
         self.dashboard_url = f"http://{context.dashboard_url}"
+        self._logs = Path(context.address_info["session_dir"]) / "logs"
         schema = ServeDeploySchema.model_validate(dict(self._file.document))
+        self._say("starting Ray Serve")
         try:
             serve.start(
                 proxy_location=schema.proxy_location, http_options=schema.http_options.model_dump()
@@ -126,13 +133,18 @@ class _Stack:
         from ray import serve
 
         reported: dict[str, str] = {}
+        news = EngineNews(self._logs, self._say)
         while not stop.wait(POLL_S):
+            try:
+                news.tell()
+            except EngineFailed as error:
+                raise _NotStarted(f"{error}\n  its log: {self._logs}") from error
             applications = serve.status().applications
             for name, application in applications.items():
                 status = str(application.status.value)
-                if reported.get(name) != status:
-                    reported[name] = status
+                if reported.get(name, "DEPLOYING") != status:
                     self._say(f"{name}: {status.lower()}")
+                reported[name] = status
                 if status == "DEPLOY_FAILED":
                     told = [deployment.message for deployment in application.deployments.values()]
                     raise _NotStarted(f"{name} failed: {_reason(chr(10).join(told))}")
@@ -151,10 +163,22 @@ class _Stack:
             return False
 
     def stop(self) -> None:
-        """End everything that was started."""
+        """End everything that was started, open streams included."""
+        import psutil
         import ray
 
+        # HAProxy outlives Ray: remember what runs while it can be found below this process.
+        started = psutil.Process().children(recursive=True)
         ray.shutdown()
+        _, alive = psutil.wait_procs(started, timeout=STOP_TIMEOUT_S)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def _stop_on_signals(stop: threading.Event) -> None:
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda *_: stop.set())
 
 
 def _narrator(started_at_s: float) -> Callable[[str], None]:
@@ -225,7 +249,7 @@ def _banner(file: ServeFile, dashboard_url: str, secret: str | None) -> str:
         f"    -H 'Authorization: Bearer {shown}' -H 'Content-Type: application/json' \\"
         if secret is not None
         else f"    -H \"Authorization: Bearer {shown}\" -H 'Content-Type: application/json' \\",
-        f'    -d \'{{"model": "{model}", "stream": true, "messages": '
+        f'    -d \'{{"model": "{model}", "stream": true, "temperature": 0, "messages": '
         '[{"role": "user", "content": "What is the capital of France?"}]}\'',
         "",
     ]

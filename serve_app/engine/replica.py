@@ -24,6 +24,7 @@ from serve_app.control_link import HandleControlLink
 from serve_app.core.types import Outcome, PoolName, ReplicaId, ReplicaView
 from serve_app.engine.api import (
     Engine,
+    EngineInfo,
     GenerateCall,
     GenerateItem,
     Metered,
@@ -67,7 +68,7 @@ class EngineReplica:
         self._metrics.build_info.labels(__version__, ray.__version__, "engine").set(1)
         self._engine = build_engine(self._args, self._replica)
         self._engine.on_metered(self._record)
-        self._metrics.engine_started(await self._engine.start())
+        self._metrics.engine_started(await self._start_engine())
         self._uplink = Uplink(
             HandleControlLink(self._args.control.app),
             beat=self._beat,
@@ -104,6 +105,20 @@ class EngineReplica:
     async def __del__(self) -> None:
         await self._engine.stop()
         await self._uplink.stop()
+
+    async def _start_engine(self) -> EngineInfo:
+        """Start the engine, saying in the log what comes of it: Serve says it late and long."""
+        pool = self._args.name
+        try:
+            info = await self._engine.start()
+        except Exception as error:
+            hopeless = isinstance(error, ValueError)
+            fields = {"pool": pool, "reason": str(error), "hopeless": hopeless}
+            logger.error("engine failed to start", extra=fields)
+            raise
+        started = {"stages_s": info.stages_s, "kv_tokens": info.kv_tokens_capacity}
+        logger.info("engine started", extra={"pool": pool, "slots": info.slots, **started})
+        return info
 
     def _record(self, metered: Metered) -> None:
         self._metrics.engine_metered(metered)

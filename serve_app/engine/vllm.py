@@ -18,8 +18,8 @@ import asyncio
 import logging
 import os
 from argparse import Namespace
-from collections.abc import AsyncGenerator, Callable
-from contextlib import nullcontext, suppress
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,9 +45,10 @@ from serve_app.engine.vllm_args import (
     served_name,
 )
 from serve_app.engine.vllm_generation import Generation
+from serve_app.engine.vllm_output import OwnOutput, root_cause
 
 if TYPE_CHECKING:
-    import psutil  # type: ignore[import-untyped]  # a dependency of vLLM's, without stubs
+    import psutil
 
     from serve_app.engine.vllm_core import MeteredAsyncLLM
     from serve_app.engine.vllm_serving import OpenAILayer
@@ -103,21 +104,19 @@ class VllmEngine:
         """
         if self._info is not None:
             return self._info
-        stages_s: dict[str, float] = {}
-        started_s = stage_s = self._clock()
+        output = OwnOutput()
+        stages = _Stages(self._pool, self._clock)
         on_cpu = vllm_fork.is_cpu_build()
         prepare_environment(os.environ, on_cpu=on_cpu)
         if on_cpu:
             vllm_fork.start_fork_server()
-        await asyncio.to_thread(_import_vllm)
-        stages_s["import"] = self._clock() - stage_s
-        stage_s = self._clock()
-        await self._load()
-        stages_s["load"] = self._clock() - stage_s
-        stage_s = self._clock()
-        await self._warm_up()
-        stages_s["warm_up"] = self._clock() - stage_s
-        self._info = self._describe(self._clock() - started_s, stages_s)
+        with stages.stage("import", "importing torch and vLLM"):
+            await asyncio.to_thread(_import_vllm)
+        with stages.stage("load", "loading the model"):
+            await self._load(output)
+        with stages.stage("warm_up", "generating for the first time"):
+            await self._warm_up()
+        self._info = self._describe(stages)
         return self._info
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[GenerateItem, None]:
@@ -230,13 +229,17 @@ class VllmEngine:
         for generation in list(self._in_flight.values()):
             await _cancel(generation)
 
-    async def _load(self) -> None:
+    async def _load(self, output: OwnOutput) -> None:
         from serve_app.engine.vllm_serving import OpenAILayer
 
         self._loading = asyncio.ensure_future(
             asyncio.to_thread(_build, self._settings, self._model_path)
         )
-        llm, arguments = await asyncio.shield(self._loading)
+        try:
+            llm, arguments = await asyncio.shield(self._loading)
+        except RuntimeError as error:
+            cause = await asyncio.to_thread(lambda: root_cause(output.read()))
+            raise EngineDead(f"vLLM's engine did not start: {cause or error}") from error
         self._llm = llm
         self._openai = await OpenAILayer.build(llm, arguments, served_name(self._settings))
 
@@ -259,7 +262,7 @@ class VllmEngine:
         finally:
             self._listeners = listeners + self._listeners
 
-    def _describe(self, start_s: float, stages_s: dict[str, float]) -> EngineInfo:
+    def _describe(self, stages: _Stages) -> EngineInfo:
         assert self._llm is not None
         config = self._llm.vllm_config
         return EngineInfo(
@@ -268,8 +271,8 @@ class VllmEngine:
             max_model_len=config.model_config.max_model_len,
             kv_tokens_capacity=config.cache_config.num_gpu_blocks * config.cache_config.block_size,
             slots=self._settings.max_num_seqs,
-            start_s=start_s,
-            stages_s=stages_s,
+            start_s=sum(stages.durations_s.values()),
+            stages_s=stages.durations_s,
         )
 
     def _refuse(self, call: GenerateCall) -> Refusal | None:
@@ -365,8 +368,21 @@ def _build(settings: VllmSettings, model_path: Path) -> tuple[MeteredAsyncLLM, N
 
     engine_args, arguments = engine_and_frontend_args(settings, model_path)
     started_by = vllm_fork.engine_from_fork_server if vllm_fork.is_cpu_build() else nullcontext
-    try:
-        with started_by():
-            return MeteredAsyncLLM.build(engine_args), arguments
-    except RuntimeError as error:
-        raise EngineDead(f"vLLM's engine did not start: {error}") from error
+    with started_by():
+        return MeteredAsyncLLM.build(engine_args), arguments
+
+
+class _Stages:
+    """Times the stages of a start, and logs each as it begins."""
+
+    def __init__(self, pool: PoolName, clock: Callable[[], float]) -> None:
+        self._pool = pool
+        self._clock = clock
+        self.durations_s: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str, doing: str) -> Iterator[None]:
+        logger.info("engine starting", extra={"pool": self._pool, "doing": doing})
+        began_s = self._clock()
+        yield
+        self.durations_s[name] = self._clock() - began_s

@@ -11,7 +11,8 @@ from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]  # a dependency of vLLM's, without stubs
+import psutil
+from pydantic import ValidationError
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
@@ -74,10 +75,18 @@ class MeteredAsyncLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is untyped here
 
     @classmethod
     def build(cls, engine_args: AsyncEngineArgs) -> MeteredAsyncLLM:
-        """Start the engine's processes and return when the model is loaded; blocks."""
+        """Start the engine's processes and return when the model is loaded; blocks.
+
+        Raises:
+            ValueError: vLLM cannot serve this model with these settings.
+            RuntimeError: a process of the engine failed.
+        """
         load = Load()
         usage_context = UsageContext.OPENAI_API_SERVER
-        vllm_config = engine_args.create_engine_config(usage_context)
+        try:
+            vllm_config = engine_args.create_engine_config(usage_context)
+        except ValidationError as error:
+            raise ValueError(_problems(error)) from error
         engine = cls(
             vllm_config=vllm_config,
             executor_class=attached_executor(vllm_config),
@@ -161,6 +170,13 @@ class MeteredAsyncLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is untyped here
             held = tokens.get(state.external_req_id, 0)
             tokens[state.external_req_id] = held + state.prompt_len + generated
         return tokens
+
+
+def _problems(error: ValidationError) -> str:
+    """Return what is wrong with a configuration of vLLM's: the first line of each problem."""
+    problems = error.errors(include_url=False, include_context=False, include_input=False)
+    texts = [str(problem["msg"]).removeprefix("Value error, ") for problem in problems]
+    return "; ".join(text.strip().partition("\n")[0] for text in texts)
 
 
 def _descendants(processes: list[Any]) -> list[psutil.Process]:

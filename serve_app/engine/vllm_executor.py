@@ -46,6 +46,7 @@ class AttachedMultiprocExecutor(MultiprocExecutor):  # type: ignore[misc]  # vLL
         else:
             manager = OMPProcessManager(self.vllm_config)
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
             with _bound_to(manager.cpu_lists[0] if manager.cpu_lists else ()):
                 super()._init_executor()
             self._sleep_while_workers_compute()
