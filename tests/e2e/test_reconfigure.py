@@ -41,6 +41,8 @@ def document(pools: list[str], aliases: dict[str, str]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
     with running_stack(document(["old"], {"old": "old"})) as running:
+        # One router makes a stack ready; the other may take longer.
+        until(lambda: len(router_pids(running)) == 2, "both routers")
         yield running
 
 
