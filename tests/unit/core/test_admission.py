@@ -190,6 +190,12 @@ def test_advice_is_bounded_spread_and_repeatable(wait_s: float, name: str) -> No
     assert advised_s == advice_s(wait_s, RequestId(name), policy)
 
 
+def test_clients_refused_together_are_told_different_times() -> None:
+    advised_s = {advice_s(4.0, RequestId(f"r{number}"), PoolPolicy()) for number in range(100)}
+    assert len(advised_s) > 90
+    assert max(advised_s) - min(advised_s) > 0.8
+
+
 def test_hashed_fractions_are_spread_evenly() -> None:
     fractions = [hashed_fraction(RequestId(f"request-{number}")) for number in range(4000)]
     for quarter in range(4):

@@ -207,6 +207,25 @@ def test_failing_a_request_that_filled_its_replica_lets_the_next_one_in() -> Non
     assert dispatched(effects) == ["b"]
 
 
+def test_cancelling_a_dispatched_request_frees_its_slot_and_lets_the_next_one_in() -> None:
+    core = controller(PoolPolicy(max_concurrency_per_replica=1), "r1")
+    core.offer(ticket("a"), 0.0)
+    assert core.offer(ticket("b"), 0.0) == []
+    assert dispatched(core.cancel(RequestId("a"), 0.1)) == ["b"]
+    assert core.cancel(RequestId("b"), 0.2) == []
+    assert core.in_flight() == 0
+    assert [each.in_flight for each in core.replicas(POOL)] == [0]
+
+
+def test_a_slot_freed_beside_other_routers_work_lets_the_next_one_in() -> None:
+    core = controller(PoolPolicy(max_concurrency_per_replica=2), "r1")
+    core.offer(ticket("a"), 0.0)
+    core.observe(view("r1", 2, running=2), 0.1)
+    assert core.offer(ticket("b"), 0.1) == []
+    usage = Usage(100, 0, 50)
+    assert dispatched(core.finish(RequestId("a"), usage, Outcome.COMPLETED, 0.2)) == ["b"]
+
+
 def test_ending_an_unknown_request_has_no_effect() -> None:
     core = controller(PoolPolicy(), "r1")
     unknown = RequestId("nobody")

@@ -165,6 +165,15 @@ def test_kv_is_predicted_from_expected_output_not_only_read() -> None:
     assert 60 < count < 0.97 * KV_CAPACITY / 4001
 
 
+def test_request_must_fit_with_its_whole_expected_output() -> None:
+    for output, goes in ((100, True), (6000, False)):
+        bench = Bench(PoolPolicy(expected_output_tokens=6000))
+        bench.view("r0", 0.1, kv=0.85, running=20)
+        free = int(0.92 * KV_CAPACITY) - int(0.85 * KV_CAPACITY)
+        effects = bench.offer("q", 0.2, prompt=free - 5000, output=output)
+        assert bool(dispatched(effects)) is goes
+
+
 def test_prompt_larger_than_any_cache_is_refused_for_good() -> None:
     bench = Bench(PoolPolicy())
     [effect] = bench.offer("huge", prompt=KV_CAPACITY)
@@ -463,6 +472,67 @@ def test_cached_prompt_tokens_cost_less() -> None:
         bench.core.finish(RequestId(tenant), usage, Outcome.COMPLETED, 0.1)
     warm, cold = (bench.core.fairness_debt(POOL, TenantId(name)) for name in ("warm", "cold"))
     assert warm < 0.3 * cold
+
+
+def test_a_request_split_into_a_hundred_is_served_no_more_than_a_whole_one() -> None:
+    bench = Bench(one_slot(queue_capacity=512, queue_timeout_s=1e6))
+    bench.offer("running", tenant="z")
+    for number in range(2):
+        bench.offer(f"whole{number}", tenant="whole", prompt=8000, output=1000)
+    for number in range(100):
+        bench.offer(f"part{number}", tenant="split", prompt=80, output=10)
+    order, current = [], "running"
+    for turn in range(1, 103):
+        prompt, output = (80, 10) if current.startswith("part") else (8000, 1000)
+        [current] = dispatched(bench.finish(current, turn / 10, prompt, output))
+        order.append(current)
+    served_between = order.index("whole1") - order.index("whole0") - 1
+    # Each part pays the fixed cost of a request: 116 units where the whole's hundredth pays 100.
+    assert served_between == 87
+    assert order[-1].startswith("part")
+
+
+@pytest.mark.parametrize("jump_s", [-3600.0, 3600.0])
+def test_clock_jumps_end_no_request_twice_and_lose_none(jump_s: float) -> None:
+    bench = Bench(PoolPolicy(max_concurrency_per_replica=1))
+    bench.offer("a", 100.0)
+    bench.view("r0", 100.0)
+    assert bench.offer("b", 100.0) == []
+    effects = bench.core.advance(100.0 + jump_s)
+    if jump_s < 0:
+        assert effects == []
+        bench.view("r0", 100.0)
+        assert dispatched(bench.finish("a", 100.1)) == ["b"]
+        effects = bench.finish("b", 100.2)
+    else:
+        assert reasons(effects) == [RejectReason.QUEUE_TIMEOUT]
+        effects = bench.finish("a", 100.0 + jump_s)
+    assert effects == []
+    assert bench.core.open_requests() == 0
+    # An hour later the fleet has been silent; the first snapshot makes it serve again.
+    now_s = 100.2 + max(0.0, jump_s)
+    bench.view("r0", now_s)
+    assert dispatched(bench.offer("c", now_s, tenant="other")) == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"queue_capacity": 0}, RejectReason.QUEUE_FULL),
+        ({"sheddable_share_ratio": 0.0}, None),
+    ],
+)
+def test_limits_of_zero_mean_no_queue_and_no_share(
+    change: dict[str, float], reason: RejectReason | None
+) -> None:
+    bench = Bench(PoolPolicy(max_concurrency_per_replica=1, **change))
+    if reason is None:
+        assert bench.offer("flex", priority_class=SHEDDABLE) == []
+        assert bench.core.queue_depth(POOL) == 1
+        assert dispatched(bench.offer("default")) == ["default"]
+    else:
+        assert dispatched(bench.offer("a")) == ["a"]
+        assert reasons(bench.offer("b")) == [reason]
 
 
 def test_ten_thousand_tenants_in_a_minute_leave_nothing_behind() -> None:

@@ -109,6 +109,15 @@ def test_debt_is_remembered_while_away_and_halves_per_half_life() -> None:
     assert queue.debt(TenantId("a"), 180.0) == pytest.approx(1000.0)
 
 
+def test_tenant_that_comes_back_in_debt_waits_until_others_caught_up() -> None:
+    queue, orders = FairQueue(FairnessPolicy(debt_half_life_s=60.0)), Orders()
+    queue.serve_at_once(orders.entry("a", 40.0), 0.0)
+    for _ in range(6):
+        queue.push(orders.entry("b", 10.0), 0.0)
+        queue.push(orders.entry("a", 10.0), 0.0)
+    assert served_order(queue)[:4] == ["b", "b", "b", "b"]
+
+
 def test_reconciling_upwards_delays_the_tenant() -> None:
     queue, orders = FairQueue(FairnessPolicy()), Orders()
     for _ in range(3):
