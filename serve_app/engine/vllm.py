@@ -239,6 +239,8 @@ class VllmEngine:
             llm, arguments = await asyncio.shield(self._loading)
         except RuntimeError as error:
             cause = await asyncio.to_thread(lambda: root_cause(output.read()))
+            if cause is not None and cause.startswith("ValueError: "):
+                raise ValueError(cause.removeprefix("ValueError: ")) from error
             raise EngineDead(f"vLLM's engine did not start: {cause or error}") from error
         self._llm = llm
         self._openai = await OpenAILayer.build(llm, arguments, served_name(self._settings))
