@@ -242,7 +242,8 @@ def _banner(file: ServeFile, dashboard_url: str, secret: str | None) -> str:
     if secret is not None:
         lines.append(f"  key       {secret}   (shown once)")
     else:
-        lines.append("  key       use one you have; `headrace keys create` makes another")
+        another = f"headrace keys create --name NAME --config {file.path}"
+        lines.append(f"  key       use one you have; another: {another}")
     lines += [
         "",
         f"  curl -N {base_url}/v1/chat/completions \\",
