@@ -229,7 +229,7 @@ class PoolPolicy(Strict):
     )
     sheddable_share_ratio: Ratio = Field(0.2, description="Share of the knee open to Sheddable.")
     sparse_headroom_ratio: float = Field(
-        0.1, ge=0, lt=1, description="Share kept for tenants served less than their fair share."
+        0.125, ge=0, lt=1, description="Share kept for tenants served less than their fair share."
     )
     tenant_concurrency_ratio: float = Field(
         1.0, gt=0, le=1, description="Slots one tenant may hold while others are active."

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.scenarios.report import page
 from benchmarks.scenarios.targets import verdicts
 from serve_app.sim import plots
-from serve_app.sim.compare import calibration, compare, to_json
+from serve_app.sim.compare import Result, calibration, compare, to_json
 from serve_app.sim.contenders import PRODUCT, THREE_ROUTERS
 from serve_app.sim.scenarios import KNEES, MIX_OF, SCENARIOS, build_scenario, default_setup
 
@@ -27,9 +30,12 @@ DEFAULT = (
 )
 CONTENDERS_OF = {
     "diurnal": (PRODUCT, "least-loaded"),
-    "overload": (PRODUCT, THREE_ROUTERS, *DEFAULT[1:]),
+    "engine-faults": DEFAULT,
 }
 """The day is four hundred thousand requests: only two contenders run it."""
+SEVERAL = (PRODUCT, THREE_ROUTERS, *DEFAULT[1:])
+PICTURES = {"overload": ("goodput", "ttft"), "tenant-burst": ("service",)}
+"""Which plots of the first seed stand in the page."""
 
 
 def main() -> int:
@@ -42,10 +48,10 @@ def main() -> int:
     parser.add_argument("--report", type=Path, default=REPORT, help="the page to write")
     parser.add_argument("--out", type=Path, metavar="DIR", help="figures and plots go here")
     args = parser.parse_args()
-    sections, means = [], {}
+    sections, means, pictures = [], {}, {}
     setup = default_setup()
     for name in args.scenario or SCENARIOS:
-        contenders = args.policy or CONTENDERS_OF.get(name, DEFAULT)
+        contenders = args.policy or CONTENDERS_OF.get(name, SEVERAL)
         scenario = build_scenario(name, setup, duration_s=args.duration_s)
         started_s = time.monotonic()
         results = compare(
@@ -60,6 +66,7 @@ def main() -> int:
             folder = args.out / name
             folder.mkdir(parents=True, exist_ok=True)
             plots.draw(results, name, folder)
+        pictures[name] = _pictures(results, name, args.report)
         sections.append((name, scenario.summary, [to_json(result) for result in results]))
         means[name] = {result.contender: result.mean for result in results}
     judged = verdicts(means)
@@ -70,6 +77,7 @@ def main() -> int:
         knees=KNEES,
         calibration=calibration(setup),
         command="make bench-policies",
+        pictures=pictures,
     )
     args.report.parent.mkdir(parents=True, exist_ok=True)
     args.report.write_text(text, encoding="utf-8")
@@ -81,6 +89,21 @@ def main() -> int:
         mark = {True: "kept  ", False: "BROKEN", None: "not run"}[each.kept]
         print(f"{mark} {each.scenario}: {each.promise} {each.limit}, measured {each.measured}")
     return 0
+
+
+def _pictures(results: Sequence[Result], name: str, report: Path) -> list[str]:
+    """Draw a scenario's plots beside the page; return their names."""
+    wanted = PICTURES.get(name, ())
+    if not wanted:
+        return []
+    drawn = []
+    with tempfile.TemporaryDirectory() as folder:
+        for file in plots.draw(results, name, Path(folder)):
+            if file.stem in wanted:
+                report.parent.mkdir(parents=True, exist_ok=True)
+                drawn.append(f"{report.stem}-{name}-{file.name}")
+                shutil.copyfile(file, report.parent / drawn[-1])
+    return drawn
 
 
 def _bar(name: str):

@@ -37,7 +37,7 @@ EXTRA: Mapping[str, tuple[tuple[str, tuple[str, ...], str], ...]] = {
     ),
     "overload": (
         ("attempts / question", ("retry_amplification",), "{:.2f}"),
-        ("over cap, requests", ("over_admitted_max",), "{:.0f}"),
+        ("over cap, requests", ("over_admitted_max",), "{:.1f}"),
         ("Critical passed, s", ("critical_passed_s",), "{:.2f}"),
     ),
     "overload-standard": (("attempts / question", ("retry_amplification",), "{:.2f}"),),
@@ -60,8 +60,12 @@ def page(
     knees: Mapping[str, tuple[float, float]],
     calibration: Mapping[str, Any],
     command: str,
+    pictures: Mapping[str, Sequence[str]],
 ) -> str:
-    """Return the page; a section is a scenario's name, summary and its contenders' results."""
+    """Return the page; a section is a scenario's name, summary and its contenders' results.
+
+    ``pictures`` are files beside the page, by scenario.
+    """
     lines = [
         "# Policies against baselines, simulated",
         "",
@@ -97,7 +101,28 @@ def page(
     ]
     for name, summary, results in sections:
         lines += ["", f"## {name}", "", f"{summary}.", "", *_table(name, results)]
+        lines += [line for each in pictures.get(name, ()) for line in ("", f"![{name}]({each})")]
+    lines += ["", "## Speed of the simulator", "", *_speeds(sections)]
     return "\n".join(lines) + "\n"
+
+
+def _speeds(sections: Sequence[tuple[str, str, Sequence[Mapping[str, Any]]]]) -> list[str]:
+    """Return how many requests, retries included, were simulated per second, full policies on."""
+    lines = [
+        "Clients' requests, retries included, of the full policies in one process; CPU seconds "
+        "leave out what other processes took of the machine.",
+        "",
+        "| scenario | policy | requests | per wall second | per CPU second |",
+        "|---|---|---|---|---|",
+    ]
+    for name, _, results in sections:
+        for result in results:
+            if not result["policy"].startswith("headrace"):
+                continue
+            columns = (("requests",), ("requests_per_wall_s",), ("requests_per_cpu_s",))
+            cells = [_cell(result, path, "{:.0f}") for path in columns]
+            lines.append(f"| {name} | {result['policy']} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def _table(scenario: str, results: Sequence[Mapping[str, Any]]) -> list[str]:

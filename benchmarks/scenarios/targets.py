@@ -8,6 +8,7 @@ from operator import ge, le
 from typing import Any
 
 PRODUCT = "headrace"
+SPEED = "simulated requests per second of one core"
 SEVERAL = "headrace-3-routers"
 STICKY_BASELINES = ("sticky", "cache-aware", "abandon-affinity", "gie-scorer")
 
@@ -65,10 +66,17 @@ def verdicts(results: Results) -> list[Verdict]:
             1.5,
             flood.get("victims_ttft_p99_ratio"),
         ),
-        _most("long-context-flood", "preemptions", 0, _sum(flood.get("preemptions"))),
+        _most(
+            "long-context-flood",
+            "preemptions, of any class",
+            0,
+            _sum(flood.get("preemptions")),
+        ),
         _least("prefix-heavy", "hit rate over the best sticky policy's", 0.95, hits_ratio),
         _least("prefix-heavy", "Jain's index", 0.95, prefix.get("jain")),
         *_of_several_routers(results),
+        _least("overload", SPEED, 10_000, overload.get("requests_per_cpu_s")),
+        _least("prefix-heavy", SPEED, 3_000, prefix.get("requests_per_cpu_s")),
     ]
 
 
@@ -83,13 +91,19 @@ def _of_several_routers(results: Results) -> list[Verdict]:
         return three[name] / one[name]
 
     return [
-        _least("overload", "3 routers' goodput over one's", 0.97, ratio("goodput_per_s")),
-        _least("overload", "3 routers' Jain over one's", 0.97, ratio("jain")),
+        _within("overload", "3 routers' goodput over one's", 0.03, ratio("goodput_per_s")),
+        _within("overload", "3 routers' Jain over one's", 0.03, ratio("jain")),
         _most(
             "overload",
             "3 routers: a Critical waits while a Sheddable goes, s",
             0.25,
             three.get("critical_passed_s"),
+        ),
+        _most(
+            "overload",
+            "3 routers: requests beyond the over-admission bound",
+            0,
+            three.get("over_bound_requests"),
         ),
     ]
 
@@ -109,6 +123,12 @@ def _sum(counts: Mapping[str, float] | None) -> float | None:
 def _least(scenario: str, promise: str, limit: float, measured: float | None) -> Verdict:
     kept = None if measured is None else ge(measured, limit)
     return Verdict(scenario, promise, f">= {limit:g}", measured, kept)
+
+
+def _within(scenario: str, promise: str, ratio: float, measured: float | None) -> Verdict:
+    """Judge a value by its distance from 1, above or below."""
+    kept = None if measured is None else abs(measured - 1.0) <= ratio
+    return Verdict(scenario, promise, f"1 +- {ratio:g}", measured, kept)
 
 
 def _most(scenario: str, promise: str, limit: float, measured: float | None) -> Verdict:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from serve_app import config_file
 from serve_app.config import SimSettings
@@ -19,13 +19,17 @@ from serve_app.errors import ConfigError
 from serve_app.sim.compare import Result, calibration, compare, compare_replay, to_json
 from serve_app.sim.contenders import CONTENDERS, PRODUCT, contend
 from serve_app.sim.knee import Knee, find_knee
+from serve_app.sim.output import Bar, table
 from serve_app.sim.scenarios import KNEES, MIX_OF, MIXES, SCENARIOS, build_scenario, default_setup
 from serve_app.sim.setup import PoolSetup, Setup
 from serve_app.sim.traces import MOONCAKE_SEGMENT_TOKENS, TraceDefaults, read_trace
 from serve_app.sim.workload import Arrival
 
-BAR_CHARACTERS = 30
 SEEDS_MOST = 1000
+REPLICAS_MOST = 4096
+ROUTERS_MOST = 64
+
+T = TypeVar("T")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -40,6 +44,7 @@ def add_parser(subparsers: Any) -> None:
         "  headrace simulate --trace trace.csv --config configs/sim.yaml --out out/trace --json\n"
         "  headrace simulate --scenario overload --find-knee",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="headrace simulate (--scenario NAME | --trace FILE) [options]; see --help",
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--scenario", metavar="NAME", help="one of: " + ", ".join(SCENARIOS))
@@ -56,6 +61,9 @@ def add_parser(subparsers: Any) -> None:
         metavar="FILE",
         help="take pools, policies and engine sizes from this configuration "
         "(default: 8 replicas of an 8B model on an H100)",
+    )
+    parser.add_argument(
+        "--pool", metavar="NAME", help="the configuration's pool to load (default: its first)"
     )
     parser.add_argument(
         "--policy",
@@ -83,16 +91,21 @@ def _add_numbers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--warmup-s", type=float, default=20.0, metavar="S", help="unmeasured start (default: 20)"
     )
-    parser.add_argument("--replicas", type=int, metavar="N", help="replicas of the first pool")
+    parser.add_argument("--replicas", type=int, metavar="N", help="replicas of the loaded pool")
     parser.add_argument("--routers", type=int, default=1, metavar="N", help="router replicas")
 
 
 def _add_trace_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--time-scale", type=float, metavar="X", help="0.5 doubles a trace's rate")
     parser.add_argument(
-        "--time-scale", type=float, default=1.0, metavar="X", help="0.5 doubles a trace's rate"
+        "--tenants", type=int, metavar="N", help="tenants dealt to a trace without any"
     )
+    for name in ("--prompt-tokens", "--output-tokens"):
+        parser.add_argument(
+            name, type=int, metavar="N", help="for a trace without lengths (default: as in chat)"
+        )
     parser.add_argument(
-        "--tenants", type=int, default=1, metavar="N", help="tenants dealt to a trace without any"
+        "--knee-per-s", type=float, metavar="X", help="good requests/s that count as 1 for a trace"
     )
     parser.add_argument(
         "--classes",
@@ -118,13 +131,15 @@ def _run(args: argparse.Namespace) -> int:
     _check_numbers(args)
     setup = _setup(args)
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
+        _named("--out", lambda: args.out.mkdir(parents=True, exist_ok=True))
     if args.find_knee:
         return _find_knee(args, setup)
     policies = args.policy or [PRODUCT]
     if "all" in policies:
         policies = list(CONTENDERS)
-    bar = _Bar(sys.stderr.isatty())
+    policies = list(dict.fromkeys(policies))
+    _named("--policy", lambda: [contend(setup, name) for name in policies])
+    bar = Bar(sys.stderr.isatty())
     if args.scenario:
         results, setup = _scenario(args, setup, policies, bar)
     else:
@@ -135,13 +150,16 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _scenario(
-    args: argparse.Namespace, setup: Setup, policies: Sequence[str], bar: _Bar
+    args: argparse.Namespace, setup: Setup, policies: Sequence[str], bar: Bar
 ) -> tuple[list[Result], Setup]:
+    _named("--scenario", lambda: build_scenario(args.scenario, setup))
     knee_per_s, knee_goodput_per_s = KNEES[MIX_OF.get(args.scenario, "chat")]
     if args.config or args.replicas:
         knee = _knee(args.scenario, setup)
         knee_per_s, knee_goodput_per_s = knee.rate_per_s, knee.goodput_per_s
-    scenario = build_scenario(args.scenario, setup, knee_per_s, args.duration_s)
+    scenario = _named(
+        "--scenario", lambda: build_scenario(args.scenario, setup, knee_per_s, args.duration_s)
+    )
     results = compare(
         scenario,
         policies,
@@ -153,21 +171,24 @@ def _scenario(
 
 
 def _trace(
-    args: argparse.Namespace, setup: Setup, policies: Sequence[str], bar: _Bar
+    args: argparse.Namespace, setup: Setup, policies: Sequence[str], bar: Bar
 ) -> list[Result]:
     defaults = TraceDefaults(
-        tenants=tuple(f"tenant-{number}" for number in range(args.tenants)),
+        tenants=tuple(f"tenant-{number}" for number in range(args.tenants or 1)),
         classes=args.classes,
-        time_scale=args.time_scale,
+        time_scale=args.time_scale or 1.0,
+        prompt_tokens=args.prompt_tokens,
+        output_tokens=args.output_tokens,
         segment_tokens=_segment_tokens(setup),
     )
-    arrivals = list(read_trace(args.trace, defaults))
+    arrivals = _named("--trace", lambda: list(read_trace(args.trace, defaults)))
     if not arrivals:
-        raise ConfigError(f"{args.trace}: the trace is empty")
+        raise ConfigError(f"--trace {args.trace}: the trace is empty; it needs a row per request")
     duration_s = args.duration_s or arrivals[-1].arrival_s + 1.0
     if duration_s <= setup.warmup_s:
         raise ConfigError(
-            f"--warmup-s {setup.warmup_s:g} leaves nothing of {duration_s:g} s to measure"
+            f"--warmup-s {setup.warmup_s:g} leaves nothing of {duration_s:g} s to measure; "
+            "choose a shorter one"
         )
     per_hash = 1
     if args.trace.suffix == ".jsonl":
@@ -180,7 +201,14 @@ def _trace(
     def again() -> Iterator[Arrival]:
         return iter(arrivals)
 
-    return compare_replay(setup, again, policies, range(args.seeds), on_progress=bar.show)
+    return compare_replay(
+        setup,
+        again,
+        policies,
+        range(args.seeds),
+        knee_goodput_per_s=args.knee_per_s,
+        on_progress=bar.show,
+    )
 
 
 def _segment_tokens(setup: Setup) -> int:
@@ -191,36 +219,68 @@ def _segment_tokens(setup: Setup) -> int:
 def _setup(args: argparse.Namespace) -> Setup:
     setup = default_setup()
     if args.config is not None:
-        setup = replace(setup, pools=_pools(args.config))
+        setup = _configured(setup, args)
+    elif args.pool is not None:
+        raise ConfigError("--pool names a pool of --config, which is missing")
     if args.replicas is not None:
         first, *others = setup.pools
         setup = replace(setup, pools=(replace(first, replicas=args.replicas), *others))
     return replace(setup, warmup_s=args.warmup_s, routers=args.routers)
 
 
-def _pools(file: Path) -> tuple[PoolSetup, ...]:
-    """Return the configuration's pools; a real engine is simulated with the default physics."""
-    served = config_file.load(file)
+def _configured(setup: Setup, args: argparse.Namespace) -> Setup:
+    """Return the configuration's pools, the loaded one first, and its pool for long contexts.
+
+    A real engine is simulated with the default physics.
+    """
+    served = config_file.load(args.config)
     pools = []
-    for name, args in served.pools.items():
+    for name, pool in served.pools.items():
         engine = EngineParams()
-        if isinstance(args.engine, SimSettings):
-            engine = engine_params(args.engine)
+        if isinstance(pool.engine, SimSettings):
+            engine = engine_params(pool.engine)
+        if name not in served.router.pools:
+            continue
         policy = served.router.pools[name].to_core()
-        replicas = max(1, args.replicas.num_replicas)
+        replicas = max(1, pool.replicas.num_replicas)
         pools.append(PoolSetup(PoolName(name), policy, engine, replicas))
-    return tuple(pools)
+    names = [pool.name for pool in pools]
+    loaded = args.pool or names[0]
+    if loaded not in names:
+        raise ConfigError(f"--pool {loaded!r:.60} is none of {args.config}'s: {', '.join(names)}")
+    pools.sort(key=lambda pool: pool.name != loaded)
+    heavy = served.router.pools[loaded].heavy
+    return replace(setup, pools=tuple(pools), heavy=heavy.to_core() if heavy else None)
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
     if not 1 <= args.seeds <= SEEDS_MOST:
         raise ConfigError(f"--seeds must be from 1 to {SEEDS_MOST}, not {args.seeds}")
-    for name in ("duration_s", "time_scale", "replicas", "routers", "tenants"):
+    of_traces = ("time_scale", "tenants", "prompt_tokens", "output_tokens", "knee_per_s")
+    for name in ("duration_s", "replicas", "routers", *of_traces):
         value = getattr(args, name)
-        if value is not None and not 0 < value < 10**9:
-            raise ConfigError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+        flag = f"--{name.replace('_', '-')}"
+        if value is not None and args.scenario and name in of_traces:
+            raise ConfigError(f"{flag} is for --trace; a scenario has its own traffic")
+        most = {"replicas": REPLICAS_MOST, "routers": ROUTERS_MOST}.get(name, 10**6)
+        if value is not None and not 0 < value <= most:
+            raise ConfigError(f"{flag} must be above 0 and at most {most}, not {value}")
+    if args.classes and args.scenario:
+        raise ConfigError("--classes is for --trace; a scenario has its own traffic")
     if not 0 <= args.warmup_s < (args.duration_s or 10**9):
-        raise ConfigError(f"--warmup-s must be from 0 to the duration, not {args.warmup_s}")
+        raise ConfigError(
+            f"--warmup-s must be at least 0 and less than --duration-s, not {args.warmup_s:g}"
+        )
+
+
+def _named(flag: str, act: Callable[[], T]) -> T:
+    """Return what ``act`` returns; what is wrong with the flag's value names the flag."""
+    try:
+        return act()
+    except OSError as error:
+        raise ConfigError(f"{flag} {error.filename}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{flag}: {error}") from error
 
 
 def _class_shares(text: str) -> dict[PriorityClass, float]:
@@ -312,64 +372,3 @@ def _try_plots(draw: Callable[[], None]) -> None:
         draw()
     except ModuleNotFoundError as error:
         sys.stderr.write(f"no plots: {error}; install the `plots` extra\n")
-
-
-def table(results: Sequence[Result]) -> str:
-    """Return the results as a text table, a line per contender."""
-    head = (
-        "policy", "good/s", "of knee", "jain", "TTFT p99 crit", "std", "shed", "shed crit",
-        "std", "shed", "wasted", "hits", "req/wall s",
-    )  # fmt: skip
-    rows: list[tuple[str, ...]] = [head]
-    for result in results:
-        mean = result.mean
-        ttft_s, shed = mean["ttft_p99_s"], mean["shed_ratio"]
-        rows.append(
-            (
-                result.contender,
-                _number(mean["goodput_per_s"], "{:.1f}"),
-                _number(mean["goodput_ratio"], "{:.3f}"),
-                _number(mean["jain"], "{:.3f}"),
-                *(_number(ttft_s[name], "{:.2f}") for name in ("critical", "standard")),
-                _number(ttft_s["sheddable"], "{:.2f}"),
-                *(_number(shed[name], "{:.3f}") for name in ("critical", "standard")),
-                _number(shed["sheddable"], "{:.3f}"),
-                _number(mean["wasted_token_ratio"], "{:.4f}"),
-                _number(mean["prefix_hit_ratio"], "{:.3f}"),
-                _number(mean["requests_per_wall_s"], "{:.0f}"),
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = []
-    for row in rows:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells))
-    return "\n".join(lines) + "\n"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
-
-
-class _Bar:
-    """A progress bar on standard error; silent where that is no terminal."""
-
-    def __init__(self, enabled: bool) -> None:
-        self._enabled = enabled
-        self._shown = -1
-
-    def show(self, done: float) -> None:
-        """Draw the share done, in [0, 1]."""
-        percent = int(100 * done)
-        if not self._enabled or percent == self._shown:
-            return
-        self._shown = percent
-        filled = int(BAR_CHARACTERS * done)
-        sys.stderr.write(f"\r[{'#' * filled:<{BAR_CHARACTERS}}] {percent:3d} %")
-        sys.stderr.flush()
-
-    def clear(self) -> None:
-        """Remove the bar."""
-        if self._enabled:
-            sys.stderr.write("\r" + " " * (BAR_CHARACTERS + 9) + "\r")

@@ -165,7 +165,7 @@ class PoolPolicy:
     knee_tokens_per_replica: int | None = None
     critical_reserve_ratio: float = 0.3
     sheddable_share_ratio: float = 0.2
-    sparse_headroom_ratio: float = 0.1
+    sparse_headroom_ratio: float = 0.125
     tenant_concurrency_ratio: float = 1.0
     tenant_kv_ratio: float = 0.5
     queue_capacity: int = 256

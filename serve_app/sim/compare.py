@@ -85,6 +85,7 @@ def compare_replay(
     contenders: Sequence[str],
     seeds: Sequence[int],
     *,
+    knee_goodput_per_s: float | None = None,
     on_progress: Progress | None = None,
 ) -> list[Result]:
     """Replay the same arrivals for every contender; seeds then only move the clients' dice.
@@ -102,7 +103,7 @@ def compare_replay(
         for turn, seed in enumerate(seeds):
             report = _scaled(on_progress, (place * len(seeds) + turn) / total, 1 / total)
             run = replay(contending, arrivals(), seed, report)
-            figures.append(summarise(run, contending))
+            figures.append(summarise(run, contending, knee_goodput_per_s))
             curves = curves or _curves(run, contending)
         assert curves is not None
         results.append(_result(name, figures, curves))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from serve_app.core.policy import PoolPolicy, arrival_order
+from serve_app.core.routing import ROUTINGS
 from serve_app.sim.setup import Setup
 
 PRODUCT = "headrace"
@@ -61,6 +62,8 @@ def contend(setup: Setup, name: str) -> Setup:
     """
     product, plus, routing = name.partition("+")
     if plus and product == PRODUCT:
+        if routing not in ROUTINGS:
+            raise ValueError(f"routing {routing!r:.60} is none of: {', '.join(sorted(ROUTINGS))}")
         contender = Contender(name, routing, admission=True)
     elif name in CONTENDERS:
         contender = CONTENDERS[name]

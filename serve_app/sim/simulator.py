@@ -34,7 +34,7 @@ from serve_app.core.types import (
 )
 from serve_app.sim.node import Attempt, Health, Node
 from serve_app.sim.records import Question, Run, Sample
-from serve_app.sim.setup import CHAT_POOL, Fault, FaultKind, PoolLoad, PoolSetup, Scaler, Setup
+from serve_app.sim.setup import Fault, FaultKind, PoolLoad, PoolSetup, Scaler, Setup
 from serve_app.sim.workload import Arrival, Traffic, arrivals
 
 SAMPLE_PERIOD_S = 1.0
@@ -177,7 +177,7 @@ class Simulator:
         run.offered_attempts += 1
         ticket = Ticket(
             RequestId(f"{run.offered_attempts}"),
-            CHAT_POOL if CHAT_POOL in self._pools else setup.pools[0].name,
+            setup.pools[0].name,
             arrival.tenant,
             KeyId(arrival.tenant),
             arrival.priority_class,

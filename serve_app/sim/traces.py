@@ -40,12 +40,14 @@ class TraceDefaults:
     """What a trace without a column gets.
 
     ``tenants`` are dealt in turn, ``classes`` drawn by share, lengths by chat's
-    distribution. ``time_scale`` multiplies arrival times: 0.5 doubles the rate.
+    distribution unless given. ``time_scale`` multiplies arrival times: 0.5 doubles the rate.
     """
 
     tenants: tuple[str, ...] = ("tenant",)
     classes: Mapping[PriorityClass, float] | None = None
     time_scale: float = 1.0
+    prompt_tokens: int | None = None
+    output_tokens: int | None = None
     max_tokens: int | None = None
     segment_tokens: int = 16
     seed: int = 0
@@ -61,8 +63,10 @@ def read_trace(path: Path, defaults: TraceDefaults) -> Iterator[Arrival]:
     try:
         with path.open(encoding="utf-8", newline="") as lines:
             yield from _read(path, lines, defaults)
-    except (OSError, UnicodeDecodeError) as error:
-        raise TraceError(f"{path}: {error}") from error
+    except OSError as error:
+        raise TraceError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise TraceError(f"{path}: not a text file in UTF-8") from error
 
 
 def _read(path: Path, lines: TextIOBase, defaults: TraceDefaults) -> Iterator[Arrival]:
@@ -85,7 +89,9 @@ def _read(path: Path, lines: TextIOBase, defaults: TraceDefaults) -> Iterator[Ar
                 first_s = values["arrival_s"] if convert is _azure else 0.0
             values["arrival_s"] = (values["arrival_s"] - first_s) * defaults.time_scale
             arrival = _arrival(values, defaults, source, number, segment_tokens)
-        except (ValueError, KeyError, TypeError) as error:
+        except KeyError as error:
+            raise TraceError(f"{path}, row {number + 1}: {error} is missing") from error
+        except (ValueError, TypeError) as error:
             raise TraceError(f"{path}, row {number + 1}: {error}") from error
         if arrival.arrival_s < previous_s:
             raise TraceError(f"{path}, row {number + 1}: earlier than the row before; sort by time")
@@ -120,10 +126,10 @@ def _converter(path: Path, columns: list[str]) -> Any:
 
 
 def _own(row: Mapping[str, Any]) -> dict[str, Any]:
-    values: dict[str, Any] = {"arrival_s": float(row["arrival_s"])}
+    values: dict[str, Any] = {"arrival_s": _number(row, "arrival_s")}
     for column in ("prompt_tokens", "output_tokens"):
         if row.get(column):
-            values[column] = int(row[column])
+            values[column] = _whole(row, column)
     if row.get("tenant"):
         values["tenant"] = row["tenant"]
     if row.get("class"):
@@ -137,26 +143,45 @@ def _own(row: Mapping[str, Any]) -> dict[str, Any]:
 def _azure(row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "arrival_s": datetime.fromisoformat(row["TIMESTAMP"][:26] + "+00:00").timestamp(),
-        "prompt_tokens": int(row["ContextTokens"]),
-        "output_tokens": int(row["GeneratedTokens"]),
+        "prompt_tokens": _whole(row, "ContextTokens"),
+        "output_tokens": _answer(row, "GeneratedTokens"),
     }
 
 
 def _lengths(row: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "arrival_s": float(row["timestamp_ms"]) / 1000.0,
-        "prompt_tokens": int(row["prompt_tokens"]),
-        "output_tokens": int(row["output_tokens"]),
+        "arrival_s": _number(row, "timestamp_ms") / 1000.0,
+        "prompt_tokens": _whole(row, "prompt_tokens"),
+        "output_tokens": _answer(row, "output_tokens"),
     }
 
 
 def _mooncake(row: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "arrival_s": float(row["timestamp"]) / 1000.0,
-        "prompt_tokens": int(row["input_length"]),
-        "output_tokens": int(row["output_length"]),
+        "arrival_s": _number(row, "timestamp") / 1000.0,
+        "prompt_tokens": _whole(row, "input_length"),
+        "output_tokens": _answer(row, "output_length"),
         "prefix_hashes": tuple(int(each) for each in row.get("hash_ids", ())),
     }
+
+
+def _whole(row: Mapping[str, Any], column: str) -> int:
+    try:
+        return int(row[column])
+    except (TypeError, ValueError):
+        raise ValueError(f"{column} is {row[column]!r:.40}; it must be a whole number") from None
+
+
+def _number(row: Mapping[str, Any], column: str) -> float:
+    try:
+        return float(row[column])
+    except (TypeError, ValueError):
+        raise ValueError(f"{column} is {row[column]!r:.40}; it must be a number") from None
+
+
+def _answer(row: Mapping[str, Any], column: str) -> int:
+    """Return an answer's length; published traces hold empty ones, which cost a token too."""
+    return _whole(row, column) or 1
 
 
 def _priority_class(name: str) -> PriorityClass:
@@ -177,8 +202,12 @@ def _arrival(
     arrival_s = values["arrival_s"]
     if not isfinite(arrival_s) or arrival_s < 0:
         raise ValueError(f"arrival at {arrival_s} s; it must be a number of at least 0")
-    prompt_tokens = values.get("prompt_tokens") or CHAT_PROMPTS.draw(source)
-    output_tokens = values.get("output_tokens") or CHAT_OUTPUTS.draw(source)
+    prompt_tokens = values.get("prompt_tokens")
+    if prompt_tokens is None:
+        prompt_tokens = defaults.prompt_tokens or CHAT_PROMPTS.draw(source)
+    output_tokens = values.get("output_tokens")
+    if output_tokens is None:
+        output_tokens = defaults.output_tokens or CHAT_OUTPUTS.draw(source)
     for name, tokens in (("prompt_tokens", prompt_tokens), ("output_tokens", output_tokens)):
         if not 1 <= tokens <= PROMPT_TOKENS_MOST:
             raise ValueError(f"{name} is {tokens}; it must be from 1 to {PROMPT_TOKENS_MOST}")

@@ -83,13 +83,85 @@ def test_pools_come_from_a_configuration(capsys: pytest.CaptureFixture[str]) -> 
         (("--scenario", "overload", "--duration-s", "nan"), "--duration-s"),
         (("--scenario", "overload", "--duration-s", "10"), "--warmup-s"),
         (("--scenario", "overload", "--replicas", "-1"), "--replicas"),
-        (("--trace", "absent.csv"), "absent.csv"),
+        (("--scenario", "overload", "--replicas", "100000"), "--replicas"),
+        (("--scenario", "overload", "--routers", "0"), "--routers"),
+        (("--scenario", "overload", "--tenants", "3"), "--tenants is for --trace"),
+        (("--scenario", "overload", "--classes", "1/1/1"), "--classes is for --trace"),
+        (("--scenario", "overload", "--pool", "chat"), "--pool names a pool of --config"),
+        (("--scenario", "overload", "--out", "/dev/null/x"), "--out /dev/null/x: Not a directory"),
+        (("--scenario", "overload", "--config", "absent.yaml"), "absent.yaml: cannot be read"),
+        (("--trace", "absent.csv"), "--trace: absent.csv: No such file"),
+        (("--trace", "tests"), "--trace: tests: Is a directory"),
         (("--trace", "absent.csv", "--find-knee"), "needs --scenario"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(words: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run(*words)
+
+
+def test_what_a_traces_columns_lack_comes_from_the_flags(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("arrival_s\n" + "".join(f"{second / 10}\n" for second in range(300)))
+    words = ("--prompt-tokens", "40", "--output-tokens", "7", "--time-scale", "0.5")
+    assert (
+        run("--trace", str(trace), *words, "--warmup-s", "2", "--knee-per-s", "10", "--json") == 0
+    )
+    document = json.loads(capsys.readouterr().out)
+    assert document["requests"] == 300
+    assert document["goodput_per_s"] == pytest.approx(20.0, rel=0.1)
+    assert document["goodput_ratio"] == pytest.approx(2.0, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n"
+        "2023-11-16 18:15:50.9951690,396,0\n",
+        "timestamp_ms,prompt_tokens,output_tokens\n6011,178,8\n6917,258,0\n",
+        '{"timestamp": 0, "input_length": 1500, "output_length": 7, "hash_ids": [4, 5]}\n'
+        '{"timestamp": 3000, "input_length": 1500, "output_length": 7, "hash_ids": [4, 5]}\n',
+    ],
+)
+def test_published_traces_run_as_they_are(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / ("trace.jsonl" if text.startswith("{") else "trace.csv")
+    trace.write_text(text)
+    assert run("--trace", str(trace), "--warmup-s", "0", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["questions"] == 2
+    assert document["good_ratio"]["standard"] == 1.0
+
+
+@pytest.mark.ray  # Reading a configuration imports Ray's own schema.
+def test_load_goes_to_the_named_pool_and_long_contexts_where_it_sends_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("arrival_s,prompt_tokens,output_tokens\n0,100,5\n1,20000,5\n")
+    config = ("--config", "configs/policies.yaml", "--warmup-s", "0", "--json")
+    assert run("--trace", str(trace), *config, "--pool", "chat") == 0
+    pools = list(json.loads(capsys.readouterr().out)["calibration"])
+    assert pools[0] == "chat"
+    assert run("--trace", str(trace), *config, "--pool", "chat-small") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert next(iter(document["calibration"])) == "chat-small"
+    assert document["good_ratio"]["standard"] == 1.0
+    with pytest.raises(ConfigError, match="--pool 'absent' is none of"):
+        run("--trace", str(trace), *config, "--pool", "absent")
+
+
+def test_the_bar_is_drawn_on_standard_error_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert run("--scenario", "overload", *QUICK, "--json") == 0
+    shown = capsys.readouterr()
+    assert "100 %" in shown.err or "##" in shown.err
+    json.loads(shown.out)
 
 
 def test_an_empty_trace_is_refused(tmp_path: Path) -> None:
