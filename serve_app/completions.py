@@ -143,10 +143,18 @@ class Completions:
                 audit.reason = "deadline"
                 await self._fail(relay, audit, late)
             except ClientGone:
-                audit.outcome, audit.status = Outcome.CANCELLED, CLIENT_CLOSED_REQUEST
+                self._note_gone(audit)
             except asyncio.CancelledError:
-                audit.outcome, audit.status = Outcome.CANCELLED, CLIENT_CLOSED_REQUEST
+                self._note_gone(audit)
                 raise
+
+    @staticmethod
+    def _note_gone(audit: Audit) -> None:
+        """Record a client that left; a response that was settled is complete none the less."""
+        if audit.delivery.usage is not None:
+            audit.outcome = Outcome.COMPLETED
+        else:
+            audit.outcome, audit.status = Outcome.CANCELLED, CLIENT_CLOSED_REQUEST
 
     async def _answer(
         self, endpoint: Endpoint, scope: Scope, receive: Receive, relay: Relay, audit: Audit

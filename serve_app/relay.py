@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.types import Send
 
 from serve_app.core.types import Dispatch, PriorityClass, Usage
-from serve_app.engine.api import EngineDead, Final, Frame, GenerateCall, Refusal
+from serve_app.engine.api import STREAM_END, EngineDead, Final, Frame, GenerateCall, Refusal
 from serve_app.engine.transport import Transport
 from serve_app.errors import (
     ApiError,
@@ -110,16 +110,26 @@ class Relay:
                 lease.move()
 
     async def _attempt(self, lease: Lease, transport: Transport, call: GenerateCall) -> None:
+        closing: Frame | None = None
+        final: Final | None = None
         async with aclosing(transport.generate(call)) as items:
             async for item in items:
                 if isinstance(item, Frame):
-                    await self._deliver(lease, item, streamed=call.stream)
+                    frame, held = _hold_closing(item, streamed=call.stream)
+                    closing = held or closing
+                    if frame is not None:
+                        await self._deliver(lease, frame, streamed=call.stream)
                 elif isinstance(item, Final):
-                    self.delivery.usage = item.usage
-                    self.delivery.finish_reason = item.finish_reason
-                    lease.settle(item.usage)
+                    final = item
                 else:
                     raise error_of(item)
+        if final is None or closing is None:
+            raise EngineDead("the engine ended a generation without its end or its account")
+        # Settled first: a client that has read the end may leave before we return.
+        self.delivery.usage = final.usage
+        self.delivery.finish_reason = final.finish_reason
+        lease.settle(final.usage)
+        await self._deliver(lease, closing, streamed=call.stream)
         if call.stream:
             await self.stream.finish()
 
@@ -142,6 +152,21 @@ class Relay:
         else:
             self._answered = True
             await send_json(self._send, data, headers=self._headers)
+
+
+def _hold_closing(frame: Frame, *, streamed: bool) -> tuple[Frame | None, Frame | None]:
+    """Return what of a frame may go out now, and what waits until the request is settled.
+
+    What waits is what tells the client that it has everything: a whole body, or a
+    stream's closing event.
+    """
+    if not streamed:
+        return None, frame
+    if not frame.data.endswith(STREAM_END):
+        return frame, None
+    rest = frame.data[: -len(STREAM_END)]
+    held = replace(frame, data=STREAM_END, token_ids=() if rest else frame.token_ids)
+    return (replace(frame, data=rest) if rest else None), held
 
 
 def with_service_tier(data: bytes, tier: bytes, *, streamed: bool) -> bytes:

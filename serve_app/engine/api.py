@@ -15,6 +15,8 @@ from typing import Protocol
 
 from serve_app.core.types import Outcome, PriorityClass, ReplicaId, ReplicaView, RequestId, Usage
 
+STREAM_END = b"data: [DONE]\n\n"
+
 
 class Endpoint(StrEnum):
     """OpenAI endpoints an engine can serve."""
@@ -63,8 +65,8 @@ class Frame:
     """Bytes for the client and the output token ids they stand for.
 
     ``sequence`` counts from 0 within the request without gaps. ``data`` is one or more
-    whole SSE events (``data: ...\\n\\n``), ending with ``data: [DONE]\\n\\n`` in the last
-    frame of a stream; or the complete JSON body when the call does not stream.
+    whole SSE events (``data: ...\\n\\n``), ending with STREAM_END in the last frame of a
+    stream; or the complete JSON body when the call does not stream.
     """
 
     sequence: int

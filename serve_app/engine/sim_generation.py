@@ -7,9 +7,9 @@ import asyncio
 from serve_app.config import SimSettings
 from serve_app.core.engine_model import EngineModel, Phase, Sequence
 from serve_app.core.types import Usage
-from serve_app.engine.api import GenerateCall
+from serve_app.engine.api import STREAM_END, GenerateCall
 from serve_app.engine.sim_text import Answer, Job, prefix_hashes
-from serve_app.engine.sim_wire import DONE, Choice, ChoiceEvents, Header, usage_event, whole_body
+from serve_app.engine.sim_wire import Choice, ChoiceEvents, Header, usage_event, whole_body
 
 
 class _Stream:
@@ -220,7 +220,7 @@ class Generation:
             usage = b""
             if self._job.include_usage:
                 usage = usage_event(self._header, self._client_usage())
-            return usage + DONE
+            return usage + STREAM_END
         choices = [
             Choice(
                 stream.index,

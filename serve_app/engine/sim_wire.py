@@ -14,8 +14,6 @@ import orjson
 from serve_app.core.types import Usage
 from serve_app.engine.api import Endpoint
 
-DONE = b"data: [DONE]\n\n"
-
 
 @dataclass(frozen=True, slots=True)
 class Header:

@@ -198,7 +198,8 @@ async def test_a_whole_body_is_sent_with_its_length() -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_the_response_says_where_and_how_it_was_served(stream: bool) -> None:
-    case = Case(Script(r1=[FIRST, FINAL]), stream=stream)
+    frames = [FIRST, LAST] if stream else [FIRST]
+    case = Case(Script(r1=[*frames, FINAL]), stream=stream)
     dispatch = Dispatch(RequestId("q"), POOL, (ReplicaId("r1"),), 0.0, degraded="capped")
     case.relay.describe(dispatch, PriorityClass.SHEDDABLE)
     await case.run()
@@ -253,9 +254,8 @@ async def test_an_engines_refusal_is_the_clients_error_and_nothing_was_sent() ->
     assert case.slots.failed == []
 
 
-@pytest.mark.parametrize("stream", [True, False])
-async def test_a_client_that_left_closes_the_engines_stream(stream: bool) -> None:
-    case = Case(Script(r1=[FIRST, LAST, FINAL]), stream=stream, client=Client(gone_after=0))
+async def test_a_client_that_left_closes_the_engines_stream() -> None:
+    case = Case(Script(r1=[FIRST, LAST, FINAL]), client=Client(gone_after=0))
     with pytest.raises(ClientGone):
         await case.run()
     assert case.transport.closed == 1
@@ -284,12 +284,40 @@ async def test_a_cancelled_request_closes_the_engines_stream() -> None:
     assert case.client.body == FIRST.data
 
 
-async def test_a_failure_after_a_whole_answer_changes_nothing() -> None:
-    case = Case(Script(r1=[Frame(0, b"{}", (1,)), EngineDead("gone")]), stream=False)
-    with pytest.raises(EngineFailed) as caught:
+@pytest.mark.parametrize("stream", [True, False])
+async def test_what_ends_a_response_goes_out_when_it_is_settled(stream: bool) -> None:
+    """Whoever has read the end may leave at once, and the request is still complete."""
+    frames = [FIRST, LAST] if stream else [Frame(0, b"{}", (5, 6))]
+    case = Case(Script(r1=[*frames, FINAL]), stream=stream)
+    settled: list[tuple[bytes, Outcome]] = []
+    send = case.client.send
+
+    async def watched(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            settled.append((message["body"], case.lease.outcome))
+        await send(message)
+
+    case.relay = Relay(watched, [], lambda: 1.0)
+    await case.run()
+    ends = [outcome for body, outcome in settled if body in (LAST.data, b"{}")]
+    assert ends == [Outcome.COMPLETED]
+    assert case.slots.tokens == case.relay.delivery.output_tokens == 2
+
+
+async def test_a_whole_answer_without_its_account_is_made_again_elsewhere() -> None:
+    lost = [Frame(0, b"{}", (1,)), EngineDead("gone")]
+    again = [Frame(0, b'{"a":1}', (2,)), FINAL]
+    case = Case(Script(r1=lost, r2=again), "r1", "r2", stream=False)
+    await case.run()
+    assert (case.client.body, case.client.ends) == (b'{"a":1}', 1)
+    assert case.relay.delivery.output_tokens == 1
+
+
+async def test_a_stream_that_only_stops_is_an_error_and_no_end() -> None:
+    case = Case(Script(r1=[FIRST]))
+    with pytest.raises(EngineFailed):
         await case.run()
-    await case.relay.fail(caught.value)
-    assert (case.client.body, case.client.ends) == (b"{}", 1)
+    assert case.client.body == FIRST.data
 
 
 @pytest.mark.parametrize(
