@@ -60,9 +60,10 @@ fmt: setup ## Format the code and mend what the linter can
 	@.venv/bin/ruff format .
 
 .PHONY: bench
-bench: setup ## Compare the local stack with bare `vllm serve` (about ten minutes)
+bench: setup ## Compare the local stack with bare `vllm serve`; time departures (15 minutes)
 	@$(STEP) "prepare the default model" .venv/bin/headrace models prepare
 	@$(STEP) "real model" scripts/isolated $(PYTHON) -m benchmarks.real_model --out $(OUT)/real_model
+	@$(STEP) "cancellation" scripts/isolated $(PYTHON) -m benchmarks.cancellation --out $(OUT)/cancellation
 
 .PHONY: bench-policies
 bench-policies: setup ## Run the policy scenarios in the simulator and write their report
