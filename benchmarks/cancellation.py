@@ -4,10 +4,11 @@
 
 Through the whole stack (HAProxy, router, engine), on both engines, streamed and plain,
 for requests that run in the engine and for requests queued in the router (which sends an
-engine no more than it has slots for, so nothing waits there). The clock starts just before the client closes its socket. It
-stops when the place is free by the word of whoever gave it: the engine's log event of a
-generation that ended early, or the router's line of a request that never left it. vLLM
-takes the cancelled sequence out of its batch at its next step; that is not in the figure.
+engine no more than it has slots for, so nothing waits there). The clock starts just
+before the client closes its socket. It stops when the place is free by the word of
+whoever gave it: the engine's log event of a generation that ended early, or the router's
+line of a request that never left it. vLLM takes the cancelled sequence out of its batch
+at its next step; that is not in the figure.
 
 Both read the machine's one wall clock, and logs have milliseconds. Clients send headers
 and body apart, as httpx and the openai client do.
@@ -285,7 +286,7 @@ def _result(
     spans_s = sorted(end.at_s - one.closed_at_s for one, end in reported if end.place == place)
 
     def at(ratio: float) -> float:
-        return spans_s[min(len(spans_s) - 1, int(ratio * len(spans_s)))] if spans_s else math.nan
+        return spans_s[max(0, math.ceil(ratio * len(spans_s)) - 1)] if spans_s else math.nan
 
     return Result(
         engine=engine,

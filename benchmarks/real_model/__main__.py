@@ -33,11 +33,13 @@ def main() -> int:
         BARE: lambda: bare_vllm(folder),
     }
     chosen = [name for name in servers if options.only in (None, name)]
-    rounds: list[dict[str, Any]] = []
-    for number in range(options.rounds):
+    before = options.out / "real_model.json"
+    rounds: list[dict[str, Any]] = json.loads(before.read_text())["rounds"] if options.add else []
+    first = 1 + max((entry["round"] for entry in rounds), default=-1)
+    for number in range(first, first + options.rounds):
         order = chosen if number % 2 == 0 else chosen[::-1]
         for name in order:
-            print(f"round {number + 1} of {options.rounds}: {name}", flush=True)
+            print(f"round {number + 1} of {first + options.rounds}: {name}", flush=True)
             with servers[name]() as server:
                 rounds.append({"server": name, "round": number, **_one_round(server, options)})
     report = {
@@ -46,7 +48,7 @@ def main() -> int:
             "engine": engine_settings(),
             "output_tokens": options.output_tokens,
             "requests_per_client": options.requests_per_client,
-            "rounds": options.rounds,
+            "rounds": first + options.rounds,
         },
         "summary": {name: _medians(rounds, name) for name in chosen},
         "rounds": rounds,
@@ -65,8 +67,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("out/real_model"), metavar="FOLDER")
     parser.add_argument("--rounds", type=int, default=3, help="starts of each server")
     parser.add_argument("--concurrency", type=_numbers, default=[1, 8, 16], metavar="N,N,...")
-    parser.add_argument("--requests-per-client", type=int, default=3, metavar="N")
+    parser.add_argument("--requests-per-client", type=int, default=6, metavar="N")
     parser.add_argument("--output-tokens", type=int, default=64, metavar="N")
+    parser.add_argument("--add", action="store_true", help="to the rounds of an earlier run")
     parser.add_argument("--only", choices=(HEADRACE, BARE), help="one server instead of both")
     options = parser.parse_args()
     if options.rounds < 1 or options.requests_per_client < 1 or options.output_tokens < 2:
@@ -134,7 +137,7 @@ def _table(report: dict[str, Any]) -> str:
     figures = [
         ("tokens/s", "tokens_per_s", 1.0, ".1f"),
         ("first token p50, ms", "time_to_first_token_p50_s", 1000.0, ".0f"),
-        ("first token p95, ms", "time_to_first_token_p95_s", 1000.0, ".0f"),
+        ("first token p99, ms", "time_to_first_token_p99_s", 1000.0, ".0f"),
         ("per output token p50, ms", "time_per_output_token_p50_s", 1000.0, ".1f"),
     ]
     for index, level in enumerate(summary[names[0]]["levels"]):

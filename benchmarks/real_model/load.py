@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ class Level:
     output_tokens: int
     tokens_per_s: float
     time_to_first_token_p50_s: float
-    time_to_first_token_p95_s: float
+    time_to_first_token_p99_s: float
     time_per_output_token_p50_s: float
 
 
@@ -130,6 +131,6 @@ def _level(concurrency: int, answers: Sequence[Answer], wall_s: float) -> Level:
         output_tokens=tokens,
         tokens_per_s=tokens / wall_s,
         time_to_first_token_p50_s=statistics.median(first),
-        time_to_first_token_p95_s=first[min(len(first) - 1, int(0.95 * len(first)))],
+        time_to_first_token_p99_s=first[math.ceil(0.99 * len(first)) - 1],
         time_per_output_token_p50_s=statistics.median(intervals),
     )

@@ -8,8 +8,9 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.scenarios.report import page
 from benchmarks.scenarios.targets import verdicts
@@ -37,6 +38,8 @@ SEVERAL = (PRODUCT, THREE_ROUTERS, *DEFAULT[1:])
 PICTURES = {"overload": ("goodput", "ttft"), "tenant-burst": ("service",)}
 """Which plots of the first seed stand in the page."""
 
+Section = tuple[str, str, list[dict[str, Any]]]
+
 
 def main() -> int:
     """Run, write the page, and say which promises are broken. Returns 0."""
@@ -47,8 +50,14 @@ def main() -> int:
     parser.add_argument("--duration-s", type=float, help="shorter than the scenarios' own")
     parser.add_argument("--report", type=Path, default=REPORT, help="the page to write")
     parser.add_argument("--out", type=Path, metavar="DIR", help="figures and plots go here")
+    parser.add_argument(
+        "--again", type=Path, metavar="FILE", help="write the page anew from an --out's figures"
+    )
     args = parser.parse_args()
-    sections, means, pictures = [], {}, {}
+    if args.again is not None:
+        return _write(_earlier(args), args, {})
+    sections: list[Section] = []
+    pictures: dict[str, list[str]] = {}
     setup = default_setup()
     for name in args.scenario or SCENARIOS:
         contenders = args.policy or CONTENDERS_OF.get(name, SEVERAL)
@@ -68,27 +77,50 @@ def main() -> int:
             plots.draw(results, name, folder)
         pictures[name] = _pictures(results, name, args.report)
         sections.append((name, scenario.summary, [to_json(result) for result in results]))
-        means[name] = {result.contender: result.mean for result in results}
-    judged = verdicts(means)
+    if args.out is not None:
+        figures = {name: results for name, _, results in sections}
+        file = args.out / "policies.json"
+        file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return _write(sections, args, pictures)
+
+
+def _earlier(args: argparse.Namespace) -> list[Section]:
+    """Return the sections of a run whose figures were kept."""
+    kept = json.loads(args.again.read_text(encoding="utf-8"))
+    setup = default_setup()
+    return [(name, build_scenario(name, setup).summary, results) for name, results in kept.items()]
+
+
+def _write(
+    sections: Sequence[Section], args: argparse.Namespace, pictures: Mapping[str, list[str]]
+) -> int:
+    """Write the page and say which promises are kept. Returns 0."""
+    judged = verdicts(
+        {name: {each["policy"]: each for each in results} for name, _, results in sections}
+    )
+    if not pictures:
+        pictures = {name: _drawn(args.report, name) for name, _, _ in sections}
     text = page(
         sections,
         judged,
-        seeds=args.seeds,
+        seeds=max((len(each["per_seed"]) for _, _, results in sections for each in results)),
         knees=KNEES,
-        calibration=calibration(setup),
+        calibration=calibration(default_setup()),
         command="make bench-policies",
         pictures=pictures,
     )
     args.report.parent.mkdir(parents=True, exist_ok=True)
     args.report.write_text(text, encoding="utf-8")
-    if args.out is not None:
-        figures = {name: results for name, _, results in sections}
-        file = args.out / "policies.json"
-        file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     for each in judged:
         mark = {True: "kept  ", False: "BROKEN", None: "not run"}[each.kept]
         print(f"{mark} {each.scenario}: {each.promise} {each.limit}, measured {each.measured}")
     return 0
+
+
+def _drawn(report: Path, name: str) -> list[str]:
+    """Return the plots of a scenario that lie beside the page."""
+    names = [f"{report.stem}-{name}-{kind}.png" for kind in PICTURES.get(name, ())]
+    return [each for each in names if (report.parent / each).exists()]
 
 
 def _pictures(results: Sequence[Result], name: str, report: Path) -> list[str]:

@@ -102,27 +102,7 @@ def page(
     for name, summary, results in sections:
         lines += ["", f"## {name}", "", f"{summary}.", "", *_table(name, results)]
         lines += [line for each in pictures.get(name, ()) for line in ("", f"![{name}]({each})")]
-    lines += ["", "## Speed of the simulator", "", *_speeds(sections)]
     return "\n".join(lines) + "\n"
-
-
-def _speeds(sections: Sequence[tuple[str, str, Sequence[Mapping[str, Any]]]]) -> list[str]:
-    """Return how many requests, retries included, were simulated per second, full policies on."""
-    lines = [
-        "Clients' requests, retries included, of the full policies in one process; CPU seconds "
-        "leave out what other processes took of the machine.",
-        "",
-        "| scenario | policy | requests | per wall second | per CPU second |",
-        "|---|---|---|---|---|",
-    ]
-    for name, _, results in sections:
-        for result in results:
-            if not result["policy"].startswith("headrace"):
-                continue
-            columns = (("requests",), ("requests_per_wall_s",), ("requests_per_cpu_s",))
-            cells = [_cell(result, path, "{:.0f}") for path in columns]
-            lines.append(f"| {name} | {result['policy']} | " + " | ".join(cells) + " |")
-    return lines
 
 
 def _table(scenario: str, results: Sequence[Mapping[str, Any]]) -> list[str]:
