@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from serve_app import config_file
 from serve_app.config import SimSettings
+from serve_app.core.capacity import queue_threshold
 from serve_app.core.engine_model import EngineParams
 from serve_app.core.types import PoolName, PriorityClass
 from serve_app.engine.sim import engine_params
@@ -310,8 +311,11 @@ def _find_knee(args: argparse.Namespace, setup: Setup) -> int:
     if not args.scenario:
         raise ConfigError("--find-knee needs --scenario: a trace has one rate only")
     knee = _knee(args.scenario, setup)
+    concurrency = max(1, round(knee.in_flight / setup.pools[0].replicas))
     figures = {
         "knee_per_s": knee.rate_per_s,
+        "knee_concurrency": concurrency,
+        "queue_threshold": queue_threshold(concurrency),
         "goodput_per_s": knee.goodput_per_s,
         "points": [
             {"offered_per_s": point.offered_per_s, "goodput_per_s": point.goodput_per_s}
@@ -331,7 +335,11 @@ def _find_knee(args: argparse.Namespace, setup: Setup) -> int:
             f"TTFT p95 {point.ttft_p95_s or 0:.3f} s  TPOT p95 {point.tpot_p95_s or 0:.4f} s"
             f"{'' if point.holds else '  misses'}\n"
         )
-    sys.stdout.write(f"knee: {knee.rate_per_s:.1f}/s, {knee.goodput_per_s:.1f}/s good\n")
+    sys.stdout.write(
+        f"knee: {knee.rate_per_s:.1f}/s, {knee.goodput_per_s:.1f}/s good; "
+        f"{concurrency} in flight per replica (max_concurrency_per_replica); another replica "
+        f"when more than {queue_threshold(concurrency)} wait for each\n"
+    )
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from serve_app.core.capacity import in_flight, service_s
 from serve_app.core.types import Outcome
 from serve_app.sim.records import Run, percentile
 from serve_app.sim.setup import Setup
@@ -20,22 +21,30 @@ PRECISION_RATIO = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One rate tried: what was offered and what was good, requests/s, and the latencies."""
+    """One rate tried: what was offered and what was good, requests/s, and the latencies.
+
+    ``stay_s`` is how long a completed request stayed on average.
+    """
 
     offered_per_s: float
     goodput_per_s: float
     ttft_p95_s: float | None
     tpot_p95_s: float | None
     holds: bool
+    stay_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Knee:
-    """The highest rate that held and every rate tried, in order of rate."""
+    """The highest rate that held and every rate tried, in order of rate.
+
+    ``in_flight`` is how many requests the fleet holds there, by Little's law.
+    """
 
     rate_per_s: float
     goodput_per_s: float
     points: tuple[Point, ...]
+    in_flight: float = 0.0
 
 
 def find_knee(
@@ -78,7 +87,8 @@ def find_knee(
             high = middle
     points.sort(key=lambda point: point.offered_per_s)
     best = max((point for point in points if point.holds), key=lambda point: point.offered_per_s)
-    return Knee(low, best.goodput_per_s, tuple(points))
+    held = in_flight(best.offered_per_s, best.stay_s)
+    return Knee(low, best.goodput_per_s, tuple(points), held)
 
 
 def _point(run: Run, setup: Setup, rate_per_s: float) -> Point:
@@ -95,4 +105,10 @@ def _point(run: Run, setup: Setup, rate_per_s: float) -> Point:
         and len(done) >= COMPLETED_RATIO * len(measured)
     )
     window_s = setup.duration_s - setup.warmup_s
-    return Point(rate_per_s, good / window_s, ttft_s, tpot_s, holds)
+    stays_s = [
+        service_s(each.ttft_s, each.output_tokens - 1, each.tpot_s)
+        for each in done
+        if each.ttft_s is not None
+    ]
+    stay_s = sum(stays_s) / max(1, len(stays_s))
+    return Point(rate_per_s, good / window_s, ttft_s, tpot_s, holds, stay_s)

@@ -69,6 +69,7 @@ def test_pools_come_from_a_configuration(capsys: pytest.CaptureFixture[str]) -> 
     assert run(*trace_free, "--warmup-s", "1", "--replicas", "1", "--json") == 0
     document = json.loads(capsys.readouterr().out)
     assert document["knee_per_s"] > 1
+    assert document["knee_concurrency"] > document["queue_threshold"] > 1
     (pool,) = document["calibration"].values()
     assert pool["replicas"] == 1
 
