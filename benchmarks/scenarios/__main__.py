@@ -77,10 +77,10 @@ def main() -> int:
             plots.draw(results, name, folder)
         pictures[name] = _pictures(results, name, args.report)
         sections.append((name, scenario.summary, [to_json(result) for result in results]))
-    if args.out is not None:
-        figures = {name: results for name, _, results in sections}
-        file = args.out / "policies.json"
-        file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        if args.out is not None:
+            figures = {name: results for name, _, results in sections}
+            file = args.out / "policies.json"
+            file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return _write(sections, args, pictures)
 
 
