@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from serve_app.config_access import Aliases, KeyPolicy, TenantPolicy
 from serve_app.config_base import Name, Strict
@@ -138,6 +138,30 @@ class LimitSettings(Strict):
     max_stream_s: float = Field(600, gt=0, description="A response may last this long.")
 
 
+Port = Annotated[int, Field(ge=1024, le=65_535)]
+
+
+class ChannelSettings(Strict):
+    """How tokens travel from the engines to a router."""
+
+    transport: Literal["channel", "handle"] = Field(
+        "channel", description="`handle`: through Serve's streamed calls, slower; for comparison."
+    )
+    ports: tuple[Port, Port] = Field(
+        (21_000, 21_999), description="A router binds the first free port of this range."
+    )
+    stream_buffer_bytes: int = Field(
+        1024 * 1024, ge=4096, description="What may wait for one client before it is cut off."
+    )
+
+    @field_validator("ports")
+    @classmethod
+    def _a_range(cls, ports: tuple[int, int]) -> tuple[int, int]:
+        if ports[0] > ports[1]:
+            raise ValueError("must be a first and a last port, in this order")
+        return ports
+
+
 class GatewayArgs(Strict):
     """Arguments of ``serve_app.app:gateway``: the routers, the only HTTP ingress."""
 
@@ -148,6 +172,7 @@ class GatewayArgs(Strict):
     limits: LimitSettings = LimitSettings()
     metrics_public: bool = Field(True, description="/metrics answers without a key.")
     control: ControlLinkSettings = ControlLinkSettings()
+    channel: ChannelSettings = ChannelSettings()
 
 
 TenantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}$")]

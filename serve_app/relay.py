@@ -14,13 +14,22 @@ from dataclasses import dataclass, replace
 from starlette.types import Send
 
 from serve_app.core.types import Dispatch, PriorityClass, Usage
-from serve_app.engine.api import STREAM_END, EngineDead, Final, Frame, GenerateCall, Refusal
+from serve_app.engine.api import (
+    STREAM_END,
+    EngineDead,
+    Final,
+    Frame,
+    GenerateCall,
+    ReaderTooSlow,
+    Refusal,
+)
 from serve_app.engine.transport import Transport
 from serve_app.errors import (
     ApiError,
     ContextLengthExceeded,
     EngineFailed,
     InvalidRequest,
+    RequestTimeout,
     Unavailable,
 )
 from serve_app.gate import Lease
@@ -108,6 +117,12 @@ class Relay:
                         should_retry=True,
                     ) from error
                 lease.move()
+            except ReaderTooSlow as error:
+                raise RequestTimeout(
+                    "The response was cut off: it was read more slowly than it was generated.",
+                    code="client_too_slow",
+                    should_retry=False,
+                ) from error
 
     async def _attempt(self, lease: Lease, transport: Transport, call: GenerateCall) -> None:
         closing: Frame | None = None

@@ -13,20 +13,22 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import ray
 from ray import serve
 from starlette.applications import Starlette
 from starlette.routing import Route
 
 from serve_app import ray_env
 from serve_app.completions import Completions
-from serve_app.config import GatewayArgs, RouterConfig
+from serve_app.config import ChannelSettings, GatewayArgs, RouterConfig
 from serve_app.control_link import HandleControlLink
 from serve_app.core.controller import Controller
 from serve_app.core.routing import RoutingSettings, routing_by_policy, uses_prefixes
 from serve_app.core.types import PoolName
 from serve_app.engine.api import Endpoint
+from serve_app.engine.channel_receiver import ChannelReceiver
 from serve_app.engine.replica_directory import DIRECTORY
-from serve_app.engine.transport import HandleTransport, Transport
+from serve_app.engine.transport import ChannelTransport, HandleTransport, Transport
 from serve_app.fleet import Fleet
 from serve_app.gate import Gate
 from serve_app.gateway.admin import KeyAdministration
@@ -62,7 +64,8 @@ class Router:
             random.Random(),  # noqa: S311 - a coin toss
         )
         self._gate = Gate(Controller(self._routing), time.monotonic, self._observer.notice)
-        self._fleet = Fleet(self._name, self._gate, _connect, DIRECTORY)
+        self._receiver = _receiver(self._args.channel)
+        self._fleet = Fleet(self._name, self._gate, self._connect, DIRECTORY)
         self._control = HandleControlLink(self._args.control.app)
         self._counter = TokenCounter()
         self._tickets = Tickets(
@@ -146,8 +149,19 @@ class Router:
     async def __del__(self) -> None:
         await self._uplink.stop()
         await self._fleet.stop()
+        if self._receiver is not None:
+            self._receiver.close()
         self._gate.close()
         self._counter.close()
+
+    def _connect(self, pool: PoolName) -> Transport:
+        """Return a transport to a pool's engines, which need not be deployed yet."""
+        handle = serve.get_deployment_handle("Engine", app_name=f"pool-{pool}", _check_exists=False)
+        # Serve builds a handle's request router lazily; the fleet needs the replica set now.
+        handle._init()
+        if self._receiver is None:
+            return HandleTransport(handle)
+        return ChannelTransport(handle, self._receiver)
 
     def _readiness(self) -> Readiness:
         keys = self._completions.keys
@@ -175,9 +189,10 @@ class Router:
             self._completions.keys = KeyTable(tables.keys, tables.keys_version)
 
 
-def _connect(pool: PoolName) -> Transport:
-    """Return a transport to a pool's engines, which need not be deployed yet."""
-    handle = serve.get_deployment_handle("Engine", app_name=f"pool-{pool}", _check_exists=False)
-    # Serve builds a handle's request router lazily; the fleet needs the replica set now.
-    handle._init()
-    return HandleTransport(handle)
+def _receiver(settings: ChannelSettings) -> ChannelReceiver | None:
+    """Return this router's end of the token channel, None if tokens come by the handle."""
+    if settings.transport == "handle":
+        return None
+    first, last = settings.ports
+    host = ray.util.get_node_ip_address()
+    return ChannelReceiver(host, range(first, last + 1), settings.stream_buffer_bytes)

@@ -14,6 +14,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from serve_app.core.types import Outcome, PriorityClass, ReplicaId, ReplicaView, RequestId, Usage
+from serve_app.engine.channel import ReplyTo
 
 STREAM_END = b"data: [DONE]\n\n"
 
@@ -36,6 +37,7 @@ class GenerateCall:
     ``target`` names the replica the core chose; ``fallbacks`` the next ones, in order.
     ``resume_token_ids`` are tokens already delivered by another replica, to continue
     from; an engine that cannot do so answers with a Refusal.
+    ``reply`` is where frames go that do not come back through the call itself.
     """
 
     request_id: RequestId
@@ -49,6 +51,7 @@ class GenerateCall:
     fallbacks: tuple[ReplicaId, ...] = ()
     max_tokens: int | None = None
     resume_token_ids: tuple[int, ...] = ()
+    reply: ReplyTo | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,10 @@ GenerateItem = Frame | Final | Refusal
 
 class EngineDead(RuntimeError):
     """The engine can no longer generate; its replica must be replaced."""
+
+
+class ReaderTooSlow(RuntimeError):
+    """A client reads slower than its stream is generated, and its buffer is full."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,11 +25,14 @@ from serve_app.core.types import Outcome, PoolName, ReplicaId, ReplicaView
 from serve_app.engine.api import (
     Engine,
     EngineInfo,
+    Final,
     GenerateCall,
     GenerateItem,
     Metered,
+    Refusal,
     WatchCall,
 )
+from serve_app.engine.channel_sender import ChannelSender
 from serve_app.telemetry.exposition import Family, render_families
 from serve_app.telemetry.logs import configure, process_stderr
 from serve_app.telemetry.metrics import EngineMetrics
@@ -66,6 +69,7 @@ class EngineReplica:
         # The default registry, since vLLM registers its own metrics there.
         self._metrics = EngineMetrics(REGISTRY)
         self._metrics.build_info.labels(__version__, ray.__version__, "engine").set(1)
+        self._sender = ChannelSender()
         self._engine = build_engine(self._args, self._replica)
         self._engine.on_metered(self._record)
         self._metrics.engine_started(await self._start_engine())
@@ -86,6 +90,11 @@ class EngineReplica:
             async for item in items:
                 yield item
 
+    async def deliver(self, call: GenerateCall) -> Final | Refusal:
+        """Run one request; its frames go by the token channel to ``call.reply``."""
+        assert call.reply is not None
+        return await self._sender.deliver(self._engine.generate(call), call.reply)
+
     async def watch(self, call: WatchCall) -> AsyncGenerator[ReplicaView, None]:
         """Yield this replica's load every snapshot period until the router goes away.
 
@@ -104,6 +113,7 @@ class EngineReplica:
 
     async def __del__(self) -> None:
         await self._engine.stop()
+        self._sender.close()
         await self._uplink.stop()
 
     async def _start_engine(self) -> EngineInfo:

@@ -1,7 +1,8 @@
 """How a router reaches an engine replica: one stream of items per call.
 
-This transport streams through the Serve handle. Everything above it sees only
-``Transport``, so the multiplexed token channel can take its place.
+Everything above sees only ``Transport``. ``ChannelTransport`` makes a plain Serve call per
+request and takes its frames from the token channel; ``HandleTransport`` streams them
+through the Serve handle, which costs several times as much per token.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Protocol
 
 from serve_app.core.types import ReplicaView
@@ -21,6 +23,10 @@ from serve_app.engine.api import (
     Refusal,
     WatchCall,
 )
+from serve_app.engine.channel_receiver import ChannelReceiver, Inflow
+
+# How long frames may take that were sent before their call's result.
+LATE_FRAMES_S = 5.0
 
 
 class Transport(Protocol):
@@ -73,12 +79,68 @@ class HandleTransport:
         raise EngineDead("the replica stopped reporting its load")
 
 
+class ChannelTransport:
+    """Frames by the token channel, everything else by the handle."""
+
+    def __init__(self, handle: Any, receiver: ChannelReceiver) -> None:
+        """``handle`` is a DeploymentHandle; its option variants are built once, here."""
+        self._deliver = handle.options(method_name="deliver")
+        self._receiver = receiver
+        self._by_handle = HandleTransport(handle)
+
+    async def generate(self, call: GenerateCall) -> AsyncGenerator[GenerateItem, None]:
+        """See Transport.
+
+        Raises:
+            ReaderTooSlow: the reader left too much unread; the call was cancelled.
+        """
+        inflow = self._receiver.open()
+        response = self._deliver.remote(replace(call, reply=inflow.reply))
+        inflow.on_overflow = response.cancel
+        ending = asyncio.create_task(_end(inflow, response))
+        try:
+            while True:
+                item = await inflow.take()
+                yield item
+                if not isinstance(item, Frame):
+                    return
+        finally:
+            self._receiver.forget(inflow)
+            # Cancelling the task that waits for a response cancels its call.
+            if not ending.done():
+                response.cancel()
+                ending.cancel()
+
+    def watch(self, call: WatchCall) -> AsyncGenerator[ReplicaView, None]:
+        """See Transport."""
+        return self._by_handle.watch(call)
+
+
+async def _end(inflow: Inflow, response: Any) -> None:
+    """Tell a stream how its call ended, and how many frames it should have."""
+    try:
+        inflow.end(await response)
+        if inflow.lacks:
+            await asyncio.sleep(LATE_FRAMES_S)
+            inflow.fail_if_lacking()
+    except asyncio.CancelledError:
+        inflow.fail(EngineDead("the call was cancelled"))
+        raise
+    except Exception as error:  # noqa: BLE001  # Ray's errors have no common base
+        inflow.fail(_dead(error))
+
+
+def _dead(error: Exception) -> EngineDead:
+    """Return what any failure of a call means to its caller: this replica did not answer."""
+    if isinstance(error, EngineDead):
+        return error
+    return EngineDead(f"{type(error).__name__}: {str(error).splitlines()[0]:.200}")
+
+
 async def _relay(response: Any) -> AsyncGenerator[Any, None]:
     """Yield a handle's stream; cancel the call however the reader leaves.
 
-    Serve cancels nothing when a response generator is merely dropped. Whatever Ray
-    raises for a dead actor, a broken connection or a failed method means the same to
-    the caller: this replica did not answer.
+    Serve cancels nothing when a response generator is merely dropped.
     """
     finished = False
     try:
@@ -87,12 +149,9 @@ async def _relay(response: Any) -> AsyncGenerator[Any, None]:
         finished = True
     except (asyncio.CancelledError, GeneratorExit):
         raise
-    except EngineDead:
-        finished = True
-        raise
     except Exception as error:  # Ray's errors have no common base
         finished = True
-        raise EngineDead(f"{type(error).__name__}: {str(error).splitlines()[0]:.200}") from error
+        raise _dead(error) from error
     finally:
         if not finished:
             response.cancel()
