@@ -65,6 +65,11 @@ bench: setup ## Compare the local stack with bare `vllm serve`; time departures 
 	@$(STEP) "real model" scripts/isolated $(PYTHON) -m benchmarks.real_model --out $(OUT)/real_model
 	@$(STEP) "cancellation" scripts/isolated $(PYTHON) -m benchmarks.cancellation --out $(OUT)/cancellation
 
+.PHONY: bench-overhead
+bench-overhead: setup ## Measure the gateway's cost beside its peers (PEERS=1 installs them, ARGS='--only ours --quick')
+	@$(if $(PEERS),$(STEP) "install the peers" $(PYTHON) -m benchmarks.overhead.peers)
+	@$(STEP) "overhead" scripts/isolated $(PYTHON) -m benchmarks.overhead --json $(OUT)/overhead.json $(ARGS)
+
 .PHONY: bench-policies
 bench-policies: setup ## Run the policy scenarios in the simulator and write their report
 	@$(STEP) "policy scenarios" $(PYTHON) -m benchmarks.scenarios --out $(OUT)/scenarios

@@ -1,0 +1,202 @@
+"""The load: closed and open loops of checked requests, and the figures they give."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import time
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from benchmarks.overhead.client import DONE, EVENT, BadAnswer, Connection, Exchange
+
+REQUEST_TIMEOUT_S = 120.0
+ERRORS_SHOWN = 3
+_NUMBER = b"00000000"
+_CONTENT = b'"content":"'
+_EMPTY = b'"content":""'
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One measurement. Closed loop with ``concurrency`` clients, or open with a rate.
+
+    ``model`` chooses the engine: ``sim`` takes no time, ``paced`` 20 ms per step.
+    """
+
+    name: str
+    model: str
+    stream: bool
+    output_tokens: int
+    concurrency: int
+    rate_per_s: float | None = None
+
+
+@dataclass(slots=True)
+class Tally:
+    """What one run of a workload saw. Times in seconds."""
+
+    latencies_s: array[float] = field(default_factory=lambda: array("d"))
+    first_s: array[float] = field(default_factory=lambda: array("d"))
+    gaps_s: array[float] = field(default_factory=lambda: array("d"))
+    chunks: int = 0
+    events: int = 0
+    reads: int = 0
+    failures: int = 0
+    errors: list[str] = field(default_factory=list)
+    wall_s: float = 0.0
+
+
+class Generator:
+    """Sends one workload's requests to one server."""
+
+    def __init__(self, url: str, key: str, workload: Workload) -> None:
+        where = urlsplit(url)
+        self._host, self._port = where.hostname or "127.0.0.1", where.port or 80
+        self._workload = workload
+        self._before, self._after = _request(where.netloc, key, workload)
+        self._free: list[Connection] = []
+        self._sent = 0
+        self.tally = Tally()
+
+    async def run(self, duration_s: float) -> Tally:
+        """Send for ``duration_s``, wait for the last answers, and return what was seen."""
+        gc.collect()
+        gc.disable()
+        began_s = time.perf_counter()
+        try:
+            if self._workload.rate_per_s is None:
+                await self._closed(began_s + duration_s)
+            else:
+                await self._open(self._workload.rate_per_s, began_s, duration_s)
+        finally:
+            gc.enable()
+            for connection in self._free:
+                connection.close()
+        self.tally.wall_s = time.perf_counter() - began_s
+        return self.tally
+
+    async def _closed(self, until_s: float) -> None:
+        async def client() -> None:
+            while time.perf_counter() < until_s:
+                await self._one(time.perf_counter())
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(self._workload.concurrency):
+                group.create_task(client())
+
+    async def _open(self, rate_per_s: float, began_s: float, duration_s: float) -> None:
+        """Send at even times whatever the answers do; latency counts from the due time."""
+        async with asyncio.TaskGroup() as group:
+            for number in range(int(rate_per_s * duration_s)):
+                due_s = began_s + number / rate_per_s
+                await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
+                group.create_task(self._one(due_s))
+
+    async def _one(self, due_s: float) -> None:
+        self._sent += 1
+        request = b"%b%08d%b" % (self._before, self._sent, self._after)
+        connection: Connection | None = None
+        try:
+            connection = self._free.pop() if self._free else await self._connect()
+            answer = await connection.exchange(request, REQUEST_TIMEOUT_S)
+            self._count(answer, due_s)
+        except (BadAnswer, OSError) as error:
+            self.tally.failures += 1
+            if len(self.tally.errors) < ERRORS_SHOWN:
+                self.tally.errors.append(f"{type(error).__name__}: {error}"[:500])
+            if connection is not None:
+                connection.close()
+            await asyncio.sleep(0.01)
+        else:
+            if connection.usable:
+                self._free.append(connection)
+
+    async def _connect(self) -> Connection:
+        return await Connection.open(self._host, self._port)
+
+    def _count(self, answer: Exchange, due_s: float) -> None:
+        status, body = answer.body()
+        if status != 200:
+            raise BadAnswer(f"status {status}: {body[:300].decode(errors='replace')}")
+        tally, ended_s = self.tally, answer.times_s[-1]
+        if not self._workload.stream:
+            check_whole(body, self._workload.output_tokens)
+            tally.latencies_s.append(ended_s - due_s)
+            return
+        chunks = check_stream(body, self._workload.output_tokens)
+        arrivals_s, _ = answer.arrivals()
+        tally.latencies_s.append(ended_s - due_s)
+        tally.first_s.append(arrivals_s[0] - due_s)
+        last_s = arrivals_s[0]
+        for at_s in arrivals_s[1:]:
+            tally.gaps_s.append(at_s - last_s)
+            last_s = at_s
+        tally.chunks += chunks
+        tally.events += body.count(EVENT)
+        tally.reads += len(arrivals_s)
+
+
+def check_stream(body: bytes, output_tokens: int) -> int:
+    """Return how many chunks with content a complete stream has.
+
+    Raises:
+        BadAnswer: it has an error, no or more than one finish reason, no [DONE] at its end,
+            or not one event for each token.
+    """
+    if not body.endswith(DONE) or body.count(DONE) != 1:
+        raise BadAnswer(f"the stream does not end with one [DONE]: {body[-200:]!r}")
+    compact = body.replace(b'": ', b'":')
+    chunks = compact.count(_CONTENT) - compact.count(_EMPTY)
+    if chunks != output_tokens:
+        raise BadAnswer(f"{chunks} chunks with content came, not {output_tokens}")
+    if compact.count(b'"finish_reason":"') != 1:
+        raise BadAnswer(f"not one finish reason: {body[-400:]!r}")
+    return chunks
+
+
+def check_whole(body: bytes, output_tokens: int) -> None:
+    """Check that a plain answer is complete.
+
+    Raises:
+        BadAnswer: it is not the JSON of an answer of ``output_tokens``.
+    """
+    try:
+        answer = json.loads(body)
+        counted = answer["usage"]["completion_tokens"]
+        words = answer["choices"][0]["message"]["content"].split()
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise BadAnswer(f"not an answer: {body[:200]!r}") from error
+    if counted != output_tokens or len(words) != output_tokens:
+        raise BadAnswer(f"{counted} tokens, {len(words)} words came, not {output_tokens}")
+
+
+def percentile(values: Sequence[float], ratio: float) -> float | None:
+    """Return the value at ``ratio`` of the sorted values, None without any."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(ratio * len(ordered)))]
+
+
+def _request(host: str, key: str, workload: Workload) -> tuple[bytes, bytes]:
+    """Return what stands before and after a request's number; no two requests are equal."""
+    content = "Tell me about the sea and the ships on it, number 00000000."
+    body = json.dumps(
+        {
+            "model": workload.model,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": workload.output_tokens,
+            "stream": workload.stream,
+        }
+    ).encode()
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}\r\nauthorization: Bearer {key}\r\n"
+        f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
+    before, number, after = (head.encode() + body).partition(_NUMBER)
+    assert number
+    return before, after
