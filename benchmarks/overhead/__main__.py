@@ -17,7 +17,7 @@ from typing import Any
 import uvloop
 
 from benchmarks.overhead import peers, profiling
-from benchmarks.overhead.contenders import CONTENDERS, OURS, OURS_OFF, Contender
+from benchmarks.overhead.contenders import CONTENDERS, OURS, Contender
 from benchmarks.overhead.figures import Figures, figures
 from benchmarks.overhead.load import Generator, Tally, Workload
 from benchmarks.overhead.report import (
@@ -57,12 +57,14 @@ SHORT = {"plain1": PLAIN_1, "plain32": PLAIN_32, "streams": STREAMS_32, "paced":
 def main() -> int:
     """Run, print and write. Returns 1 if any answer was not complete."""
     options = _options()
-    results: dict[str, dict[str, Figures]] = {}
+    results = _earlier(options)
     for name in _chosen(options):
-        print(f"{name}: starting", flush=True)
+        started_s = time.perf_counter()
+        print(f"{name}: starting", end="", flush=True)
         with CONTENDERS[name]() as contender:
+            print(f", took {time.perf_counter() - started_s:.1f} s", flush=True)
             results[name] = _measure(contender, options)
-            if options.profile and name in (OURS, OURS_OFF):
+            if options.profile and name.startswith(OURS):
                 _profile(contender, options)
     print(f"\n{table(results)}\n{targets(results)}")
     if options.json is not None:
@@ -84,12 +86,26 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--workloads", metavar="NAMES", help=f"some of {','.join(SHORT)}")
     parser.add_argument("--profile", action="store_true", help="py-spy on router and engine")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the same figures there")
+    parser.add_argument("--add", action="store_true", help="keep what FILE holds of others")
     options = parser.parse_args()
+    if options.add and options.json is None:
+        parser.error("--add: say to which --json FILE")
     options.workloads = (options.workloads or ",".join(SHORT)).split(",")
     for short in options.workloads:
         if short not in SHORT:
             parser.error(f"--workloads: {short!r} is none of {', '.join(SHORT)}")
     return options
+
+
+def _earlier(options: argparse.Namespace) -> dict[str, dict[str, Figures]]:
+    """Return what the file holds that this run adds to."""
+    if not options.add or not options.json.exists():
+        return {}
+    results = json.loads(options.json.read_text())["results"]
+    return {
+        name: {workload: Figures(**run) for workload, run in runs.items()}
+        for name, runs in results.items()
+    }
 
 
 def _chosen(options: argparse.Namespace) -> list[str]:

@@ -45,8 +45,10 @@ _NEVER_REACHED = {
 }
 
 
-def stack(*, governance: bool, replicas: int = 1) -> dict[str, Any]:
-    """Return the configuration: ``replicas`` routers, one engine of each kind.
+def stack(
+    *, governance: bool = True, transport: str = "channel", routers: int = 1
+) -> dict[str, Any]:
+    """Return the configuration: one engine of each kind; ``transport`` as in ChannelSettings.
 
     With ``governance``: keys, limits on key, tenant and model name, classes, fair queue,
     early rejection, brownout, metering, metrics. Without: first come, first served, nothing
@@ -75,7 +77,10 @@ def stack(*, governance: bool, replicas: int = 1) -> dict[str, Any]:
                 "name": "gateway",
                 "route_prefix": "/",
                 "import_path": "serve_app.app:gateway",
-                "args": {"replicas": {"num_replicas": replicas, "num_cpus": 0.1}},
+                "args": {
+                    "replicas": {"num_replicas": routers, "num_cpus": 0.1},
+                    "channel": {"transport": transport},
+                },
                 "deployments": [{"name": "Router", "user_config": user_config}],
             },
         ],

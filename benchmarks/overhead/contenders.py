@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -26,6 +27,7 @@ STOP_TIMEOUT_S = 15.0
 LITELLM_KEY = "sk-3f9c1e7a5b2d4860-bench-overhead"
 
 OURS, OURS_OFF, BARE = "headrace", "headrace, governance off", "bare server"
+OURS_HANDLE, OURS_TWO = "headrace, handle transport", "headrace, 2 routers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +40,8 @@ class Contender:
 
 
 @contextmanager
-def headrace(*, governance: bool = True, routers: int = 1) -> Iterator[Contender]:
+def headrace(document: dict[str, Any]) -> Iterator[Contender]:
     """The whole chain: HAProxy, router, engine, as `headrace up` starts it."""
-    document = config.stack(governance=governance, replicas=routers)
     with running_stack(document, ready_timeout_s=READY_TIMEOUT_S) as stack:
 
         def roles() -> Roles:
@@ -108,9 +109,11 @@ def vllm_router() -> Iterator[Contender]:
 
 CONTENDERS: Mapping[str, Callable[[], AbstractContextManager[Contender]]] = {
     BARE: bare,
+    OURS: lambda: headrace(config.stack()),
+    OURS_OFF: lambda: headrace(config.stack(governance=False)),
+    OURS_HANDLE: lambda: headrace(config.stack(transport="handle")),
+    OURS_TWO: lambda: headrace(config.stack(routers=2)),
     VLLM_ROUTER: vllm_router,
-    OURS_OFF: lambda: headrace(governance=False),
-    OURS: headrace,
     LITELLM: litellm,
 }
 """By name, in the order they run and stand in the table."""

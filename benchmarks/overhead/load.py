@@ -81,8 +81,10 @@ class Generator:
 
     async def _closed(self, until_s: float) -> None:
         async def client() -> None:
-            while time.perf_counter() < until_s:
+            while True:
                 await self._one(time.perf_counter())
+                if time.perf_counter() >= until_s:
+                    return
 
         async with asyncio.TaskGroup() as group:
             for _ in range(self._workload.concurrency):

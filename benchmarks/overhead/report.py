@@ -32,20 +32,22 @@ def table(results: Results) -> str:
     """Return every figure as one Markdown table, a column for each contender."""
     names = list(results)
     lines = ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
-    for workload in next(iter(results.values())):
+    for workload in dict.fromkeys(name for runs in results.values() for name in runs):
         lines.append(f"| **{workload}** |" + " |" * len(names))
-        runs = [results[name][workload] for name in names]
+        runs = [results[name].get(workload) for name in names]
         for label, field, factor, form in _ROWS:
-            values = [getattr(run, field) for run in runs]
+            values = [None if run is None else getattr(run, field) for run in runs]
             if all(value is None for value in values):
                 continue
             cells = ["-" if value is None else f"{value * factor:{form}}" for value in values]
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
         lines.append("| CPU, cores | " + " | ".join(map(_cores, runs)) + " |")
-        elsewhere = [f"{run.elsewhere_cores:.2f}" for run in runs]
+        elsewhere = [f"{run.elsewhere_cores:.2f}" if run else "-" for run in runs]
         lines.append("| busy elsewhere, cores | " + " | ".join(elsewhere) + " |")
-        if any(run.failures for run in runs):
-            failed = [f"{run.failures} of {run.failures + run.requests}" for run in runs]
+        if any(run and run.failures for run in runs):
+            failed = [
+                f"{run.failures} of {run.failures + run.requests}" if run else "-" for run in runs
+            ]
             lines.append("| **failed** | " + " | ".join(failed) + " |")
     return "\n".join(lines) + "\n"
 
@@ -96,7 +98,9 @@ def _targets(
     ]
 
 
-def _cores(run: Figures) -> str:
+def _cores(run: Figures | None) -> str:
+    if run is None:
+        return "-"
     parts = [
         f"{role} {cores:.2f}" for role, cores in run.cpu_by_role_cores.items() if cores >= 0.005
     ]

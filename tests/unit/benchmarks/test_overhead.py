@@ -1,0 +1,176 @@
+"""The load generator tells complete answers from broken ones, and counts what came."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import yaml
+
+from benchmarks.overhead.client import BadAnswer, Connection, Exchange
+from benchmarks.overhead.config import stack
+from benchmarks.overhead.load import Generator, Workload, check_stream, check_whole, percentile
+from serve_app import config_file
+
+HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+LAST = b"0\r\n\r\n"
+TOKENS = 3
+
+
+def event(content: str, finish: str = "null") -> bytes:
+    return (
+        f'data: {{"choices":[{{"delta":{{"content":"{content}"}},"finish_reason":{finish}}}]}}\n\n'
+    ).encode()
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+EVENTS = [
+    event(""),
+    *(event(f" w{number}") for number in range(TOKENS)),
+    event("", '"length"'),
+    b"data: [DONE]\n\n",
+]
+
+
+@asynccontextmanager
+async def server(writes: Sequence[bytes]) -> AsyncIterator[str]:
+    """Answer every request with these writes, each read by the client before the next."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = int(head.split(b"content-length: ")[1].split(b"\r\n")[0])
+                await reader.readexactly(length)
+                for data in writes:
+                    writer.write(data)
+                    await writer.drain()
+                if not b"".join(writes).endswith(LAST):
+                    break
+        writer.close()
+
+    listener = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with listener:
+        yield f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+
+
+def load(concurrency: int = 2, rate_per_s: float | None = None) -> Workload:
+    return Workload("test", "sim", True, TOKENS, concurrency, rate_per_s)
+
+
+async def test_complete_streams_are_counted_to_the_event() -> None:
+    async with server([HEAD, *map(chunk, EVENTS), LAST]) as url:
+        tally = await Generator(url, "key", load()).run(0.05)
+    assert tally.errors == []
+    assert tally.failures == 0
+    streams = len(tally.latencies_s)
+    assert streams > 0
+    assert len(tally.first_s) == streams
+    assert tally.chunks == TOKENS * streams
+    assert tally.events == len(EVENTS) * streams
+    assert len(tally.gaps_s) == tally.reads - streams
+
+
+async def test_an_open_loop_sends_at_its_rate_and_counts_from_when_a_request_was_due() -> None:
+    async with server([HEAD, *map(chunk, EVENTS), LAST]) as url:
+        tally = await Generator(url, "key", load(rate_per_s=100)).run(0.1)
+    assert len(tally.latencies_s) == 10
+    assert all(
+        first <= whole for first, whole in zip(tally.first_s, tally.latencies_s, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("writes", "complaint"),
+    [
+        ([HEAD, *map(chunk, EVENTS[:-1]), LAST], "does not end with one"),
+        ([HEAD, *map(chunk, EVENTS[:1] + EVENTS[2:]), LAST], "2 chunks"),
+        ([HEAD, *map(chunk, EVENTS[:2] + EVENTS[1:]), LAST], "4 chunks"),
+        ([HEAD, *map(chunk, EVENTS[:-2] + EVENTS[-1:]), LAST], "finish reason"),
+        ([HEAD, *map(chunk, EVENTS)], "the connection ended"),
+        ([HEAD, b"5\r\nabc\r\n", LAST], "does not end where it says"),
+        ([HEAD.replace(b"200 OK", b"429 No"), chunk(b'{"error":1}'), LAST], "status 429"),
+    ],
+)
+async def test_a_stream_that_is_not_whole_is_a_failure(
+    writes: Sequence[bytes], complaint: str
+) -> None:
+    async with server(writes) as url:
+        tally = await Generator(url, "key", load(concurrency=1)).run(0.03)
+    assert len(tally.latencies_s) == 0
+    assert tally.failures > 0
+    assert complaint in tally.errors[0]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
+def test_an_answer_is_complete_however_its_bytes_are_cut(size: int) -> None:
+    data = HEAD + b"".join(map(chunk, EVENTS)) + LAST
+    reads = [data[at : at + size] for at in range(0, len(data), size)]
+    exchange = _received(reads)
+    assert exchange.reads == reads
+    assert exchange.body() == (200, b"".join(EVENTS))
+    assert check_stream(exchange.body()[1], TOKENS) == TOKENS
+
+
+def test_a_body_of_declared_length_ends_with_its_last_byte() -> None:
+    body = b'{"choices":[{"message":{"content":"a b c"}}],"usage":{"completion_tokens":3}}'
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body)
+    exchange = _received([head[:20], head[20:] + body[:5], body[5:]])
+    assert exchange.body() == (200, body)
+    check_whole(body, 3)
+    with pytest.raises(BadAnswer, match="3 tokens"):
+        check_whole(body, 4)
+
+
+def test_events_that_share_a_read_are_one_arrival() -> None:
+    exchange = Exchange([HEAD, EVENTS[0] + EVENTS[1], EVENTS[2]], [0.0, 1.0, 2.0])
+    assert exchange.arrivals() == ([1.0, 2.0], 3)
+
+
+def test_a_percentile_of_nothing_is_nothing() -> None:
+    assert percentile([], 0.5) is None
+    assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert percentile([3.0, 1.0, 2.0], 0.99) == 3.0
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        stack(),
+        stack(governance=False),
+        stack(transport="handle"),
+        stack(routers=2),
+    ],
+)
+def test_every_configuration_that_is_measured_is_valid(document: Any, tmp_path: Any) -> None:
+    file = tmp_path / "stack.yaml"
+    file.write_text(yaml.safe_dump(document))
+    config_file.load(file)
+
+
+def _received(reads: Sequence[bytes]) -> Exchange:
+    """Return the exchange of a connection that reads this."""
+
+    async def run() -> Exchange:
+        connection = Connection()
+        connection.connection_made(_Sink())
+        answer = asyncio.create_task(connection.exchange(b"", 1.0))
+        await asyncio.sleep(0)
+        for data in reads:
+            assert not answer.done()
+            connection.data_received(data)
+        return await answer
+
+    return asyncio.run(run())
+
+
+class _Sink(asyncio.Transport):
+    def write(self, data: Any) -> None:
+        """Send nowhere."""
