@@ -99,7 +99,8 @@ def vllm_router() -> Iterator[Contender]:
         command = [
             *(str(program(VLLM_ROUTER)), "--worker-urls", upstream, "--policy", "round_robin"),
             *("--host", "127.0.0.1", "--port", str(port)),
-            *("--prometheus-port", str(free_port()), "--log-level", "warn"),
+            *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())),
+            *("--log-level", "warning"),
         ]
         url = f"http://127.0.0.1:{port}"
         with _server(command, f"{url}/health", {}) as process:
@@ -167,8 +168,11 @@ def _server(
             _wait(ready_url, process, log)
             yield process
         finally:
-            descendants = process.children(recursive=True)
-            process.terminate()
+            try:
+                descendants = process.children(recursive=True)
+                process.terminate()
+            except psutil.NoSuchProcess:
+                descendants = []
             _, alive = psutil.wait_procs([process, *descendants], timeout=STOP_TIMEOUT_S)
             for each in alive:
                 each.kill()
