@@ -161,7 +161,7 @@ def _figures(
         measured = [
             each
             for each in run.questions
-            if each.arrival.kind == scenario.victims and each.arrival.arrival_s >= setup.warmup_s
+            if each.arrival.kind == scenario.victims and setup.measures(each.arrival.arrival_s)
         ]
         good = sum(is_good(each, setup.slo) for each in measured)
         figures["victims_good_ratio"] = good / max(1, len(measured))
@@ -197,6 +197,8 @@ def _per_second(questions: Sequence[Question], setup: Setup) -> tuple[list[int],
     offered, good = [0] * seconds, [0] * seconds
     for each in questions:
         second = int(each.arrival.arrival_s)
+        if second >= seconds:
+            continue
         offered[second] += 1
         good[second] += is_good(each, setup.slo)
     return offered, good
@@ -207,7 +209,7 @@ def _curves(run: Run, setup: Setup) -> Curves:
     ttft_s: dict[str, list[float]] = defaultdict(list)
     for each in run.questions:
         arrival = each.arrival
-        if arrival.arrival_s >= setup.warmup_s and each.ttft_s is not None:
+        if setup.measures(arrival.arrival_s) and each.ttft_s is not None:
             ttft_s[arrival.priority_class.name.lower()].append(each.ttft_s)
     ratios = [step / 100 for step in range(101)]
     return Curves(

@@ -92,7 +92,7 @@ def find_knee(
 
 
 def _point(run: Run, setup: Setup, rate_per_s: float) -> Point:
-    measured = [each for each in run.questions if each.arrival.arrival_s >= setup.warmup_s]
+    measured = [each for each in run.questions if setup.measures(each.arrival.arrival_s)]
     done = [each for each in measured if each.outcome is Outcome.COMPLETED]
     ttft_s = percentile((each.ttft_s for each in done if each.ttft_s is not None), 0.95)
     tpot_s = percentile((each.tpot_s for each in done), 0.95)

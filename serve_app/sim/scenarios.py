@@ -33,6 +33,7 @@ PREFIX_GROUPS, PREFIX_TOKENS, SEGMENT_TOKENS = 150, 6_144, 256
 PREFIX_TENANTS = 10
 DAY_S = 4_320.0
 DURATION_S = 180.0
+COOLDOWN_S = 40.0
 KNEE_CONCURRENCY = 110
 PREFILL_KNEE_TOKENS = 3_500
 QUEUE_CAPACITY = 1_000
@@ -76,7 +77,8 @@ def default_setup() -> Setup:
         standard=replace(defaults.standard, queue_wait_slos=QUEUE_WAIT_SLOS),
         sheddable=replace(defaults.sheddable, queue_wait_slos=QUEUE_WAIT_SLOS),
     )
-    return Setup((PoolSetup(CHAT_POOL, policy),), duration_s=DURATION_S)
+    pools = (PoolSetup(CHAT_POOL, policy),)
+    return Setup(pools, duration_s=DURATION_S, cooldown_s=COOLDOWN_S)
 
 
 def chat_mix(rate_per_s: float) -> tuple[Traffic, ...]:
@@ -250,10 +252,10 @@ SCENARIOS: Mapping[str, Callable[[Setup, float], Scenario]] = MappingProxyType(
         "tenant-burst": tenant_burst,
         "long-context-flood": long_context_flood,
         "prefix-heavy": prefix_heavy,
-        "diurnal": diurnal,
         "overload": overload,
         "overload-standard": overload_standard,
         "engine-faults": engine_faults,
+        "diurnal": diurnal,
     }
 )
 MIX_OF: Mapping[str, str] = MappingProxyType({"tenant-burst": "burst", "prefix-heavy": "prefix"})

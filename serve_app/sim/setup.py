@@ -16,6 +16,7 @@ from serve_app.core.types import PoolName
 
 CHAT_POOL = PoolName("chat")
 TPOT_SLO_S = 0.05
+COOLDOWN_MOST_RATIO = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +110,10 @@ class Slo:
 class Setup:
     """A whole simulated system.
 
-    ``warmup_s`` to ``duration_s`` is measured, by time of arrival; afterwards the system
-    runs on without arrivals until it is empty or ``drain_s`` have passed.
+    ``warmup_s`` to ``duration_s`` is measured, by time of arrival. Arrivals go on for
+    ``cooldown_s`` more (a quarter of the duration at most), so that the last ones measured do
+    not find an empty system when they retry; then the system runs until it is empty or
+    ``drain_s`` have passed.
     ``prompt_estimate_ratio`` is the router's upper estimate of prompt tokens over the
     engine's count. ``engine_priority`` hands the class to the engine's own scheduler.
     ``progress_period_s`` is how often running generations' tokens are reported.
@@ -124,6 +127,7 @@ class Setup:
     pools: tuple[PoolSetup, ...]
     duration_s: float
     warmup_s: float = 20.0
+    cooldown_s: float = 0.0
     drain_s: float = 300.0
     clients: Clients = Clients()
     faults: tuple[Fault, ...] = ()
@@ -138,6 +142,15 @@ class Setup:
     routers: int = 1
     exchange_period_s: float = EXCHANGE_PERIOD_S
     scaler: Callable[[], Scaler] | None = None
+
+    @property
+    def arrivals_end_s(self) -> float:
+        """When the last request arrives."""
+        return self.duration_s + min(self.cooldown_s, COOLDOWN_MOST_RATIO * self.duration_s)
+
+    def measures(self, arrival_s: float) -> bool:
+        """Whether what arrives then counts."""
+        return self.warmup_s <= arrival_s < self.duration_s
 
     @property
     def slo(self) -> Slo:

@@ -48,7 +48,7 @@ def simulate(
     on_progress: Callable[[float], None] | None = None,
 ) -> Run:
     """Run one setup under drawn traffic; see ``replay``."""
-    return replay(setup, arrivals(streams, setup.duration_s, seed), seed, on_progress)
+    return replay(setup, arrivals(streams, setup.arrivals_end_s, seed), seed, on_progress)
 
 
 def replay(
@@ -122,7 +122,7 @@ class Simulator:
                 self._at(shift_s, self._exchange, router)
         self._at(0.0, self._sample, on_progress)
         self._next_arrival()
-        end_s = setup.duration_s + setup.drain_s
+        end_s = setup.arrivals_end_s + setup.drain_s
         heap = self._heap
         while heap and not (self._exhausted and self._open == 0):
             now_s, _, handler, payload = heappop(heap)
@@ -156,7 +156,7 @@ class Simulator:
 
     def _next_arrival(self) -> None:
         arrival = next(self._arrivals, None)
-        if arrival is None or arrival.arrival_s >= self._setup.duration_s:
+        if arrival is None or arrival.arrival_s >= self._setup.arrivals_end_s:
             self._exhausted = True
         else:
             self._at(arrival.arrival_s, self._arrive, arrival)
@@ -565,7 +565,7 @@ class Simulator:
         rung = max((each.rung for each in figures if each is not None), default=0)
         self._run.samples.append(Sample(now_s, queued, in_flight, usage, len(nodes), rung))
         if on_progress is not None:
-            on_progress(min(1.0, now_s / self._setup.duration_s))
+            on_progress(min(1.0, now_s / self._setup.arrivals_end_s))
 
     def _finish(self) -> Run:
         run = self._run

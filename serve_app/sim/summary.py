@@ -38,7 +38,7 @@ def summarise(run: Run, setup: Setup, knee_per_s: float | None = None) -> Figure
     processed: those of requests that did not complete, and recomputed ones.
     """
     window_s = setup.duration_s - setup.warmup_s
-    measured = [each for each in run.questions if each.arrival.arrival_s >= setup.warmup_s]
+    measured = [each for each in run.questions if setup.measures(each.arrival.arrival_s)]
     good = sum(is_good(each, setup.slo) for each in measured)
     goodput_per_s = good / window_s
     asked = max(1, len(run.questions))
@@ -91,7 +91,7 @@ def served_shares(run: Run, setup: Setup) -> dict[str, float]:
     served: dict[str, float] = defaultdict(float)
     for each in run.questions:
         arrival = each.arrival
-        if arrival.arrival_s >= setup.warmup_s:
+        if setup.measures(arrival.arrival_s):
             demands[arrival.tenant] += service_cost(arrival.prompt_tokens, arrival.output_tokens)
         completed = each.outcome is Outcome.COMPLETED
         if completed and setup.warmup_s <= each.ended_s < setup.duration_s:

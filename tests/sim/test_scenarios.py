@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from serve_app.core.exchange import EXCHANGE_PERIOD_S
 from serve_app.core.types import Outcome
 from serve_app.sim.compare import compare, recovery_s
 from serve_app.sim.contenders import BASELINES, CONTENDERS, PRODUCT, THREE_ROUTERS, contend
@@ -87,6 +88,29 @@ def test_the_stated_knee_holds_and_a_little_more_does_not(mix: str) -> None:
     assert knee.rate_per_s == pytest.approx(knee_per_s, rel=0.07)
     assert knee.goodput_per_s == pytest.approx(KNEES[mix][1], rel=0.07)
     assert not knee.points[-1].holds
+
+
+@pytest.mark.proof  # Half a minute of computing; the benchmark holds five seeds' means to 3 %.
+def test_three_routers_decide_nearly_like_one() -> None:
+    setup = replace(default_setup(), warmup_s=20.0)
+    scenario = build_scenario("overload", setup, duration_s=100.0)
+    one, three = (each.mean for each in compare(scenario, [PRODUCT, THREE_ROUTERS], [0]))
+    assert three["jain"] == pytest.approx(one["jain"], rel=0.03)
+    assert three["goodput_per_s"] == pytest.approx(one["goodput_per_s"], rel=0.05)
+
+
+def test_three_routers_keep_their_bounds_and_without_exchange_would_not() -> None:
+    setup = replace(default_setup(), warmup_s=5.0, cooldown_s=0.0)
+    passed_s = []
+    for period_s in (EXCHANGE_PERIOD_S, 1e9):
+        changed = replace(setup, exchange_period_s=period_s)
+        scenario = build_scenario("overload", changed, duration_s=25.0)
+        (three,) = (each.mean for each in compare(scenario, [THREE_ROUTERS], [0]))
+        passed_s.append(three["critical_passed_s"])
+        assert three["over_bound_requests"] == 0
+    told_s, silent_s = passed_s
+    assert told_s <= EXCHANGE_PERIOD_S < silent_s
+    assert three["ttft_p99_s"]["critical"] < 1.0
 
 
 def test_a_bracket_that_fails_at_its_lower_end_is_refused() -> None:
