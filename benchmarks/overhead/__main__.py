@@ -164,7 +164,7 @@ def _profile(contender: Contender, options: argparse.Namespace) -> None:
         }
         _run(contender, workload, profiling.SECONDS + 2)
         for role, recording in recordings.items():
-            print(f"\n{role}, {workload.name}\n{recording.table()}", flush=True)
+            print(f"\n{role}, {workload.name}\n{recording.tables()}", flush=True)
 
 
 def _write(options: argparse.Namespace, results: Mapping[str, Mapping[str, Figures]]) -> None:
