@@ -14,7 +14,7 @@ class Figures:
 
     ``first_*`` is the time to the first event of a stream, ``gap_p99_s`` the time between
     two reads that brought events. CPU is of all the contender's processes, by role, the load
-    generator apart. ``chunks`` are events with content: one token each.
+    generator apart. ``chunks`` are events with content, of one token each unless merged.
     """
 
     workload: str
@@ -29,6 +29,7 @@ class Figures:
     first_p99_s: float | None
     gap_p99_s: float | None
     chunks_per_s: float | None
+    tokens_per_s: float | None
     events_per_read: float | None
     cpu_s_per_1000_requests: float | None
     cpu_s_per_million_chunks: float | None
@@ -56,6 +57,7 @@ def figures(workload: Workload, tally: Tally, used: Used) -> Figures:
         first_p99_s=percentile(tally.first_s, 0.99),
         gap_p99_s=percentile(tally.gaps_s, 0.99),
         chunks_per_s=tally.chunks / wall_s if streams else None,
+        tokens_per_s=tally.tokens / wall_s if streams else None,
         events_per_read=tally.events / tally.reads if streams else None,
         cpu_s_per_1000_requests=cpu_s / requests * 1000 if requests else None,
         cpu_s_per_million_chunks=cpu_s / tally.chunks * 1e6 if streams else None,

@@ -21,6 +21,7 @@ _ROWS = [
     ("TTFT p99, ms", "first_p99_s", 1e3, ".1f"),
     ("gap p99, ms", "gap_p99_s", 1e3, ".1f"),
     ("chunks/s", "chunks_per_s", 1.0, ".0f"),
+    ("tokens/s", "tokens_per_s", 1.0, ".0f"),
     ("events per read", "events_per_read", 1.0, ".2f"),
     ("CPU s per 1,000 requests", "cpu_s_per_1000_requests", 1.0, ".2f"),
     ("CPU s per million chunks", "cpu_s_per_million_chunks", 1.0, ".1f"),

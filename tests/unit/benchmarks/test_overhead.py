@@ -73,7 +73,7 @@ async def test_complete_streams_are_counted_to_the_event() -> None:
     streams = len(tally.latencies_s)
     assert streams > 0
     assert len(tally.first_s) == streams
-    assert tally.chunks == TOKENS * streams
+    assert tally.chunks == tally.tokens == TOKENS * streams
     assert tally.events == len(EVENTS) * streams
     assert len(tally.gaps_s) == tally.reads - streams
 
@@ -91,8 +91,8 @@ async def test_an_open_loop_sends_at_its_rate_and_counts_from_when_a_request_was
     ("writes", "complaint"),
     [
         ([HEAD, *map(chunk, EVENTS[:-1]), LAST], "does not end with one"),
-        ([HEAD, *map(chunk, EVENTS[:1] + EVENTS[2:]), LAST], "2 chunks"),
-        ([HEAD, *map(chunk, EVENTS[:2] + EVENTS[1:]), LAST], "4 chunks"),
+        ([HEAD, *map(chunk, EVENTS[:1] + EVENTS[2:]), LAST], "2 words"),
+        ([HEAD, *map(chunk, EVENTS[:2] + EVENTS[1:]), LAST], "4 words"),
         ([HEAD, *map(chunk, EVENTS[:-2] + EVENTS[-1:]), LAST], "finish reason"),
         ([HEAD, *map(chunk, EVENTS)], "the connection ended"),
         ([HEAD, b"5\r\nabc\r\n", LAST], "does not end where it says"),
@@ -117,6 +117,11 @@ def test_an_answer_is_complete_however_its_bytes_are_cut(size: int) -> None:
     assert exchange.reads == reads
     assert exchange.body() == (200, b"".join(EVENTS))
     assert check_stream(exchange.body()[1], TOKENS) == TOKENS
+
+
+def test_tokens_merged_into_one_event_are_one_chunk_and_none_is_missing() -> None:
+    merged = [EVENTS[0], event("w0 w1"), event(" w2"), *EVENTS[-2:]]
+    assert check_stream(b"".join(merged), TOKENS) == 2
 
 
 def test_a_body_of_declared_length_ends_with_its_last_byte() -> None:
