@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serve_app import ray_env
-from serve_app.commands.engine_news import EngineFailed, EngineNews
+from serve_app.commands._engine_news import EngineFailed, EngineNews
 from serve_app.terminal import note, out
 
 if TYPE_CHECKING:

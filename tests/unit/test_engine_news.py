@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.commands.engine_news import EngineFailed, EngineNews
+from serve_app.commands._engine_news import EngineFailed, EngineNews
 
 
 class Screen:
