@@ -36,7 +36,12 @@ class PlacementRouter(RequestRouter):  # type: ignore[misc]  # ray ships no type
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        """Return one rank per wanted replica still there; all of them if none is named."""
+        """Return one rank per wanted replica still there; all of them if none is named.
+
+        Serve's routing task looks at whether its call still wants a replica only when it
+        is offered some. Offered none, it asks again for ever, and each such task keeps a
+        later call from being routed: so a call that has failed is offered all, takes none.
+        """
         if pending_request is None:
             return [candidate_replicas]
         # Without back-off Serve retries in a tight loop while every replica rejects.
@@ -48,6 +53,7 @@ class PlacementRouter(RequestRouter):  # type: ignore[misc]  # ray ships no type
         ranks = [[by_id[replica]] for replica in wanted if replica in by_id]
         if not ranks:
             self._fail(pending_request)
+            return [candidate_replicas]
         return ranks
 
     def _fail(self, pending: PendingRequest) -> None:

@@ -32,6 +32,8 @@ def document(**engine: Any) -> dict[str, Any]:
     pool["args"]["replicas"] |= {"num_replicas": 2, "health_check_period_s": 1}
     gateway["args"]["replicas"] |= {"num_replicas": 2, "health_check_period_s": 1}
     gateway["deployments"][0]["user_config"]["pools"]["sim"] |= {"queue_timeout_s": 60}
+    for application in (pool, gateway):
+        application["args"].setdefault("control", {})["metrics_period_s"] = 0.5
     return found
 
 
