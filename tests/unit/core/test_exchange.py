@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_app.core.controller import Controller
@@ -211,6 +211,44 @@ def test_routers_on_the_same_digests_never_overfill_a_replica() -> None:
             fleet.offer(number, now_s)
         assert fleet.held() <= 10
     assert fleet.held() == 10
+
+
+OPERATION = st.sampled_from(["offer", "offer", "offer", "finish", "cancel", "snapshot", "exchange"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(OPERATION, st.integers(0, 2), st.integers(0, 2)), max_size=120))
+def test_whatever_happens_routers_together_stay_within_the_caps_and_lose_nothing(
+    operations: list[tuple[str, int, int]],
+) -> None:
+    fleet = Fleet(patient(3, queue_timeout_s=1e6), routers=3, replicas=2)
+    offered = 0
+    for turn, (operation, router, choice) in enumerate(operations):
+        now_s = turn * 0.01
+        if operation == "offer":
+            fleet.offer(router, now_s, tenant=f"t{choice}", priority_class=PriorityClass(choice))
+            offered += 1
+        elif operation == "finish" and fleet.running:
+            fleet.finish(list(fleet.running)[choice % len(fleet.running)], now_s)
+            offered -= 1
+        elif operation == "cancel" and fleet.running:
+            name = list(fleet.running)[choice % len(fleet.running)]
+            at, _ = fleet.running.pop(name)
+            fleet.take(at, fleet.cores[at].cancel(name, now_s))
+            offered -= 1
+        elif operation == "snapshot":
+            fleet.snapshot(now_s)
+        elif operation == "exchange":
+            fleet.exchange(now_s)
+        assert all(fleet.held(place) <= 3 for place in range(2))
+        assert sum(core.open_requests() for core in fleet.cores) == offered
+        assert sum(core.in_flight() for core in fleet.cores) == len(fleet.running)
+    # Nobody waits for ever: once routers hear of each other, all places fill again.
+    end_s = len(operations) * 0.01
+    for round_ in range(40):
+        fleet.exchange(end_s + round_ * 0.01)
+        fleet.snapshot(end_s + round_ * 0.01)
+    assert len(fleet.running) == min(6, offered)
 
 
 def test_a_replica_shown_full_is_never_overfilled_by_routers_that_disagree() -> None:
