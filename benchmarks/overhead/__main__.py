@@ -66,9 +66,10 @@ def main() -> int:
             results[name] = _measure(contender, options)
             if options.profile and name.startswith(OURS):
                 _profile(contender, options)
+        if options.json is not None:
+            _write(options, results)
     print(f"\n{table(results)}\n{targets(results)}")
     if options.json is not None:
-        _write(options, results)
         print(f"written to {options.json}")
     failures = sum(run.failures for runs in results.values() for run in runs.values())
     if failures:

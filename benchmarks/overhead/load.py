@@ -85,10 +85,14 @@ class Generator:
         self.tally.wall_s = time.perf_counter() - began_s
         return self.tally
 
+    def idle(self) -> int:
+        """Return how many connections are open and carry no request."""
+        return sum(connection.usable for connection in self._free)
+
     async def _closed(self, until_s: float) -> None:
         async def client() -> None:
             while True:
-                await self._one(time.perf_counter())
+                await self.one(time.perf_counter())
                 if time.perf_counter() >= until_s:
                     return
 
@@ -102,14 +106,15 @@ class Generator:
             for number in range(int(rate_per_s * duration_s)):
                 due_s = began_s + number / rate_per_s
                 await asyncio.sleep(max(0.0, due_s - time.perf_counter()))
-                group.create_task(self._one(due_s))
+                group.create_task(self.one(due_s))
 
-    async def _one(self, due_s: float) -> None:
+    async def one(self, due_s: float) -> None:
+        """Send one request that was due then, and count what comes of it."""
         self._sent += 1
         request = b"%b%08d%b" % (self._before, self._sent, self._after)
         connection: Connection | None = None
         try:
-            connection = self._free.pop() if self._free else await self._connect()
+            connection = await self._connection()
             answer = await connection.exchange(request, REQUEST_TIMEOUT_S)
             self._count(answer, due_s)
         except (BadAnswer, OSError) as error:
@@ -123,7 +128,12 @@ class Generator:
             if connection.usable:
                 self._free.append(connection)
 
-    async def _connect(self) -> Connection:
+    async def _connection(self) -> Connection:
+        """Return the connection used last that the server has not closed, or a new one."""
+        while self._free:
+            connection = self._free.pop()
+            if connection.usable:
+                return connection
         return await Connection.open(self._host, self._port)
 
     def _count(self, answer: Exchange, due_s: float) -> None:

@@ -134,6 +134,30 @@ def test_a_body_of_declared_length_ends_with_its_last_byte() -> None:
         check_whole(body, 4)
 
 
+async def test_a_connection_that_the_server_closed_while_it_was_idle_is_not_used_again() -> None:
+    """As servers do that give idle connections a few seconds."""
+    connections = 0
+
+    async def answer_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        head = await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(int(head.split(b"content-length: ")[1].split(b"\r\n")[0]))
+        writer.write(HEAD + b"".join(map(chunk, EVENTS)) + LAST)
+        writer.close()
+
+    async with await asyncio.start_server(answer_once, "127.0.0.1", 0) as listener:
+        url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+        generator = Generator(url, "key", load())
+        for _ in range(3):
+            await generator.one(0.0)
+            async with asyncio.timeout(10):
+                while generator.idle():  # noqa: ASYNC110 - nothing tells when it has noticed
+                    await asyncio.sleep(0)
+    assert generator.tally.errors == []
+    assert len(generator.tally.latencies_s) == connections == 3
+
+
 def test_events_that_share_a_read_are_one_arrival() -> None:
     exchange = Exchange([HEAD, EVENTS[0] + EVENTS[1], EVENTS[2]], [0.0, 1.0, 2.0])
     assert exchange.arrivals() == ([1.0, 2.0], 3)
