@@ -310,13 +310,17 @@ def _row(result: Result) -> str:
 
 def _table(results: list[Result]) -> str:
     lines = [
+        "# How soon a client that leaves frees its place",
+        "",
+        f"`make bench` on {time.strftime('%Y-%m-%d', time.gmtime())}: from the client's socket "
+        f"closing to its place being free, through the whole stack on {os.cpu_count()} CPU cores, "
+        f"{VICTIMS_AT_ONCE} clients leaving at a time. "
+        f"The target is a p99 of {TARGET_P99_S * 1000:.0f} ms.",
+        "",
         "| engine | place | response | departures | p50, ms | p99, ms | most, ms "
         "| elsewhere | unreported |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|",
         *map(_row, results),
-        "",
-        "From the client's socket closing to its place being free, through the whole stack on "
-        f"{os.cpu_count()} cores, {VICTIMS_AT_ONCE} clients leaving at a time.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve.config import RequestRouterConfig
+from ray.serve.schema import LoggingConfig
 
 from serve_app.config import ControlArgs, GatewayArgs, PoolArgs, ReplicaSettings
 from serve_app.control import Control
@@ -17,6 +18,9 @@ from serve_app.router import Router
 
 # A replica also answers probes, load subscriptions of routers and Control's calls.
 SPARE_CALLS = 64
+
+# Requests have a line of our own. Serve's would log every heartbeat and scrape beside them.
+LOGGING = LoggingConfig(enable_access_log=False)
 
 
 def control(args: ControlArgs) -> serve.Application:
@@ -29,6 +33,7 @@ def control(args: ControlArgs) -> serve.Application:
         ray_actor_options={"num_cpus": args.num_cpus, "resources": args.resources},
         health_check_period_s=2,
         graceful_shutdown_timeout_s=5,
+        logging_config=LOGGING,
     )
     return deployment.bind(args.model_dump())
 
@@ -79,4 +84,5 @@ def _replica_options(replicas: ReplicaSettings, env: dict[str, str]) -> dict[str
         "graceful_shutdown_timeout_s": replicas.graceful_shutdown_timeout_s,
         "health_check_period_s": replicas.health_check_period_s,
         "health_check_timeout_s": replicas.health_check_timeout_s,
+        "logging_config": LOGGING,
     }

@@ -53,7 +53,7 @@ def main() -> int:
         "summary": {name: _medians(rounds, name) for name in chosen},
         "rounds": rounds,
     }
-    table = _table(report)
+    table = _page(report)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "real_model.json").write_text(json.dumps(report, indent=2) + "\n")
     (options.out / "real_model.md").write_text(table)
@@ -125,11 +125,22 @@ def _medians(rounds: list[dict[str, Any]], server: str) -> dict[str, Any]:
     return {"start_s": statistics.median(starts), "levels": levels}
 
 
-def _table(report: dict[str, Any]) -> str:
-    """Return the summary as a Markdown table, one column per server."""
+def _page(report: dict[str, Any]) -> str:
+    """Return the summary as a page of Markdown, one column per server."""
     summary: dict[str, Any] = report["summary"]
     names = list(summary)
+    machine, settings = report["machine"], report["settings"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     lines = [
+        "# The local stack beside bare `vllm serve`",
+        "",
+        f"`make bench` on {machine['date']}: {machine['cpus']} CPU cores ({machine['cpu']}), load "
+        f"generator included; {versions}.",
+        f"SmolLM2-135M-Instruct, {settings['output_tokens']} output tokens per request, "
+        f"{settings['requests_per_client']} requests per client (at least 8 in all) at each "
+        f"concurrency. Medians of {settings['rounds']} rounds; the servers take turns, and turns "
+        "at going first.",
+        "",
         "| | " + " | ".join(names) + " |",
         "|---|" + "---:|" * len(names),
         _row("start to first answer, s", [f"{summary[n]['start_s']:.1f}" for n in names]),
@@ -144,12 +155,6 @@ def _table(report: dict[str, Any]) -> str:
         for label, field, factor, form in figures:
             cells = [f"{summary[n]['levels'][index][field] * factor:{form}}" for n in names]
             lines.append(_row(f"{label}, concurrency {level['concurrency']:.0f}", cells))
-    machine, settings = report["machine"], report["settings"]
-    lines += [
-        "",
-        f"Medians of {settings['rounds']} rounds, {settings['output_tokens']} output tokens per "
-        f"request, {machine['cpus']} CPU cores ({machine['cpu']}), load generator included.",
-    ]
     return "\n".join(lines) + "\n"
 
 

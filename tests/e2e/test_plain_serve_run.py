@@ -55,13 +55,18 @@ async def test_it_serves_many_at_once_on_both_replicas(stack: Stack) -> None:
     assert len({answer.choices[0].message.content for answer in answers}) == 1
 
 
+def test_the_screen_is_not_filled_with_calls_between_our_own_processes(stack: Stack) -> None:
+    assert "heartbeat OK" not in stack.output()
+    assert "report_metrics OK" not in stack.output()
+
+
 def test_it_says_that_the_fast_path_is_off(stack: Stack) -> None:
     with stack.http(key=None) as client:
         ready = client.get("/ready").json()
     assert ready["fast_path"] is False
     assert any("fast path is off" in note for note in ready["notes"])
     assert ready["pools"] == {"sim": {"ready": True, "replicas": 2}}
-    assert "fast path is off" in stack.ray_logs()
+    assert "fast path is off" in stack.output()
     assert not stack.processes("haproxy", "-f")
 
 
