@@ -11,6 +11,9 @@ from benchmarks.overhead.peers import LITELLM
 PLAIN_1, PLAIN_32 = "plain, 1 client", "plain, 32 clients"
 STREAMS_32, PACED_64 = "100-chunk streams, 32 clients", "64 streams at 20 ms"
 
+QUIET_CORES = 0.1
+"""Busy elsewhere up to which a run counts as undisturbed."""
+
 Results = Mapping[str, Mapping[str, Figures]]
 
 _ROWS = [
@@ -64,6 +67,14 @@ def targets(results: Results) -> str:
             sign = "at most" if most else "at least"
             verdict = "reached" if reached else "NOT reached"
             lines.append(f"| {label} | {sign} {goal:g} | {value:.4g} | {verdict} |")
+    disturbed = [
+        f"{name} in {workload} ({run.elsewhere_cores:.1f} cores)"
+        for name, runs in results.items()
+        for workload, run in runs.items()
+        if run.elsewhere_cores > QUIET_CORES
+    ]
+    if disturbed:
+        lines += ["", "No verdict holds: others were busy beside " + ", ".join(disturbed) + "."]
     return "\n".join(["| target | goal | measured | |", "|---|---:|---:|---|", *lines]) + "\n"
 
 
