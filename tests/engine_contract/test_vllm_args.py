@@ -19,7 +19,8 @@ from serve_app.engine.vllm_args import engine_and_frontend_args, served_name
 pytestmark = pytest.mark.model
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = Path("/srv/models/some-model")
+# Any folder: one that exists, since vLLM offline takes a missing one for a name on its hub.
+MODEL = ROOT / "tests"
 
 
 def _pools() -> list[Any]:
