@@ -28,12 +28,10 @@ class Fleet:
 
     def __init__(
         self,
-        router: str,
         gate: Gate,
         connect: Callable[[PoolName], Transport],
         directory: ReplicaDirectory,
     ) -> None:
-        self._router = router
         self._gate = gate
         self._connect = connect
         self._directory = directory
@@ -77,7 +75,7 @@ class Fleet:
                 self._watches[pool, replica] = watch
 
     async def _watch(self, pool: PoolName, replica: ReplicaId) -> None:
-        call = WatchCall(router=self._router, target=replica)
+        call = WatchCall(replica)
         while True:
             try:
                 async with aclosing(self._transports[pool].watch(call)) as views:

@@ -65,7 +65,7 @@ class Router:
         )
         self._gate = Gate(Controller(self._routing), time.monotonic, self._observer.notice)
         self._receiver = _receiver(self._args.channel)
-        self._fleet = Fleet(self._name, self._gate, self._connect, DIRECTORY)
+        self._fleet = Fleet(self._gate, self._connect, DIRECTORY)
         self._control = HandleControlLink(self._args.control.app)
         self._counter = TokenCounter()
         self._tickets = Tickets(

@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from serve_app.core.types import Outcome, PriorityClass, ReplicaId, ReplicaView, RequestId, Usage
-from serve_app.engine.channel import ReplyTo
+from serve_app.engine.channel import Address, ReplyTo
 
 STREAM_END = b"data: [DONE]\n\n"
 
@@ -56,11 +56,14 @@ class GenerateCall:
 
 @dataclass(frozen=True, slots=True)
 class WatchCall:
-    """A router's subscription to the load of one replica, ``target``."""
+    """A router's subscription to the load of one replica, ``target``.
 
-    router: str
+    ``router`` is where the load goes that does not come back through the call itself.
+    """
+
     target: ReplicaId
     fallbacks: tuple[ReplicaId, ...] = ()
+    router: Address | None = None
 
 
 @dataclass(frozen=True, slots=True)

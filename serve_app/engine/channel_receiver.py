@@ -10,8 +10,18 @@ from collections.abc import Callable, Sequence
 
 import zmq
 
+from serve_app.core.exchange import Digest
+from serve_app.core.types import ReplicaId, ReplicaView
 from serve_app.engine.api import EngineDead, Final, Frame, ReaderTooSlow, Refusal
-from serve_app.engine.channel import MAX_MESSAGE_BYTES, ReplyTo, unpack
+from serve_app.engine.channel import (
+    MAX_MESSAGE_BYTES,
+    Address,
+    Batch,
+    Load,
+    Record,
+    ReplyTo,
+    unpack,
+)
 
 logger = logging.getLogger("headrace.channel")
 
@@ -20,7 +30,10 @@ BATCHES_PER_TURN = 32
 
 
 class ChannelReceiver:
-    """Receives for one router process; on its event loop only."""
+    """Receives for one router process; on its event loop only.
+
+    ``on_told`` is called with what another router tells.
+    """
 
     def __init__(self, host: str, ports: range, stream_buffer_bytes: int) -> None:
         """Bind a free port of ``ports`` on ``host`` and begin to receive.
@@ -38,11 +51,12 @@ class ChannelReceiver:
         self._socket.maxmsgsize = MAX_MESSAGE_BYTES
         self._socket.curve_server = True
         self._socket.curve_secretkey = secret_key
-        self._endpoint = _bind(self._socket, host, ports)
-        self._server_key = public_key
+        self.address = Address(_bind(self._socket, host, ports), public_key)
         self._buffer_bytes = stream_buffer_bytes
         self._numbers = itertools.count()
         self._streams: dict[int, Inflow] = {}
+        self._feeds: dict[ReplicaId, LoadFeed] = {}
+        self.on_told: Callable[[Digest], None] = _ignore
         self._loop = asyncio.get_running_loop()
         self._descriptor = int(self._socket.getsockopt(zmq.FD))
         self._loop.add_reader(self._descriptor, self._receive)
@@ -51,13 +65,23 @@ class ChannelReceiver:
     def open(self) -> Inflow:
         """Return a new stream."""
         number = next(self._numbers)
-        reply = ReplyTo(self._endpoint, self._server_key, number)
+        reply = ReplyTo(self.address, number)
         inflow = self._streams[number] = Inflow(reply, self._buffer_bytes)
         return inflow
 
     def forget(self, inflow: Inflow) -> None:
         """Drop what still arrives for a stream."""
         self._streams.pop(inflow.reply.stream, None)
+
+    def follow(self, replica: ReplicaId) -> LoadFeed:
+        """Return what will arrive of a replica's load, in place of an earlier feed of it."""
+        feed = self._feeds[replica] = LoadFeed()
+        return feed
+
+    def unfollow(self, replica: ReplicaId, feed: LoadFeed) -> None:
+        """Drop what still arrives for a feed."""
+        if self._feeds.get(replica) is feed:
+            del self._feeds[replica]
 
     def close(self) -> None:
         """Stop receiving."""
@@ -80,18 +104,71 @@ class ChannelReceiver:
             self._sort(message)
         self._loop.call_soon(self._receive)
 
-    def _sort(self, message: bytes) -> None:
+    def _sort(self, packed: bytes) -> None:
         try:
-            records = unpack(message)
-            for number, sequence, data, token_ids in records:
-                inflow = self._streams.get(number)
-                if inflow is None:
-                    self.strays += 1
-                else:
-                    inflow.push(sequence, data, token_ids)
+            message = unpack(packed)
         except ValueError as error:
-            # Its streams will miss frames, and say so when they end.
+            # If it held frames, their streams will miss them, and say so when they end.
             logger.error("a message on the token channel was dropped: %s", error)
+            return
+        if isinstance(message, Batch):
+            self._spread(message.records)
+        elif isinstance(message, Load):
+            feed = self._feeds.get(message.view.replica)
+            if feed is not None:
+                feed.push(message.view)
+        else:
+            self.on_told(message.digest)
+
+    def _spread(self, records: list[Record]) -> None:
+        streams = self._streams
+        for number, sequence, data, token_ids in records:
+            inflow = streams.get(number)
+            if inflow is None:
+                self.strays += 1
+            else:
+                inflow.push(sequence, data, token_ids)
+
+
+class LoadFeed:
+    """The load of one replica as it arrives; only the newest counts."""
+
+    def __init__(self) -> None:
+        self._newest: ReplicaView | None = None
+        self._error: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def push(self, view: ReplicaView) -> None:
+        """Take a view; one that nobody read yet is replaced."""
+        self._newest = view
+        self._wake()
+
+    def fail(self, error: Exception) -> None:
+        """End the feed with an error."""
+        self._error = error
+        self._wake()
+
+    async def take(self) -> ReplicaView:
+        """Return the newest view that was not taken yet, waiting for one.
+
+        Raises:
+            EngineDead: the feed failed.
+        """
+        while True:
+            if self._error is not None:
+                raise self._error
+            if self._newest is not None:
+                view, self._newest = self._newest, None
+                return view
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class Inflow:
@@ -190,6 +267,10 @@ class Inflow:
 
 def _nothing() -> None:
     """Do nothing."""
+
+
+def _ignore(digest: Digest) -> None:
+    """Do nothing with it."""
 
 
 def _bind(socket: zmq.Socket[bytes], host: str, ports: range) -> str:

@@ -1,12 +1,11 @@
 """The Engine deployment: one engine per replica, its load pushed to every router.
 
-A router's subscription is a stream that this replica writes a view to every
-``snapshot_period_s``. Control hears from the replica through heartbeats.
+Routers subscribe with a call that stays open. Control hears from the replica through
+heartbeats.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Mapping
@@ -33,6 +32,7 @@ from serve_app.engine.api import (
     WatchCall,
 )
 from serve_app.engine.channel_sender import ChannelSender
+from serve_app.engine.load_publisher import LoadPublisher
 from serve_app.telemetry.exposition import Family, render_families
 from serve_app.telemetry.logs import configure, process_stderr
 from serve_app.telemetry.metrics import EngineMetrics
@@ -73,6 +73,8 @@ class EngineReplica:
         self._engine = build_engine(self._args, self._replica)
         self._engine.on_metered(self._record)
         self._metrics.engine_started(await self._start_engine())
+        self._load = LoadPublisher(self._engine, self._sender, self._args.snapshot_period_s)
+        self._load.start()
         self._uplink = Uplink(
             HandleControlLink(self._args.control.app),
             beat=self._beat,
@@ -96,22 +98,21 @@ class EngineReplica:
         return await self._sender.deliver(self._engine.generate(call), call.reply)
 
     async def watch(self, call: WatchCall) -> AsyncGenerator[ReplicaView, None]:
-        """Yield this replica's load every snapshot period until the router goes away.
+        """Yield this replica's load until the router goes away; see LoadPublisher."""
+        async with aclosing(self._load.watch()) as views:
+            async for view in views:
+                yield view
 
-        Raises:
-            EngineDead: the engine cannot generate; a replica that answers but serves
-                nothing must not look idle.
-        """
-        while True:
-            await self._engine.check_health()
-            yield self._engine.snapshot()
-            await asyncio.sleep(self._args.snapshot_period_s)
+    async def attend(self, call: WatchCall) -> None:
+        """Send this replica's load to ``call.router`` until either goes away."""
+        await self._load.attend(call)
 
     async def check_health(self) -> None:
         """Serve's health probe: raises when the engine can no longer generate."""
         await self._engine.check_health()
 
     async def __del__(self) -> None:
+        await self._load.stop()
         await self._engine.stop()
         self._sender.close()
         await self._uplink.stop()

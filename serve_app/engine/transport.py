@@ -23,7 +23,7 @@ from serve_app.engine.api import (
     Refusal,
     WatchCall,
 )
-from serve_app.engine.channel_receiver import ChannelReceiver, Inflow
+from serve_app.engine.channel_receiver import ChannelReceiver, Inflow, LoadFeed
 
 # How long frames may take that were sent before their call's result.
 LATE_FRAMES_S = 5.0
@@ -85,8 +85,8 @@ class ChannelTransport:
     def __init__(self, handle: Any, receiver: ChannelReceiver) -> None:
         """``handle`` is a DeploymentHandle; its option variants are built once, here."""
         self._deliver = handle.options(method_name="deliver")
+        self._attend = handle.options(method_name="attend")
         self._receiver = receiver
-        self._by_handle = HandleTransport(handle)
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[GenerateItem, None]:
         """See Transport.
@@ -111,9 +111,32 @@ class ChannelTransport:
                 response.cancel()
                 ending.cancel()
 
-    def watch(self, call: WatchCall) -> AsyncGenerator[ReplicaView, None]:
-        """See Transport."""
-        return self._by_handle.watch(call)
+    async def watch(self, call: WatchCall) -> AsyncGenerator[ReplicaView, None]:
+        """See Transport. One call stays open while the load arrives beside it."""
+        feed = self._receiver.follow(call.target)
+        response = self._attend.remote(replace(call, router=self._receiver.address))
+        attending = asyncio.create_task(_attend(feed, response))
+        try:
+            while True:
+                yield await feed.take()
+        finally:
+            self._receiver.unfollow(call.target, feed)
+            if not attending.done():
+                response.cancel()
+                attending.cancel()
+
+
+async def _attend(feed: LoadFeed, response: Any) -> None:
+    """Tell a feed that its call ended: the replica, or the way to it, is lost."""
+    try:
+        await response
+    except asyncio.CancelledError:
+        feed.fail(EngineDead("the subscription was cancelled"))
+        raise
+    except Exception as error:  # noqa: BLE001  # Ray's errors have no common base
+        feed.fail(_dead(error))
+    else:
+        feed.fail(EngineDead("the replica stopped reporting its load"))
 
 
 async def _end(inflow: Inflow, response: Any) -> None:

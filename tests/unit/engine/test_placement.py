@@ -21,7 +21,7 @@ def pending(*wanted: str) -> Any:
 
     first, *others = (ReplicaId(name) for name in wanted)
     return SimpleNamespace(
-        args=(WatchCall("router", first, tuple(others)),),
+        args=(WatchCall(first, tuple(others)),),
         future=asyncio.get_running_loop().create_future(),
         routing_context=SimpleNamespace(should_backoff=False),
     )

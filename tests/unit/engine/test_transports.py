@@ -12,7 +12,17 @@ import pytest
 import pytest_asyncio
 import zmq
 
-from serve_app.core.types import PriorityClass, ReplicaId, RequestId, Usage
+from serve_app.core.exchange import Digest, PoolDigest, RouterId, TenantWaiting
+from serve_app.core.types import (
+    PoolName,
+    PriorityClass,
+    ReplicaId,
+    ReplicaView,
+    RequestId,
+    TenantId,
+    Usage,
+)
+from serve_app.engine import channel_outlet
 from serve_app.engine.api import (
     Endpoint,
     EngineDead,
@@ -23,10 +33,13 @@ from serve_app.engine.api import (
     GenerateItem,
     ReaderTooSlow,
     Refusal,
+    WatchCall,
 )
-from serve_app.engine.channel import pack, unpack
+from serve_app.engine.channel import Batch, Load, ReplyTo, Told, pack, unpack
+from serve_app.engine.channel_outlet import StreamLost
 from serve_app.engine.channel_receiver import ChannelReceiver
 from serve_app.engine.channel_sender import ChannelSender
+from serve_app.engine.load_publisher import LoadPublisher
 from serve_app.engine.transport import ChannelTransport, HandleTransport, Transport
 
 PORTS = range(21_000, 22_000)
@@ -64,6 +77,12 @@ class Replica:
     pause: Callable[[], Any] = field(default=lambda: asyncio.sleep(0))
     closed: int = 0
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    snapshots: int = 0
+    dead: bool = False
+
+    def __post_init__(self) -> None:
+        engine: Any = self
+        self.load = LoadPublisher(engine, self.sender, period_s=0.01)
 
     async def generate(self, request: GenerateCall) -> AsyncGenerator[GenerateItem, None]:
         try:
@@ -79,6 +98,22 @@ class Replica:
     async def deliver(self, request: GenerateCall) -> Final | Refusal:
         assert request.reply is not None
         return await self.sender.deliver(self.generate(request), request.reply)
+
+    async def attend(self, request: WatchCall) -> None:
+        await self.load.attend(request)
+
+    async def watch(self, request: WatchCall) -> AsyncGenerator[ReplicaView, None]:
+        async with aclosing(self.load.watch()) as views:
+            async for view in views:
+                yield view
+
+    def snapshot(self) -> ReplicaView:
+        self.snapshots += 1
+        return ReplicaView(ReplicaId("r1"), PoolName("chat"), self.snapshots, 8, 2, 0, 0.5, 4096)
+
+    async def check_health(self) -> None:
+        if self.dead:
+            raise EngineDead("the engine died")
 
 
 class LocalHandle:
@@ -156,7 +191,8 @@ class Case:
         async with asyncio.timeout(WAIT_S), aclosing(self.transport.generate(call(name))) as items:
             return [item async for item in items]
 
-    def close(self) -> None:
+    async def close(self) -> None:
+        await self.replica.load.stop()
         self.sender.close()
         self.receiver.close()
 
@@ -165,14 +201,14 @@ class Case:
 async def case(request: pytest.FixtureRequest) -> AsyncIterator[Case]:
     made = Case(request.param)
     yield made
-    made.close()
+    await made.close()
 
 
 @pytest_asyncio.fixture
 async def channel() -> AsyncIterator[Case]:
     made = Case("channel")
     yield made
-    made.close()
+    await made.close()
 
 
 def text(items: Sequence[GenerateItem]) -> bytes:
@@ -316,10 +352,10 @@ async def test_one_large_frame_may_pass_an_empty_buffer(channel: Case) -> None:
     assert len(text(await channel.read())) == BUFFER_BYTES * 100
 
 
-async def test_what_is_no_batch_is_dropped_and_the_rest_goes_on(channel: Case) -> None:
-    for noise in (b"", b"\x00", b"\xc1", pack([])[:0] + b"\x81\x01\x02"):
+async def test_what_is_no_message_is_dropped_and_the_rest_goes_on(channel: Case) -> None:
+    for noise in (b"", b"\x00", b"\xc1", b"\x81\x01\x02", b"\x92\x63\x90"):
         channel.receiver._sort(noise)
-    with pytest.raises(ValueError, match="not a batch"):
+    with pytest.raises(ValueError, match="no message of the token channel"):
         unpack(b"\x01")
     channel.plays(*frames(2), final(2))
     assert len(await channel.read()) >= 2
@@ -329,8 +365,8 @@ async def test_nobody_without_the_routers_key_gets_in(channel: Case) -> None:
     inflow = channel.receiver.open()
     context = zmq.Context()
     socket = context.socket(zmq.PUSH)
-    socket.connect(inflow.reply.endpoint)
-    socket.send(pack([(inflow.reply.stream, 0, b"data: forged\n\n", ())]))
+    socket.connect(inflow.reply.router.endpoint)
+    socket.send(pack(Batch([(inflow.reply.stream, 0, b"data: forged\n\n", ())])))
     channel.plays(*frames(3), final(3))
     await channel.read()
     assert inflow._arrived == 0
@@ -339,8 +375,132 @@ async def test_nobody_without_the_routers_key_gets_in(channel: Case) -> None:
 
 async def test_two_routers_on_one_machine_take_different_ports(channel: Case) -> None:
     second = ChannelReceiver("127.0.0.1", PORTS, BUFFER_BYTES)
-    assert second.open().reply.endpoint != channel.receiver.open().reply.endpoint
-    taken = int(second.open().reply.endpoint.rpartition(":")[2])
+    assert second.address.endpoint != channel.receiver.address.endpoint
+    taken = int(second.address.endpoint.rpartition(":")[2])
     with pytest.raises(OSError, match=r"channel\.ports"):
         ChannelReceiver("127.0.0.1", range(taken, taken + 1), BUFFER_BYTES)
     second.close()
+
+
+async def test_the_load_arrives_for_as_long_as_it_is_watched(case: Case) -> None:
+    case.replica.load.start()
+    async with asyncio.timeout(WAIT_S):
+        async with aclosing(case.transport.watch(WatchCall(ReplicaId("r1")))) as views:
+            seen = [await anext(views) for _ in range(5)]
+        sequences = [view.sequence for view in seen]
+        assert sequences == sorted(sequences)
+        assert seen[0] == ReplicaView(
+            ReplicaId("r1"), PoolName("chat"), seen[0].sequence, 8, 2, 0, 0.5, 4096
+        )
+
+
+async def test_a_watched_engine_that_dies_is_told_as_dead(case: Case) -> None:
+    case.replica.load.start()
+    async with asyncio.timeout(WAIT_S):
+        async with aclosing(case.transport.watch(WatchCall(ReplicaId("r1")))) as views:
+            await anext(views)
+            case.replica.dead = True
+            with pytest.raises(EngineDead, match="the engine died"):
+                _ = [view async for view in views]
+
+
+async def test_two_routers_see_the_same_snapshots(channel: Case) -> None:
+    """They divide what one snapshot shows free, so it must be one."""
+    second = ChannelReceiver("127.0.0.1", PORTS, BUFFER_BYTES)
+    channel.replica.load.start()
+    both = [channel.transport, ChannelTransport(LocalHandle(channel.replica), second)]
+
+    async def sequences(transport: Transport) -> set[int]:
+        async with aclosing(transport.watch(WatchCall(ReplicaId("r1")))) as views:
+            return {(await anext(views)).sequence for _ in range(20)}
+
+    async with asyncio.timeout(WAIT_S):
+        seen = await asyncio.gather(*map(sequences, both))
+    second.close()
+    assert len(seen[0] & seen[1]) >= 10
+
+
+async def test_a_router_that_ends_frees_its_generations_at_once(channel: Case) -> None:
+    """Also those that generate nothing now: no frame is awaited to find out."""
+    played = iter([None])
+
+    async def pause() -> None:
+        if next(played, ()) == ():
+            await asyncio.Event().wait()
+
+    channel.replica.pause = pause
+    channel.plays(*frames(2), final(2))
+    doomed = ChannelReceiver("127.0.0.1", PORTS, BUFFER_BYTES)
+    inflow = doomed.open()
+    delivering = asyncio.create_task(
+        channel.sender.deliver(channel.replica.generate(call()), inflow.reply)
+    )
+    async with asyncio.timeout(WAIT_S):
+        await inflow.take()
+        doomed.close()
+        with pytest.raises(StreamLost, match="broke"):
+            await delivering
+    assert channel.replica.closed == 1
+
+
+async def test_a_router_that_is_never_reached_ends_its_streams(
+    channel: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel_outlet, "CONNECT_S", 0.05)
+    nobody = ChannelReceiver("127.0.0.1", PORTS, BUFFER_BYTES)
+    nobody.close()
+
+    async def pause() -> None:
+        await asyncio.Event().wait()
+
+    channel.replica.pause = pause
+    channel.plays(*frames(1))
+    generation = channel.replica.generate(call())
+    async with asyncio.timeout(WAIT_S):
+        with pytest.raises(StreamLost, match="not reached"):
+            await channel.sender.deliver(generation, ReplyTo(nobody.address, 0))
+
+
+async def test_a_cancelled_call_stays_cancelled(channel: Case) -> None:
+    channel.plays(*frames(100_000))
+    inflow = channel.receiver.open()
+    delivering = asyncio.create_task(
+        channel.sender.deliver(channel.replica.generate(call()), inflow.reply)
+    )
+    await asyncio.sleep(0)
+    delivering.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await delivering
+
+
+async def test_a_restored_channel_serves_the_next_stream(channel: Case) -> None:
+    channel.plays(*frames(3), final(3))
+    await channel.read()
+    [outlet] = channel.sender._outlets.values()
+    outlet._fail("the connection to the router broke")
+    assert len(await channel.read()) >= 2
+
+
+async def test_what_routers_tell_each_other_arrives_as_it_was(channel: Case) -> None:
+    tenant = TenantId("acme")
+    part = PoolDigest(
+        requests=(1, 2, 3),
+        critical_waits=True,
+        served=(((tenant, 1.5),), (), ()),
+        waiting=((), (TenantWaiting(tenant, 2.0, 100.0),), ()),
+    )
+    digest = Digest(RouterId("a"), 7, {PoolName("chat"): part})
+    heard: asyncio.Future[Digest] = asyncio.get_running_loop().create_future()
+    channel.receiver.on_told = heard.set_result
+    assert channel.sender.tell(channel.receiver.address, pack(Told(digest)))
+    async with asyncio.timeout(WAIT_S):
+        assert await heard == digest
+
+
+def test_a_load_travels_unchanged() -> None:
+    view = ReplicaView(
+        ReplicaId("r"), PoolName("p"), 3, 8, 1, 2, 0, 100, 5, (1, 2, 3), 9, ("a",), True
+    )
+    message = unpack(pack(Load(view)))
+    assert isinstance(message, Load)
+    assert message.view == view
