@@ -58,9 +58,10 @@ class Control:
         known = self._processes.get(beat.process)
         families = known.families if known is not None else {}
         self._processes[beat.process] = _Process(beat, time.monotonic(), families)
+        routers = self._routers() if beat.channel is not None else {}
         if beat.keys_version is None or beat.keys_version == self._table.version:
-            return Tables(self._table.version)
-        return Tables(self._table.version, self._table.records)
+            return Tables(self._table.version, routers=routers)
+        return Tables(self._table.version, self._table.records, routers)
 
     async def report_metrics(self, process: str, families: Mapping[str, Family]) -> None:
         """Keep the latest rendered metrics of a process that has sent a heartbeat."""
@@ -96,6 +97,14 @@ class Control:
         """Serve's probe: the store must be followed."""
         if self._watch.done():
             raise RuntimeError("the key store is no longer followed")
+
+    def _routers(self) -> dict[str, tuple[str, bytes]]:
+        self._forget_silent()
+        return {
+            name: known.beat.channel
+            for name, known in self._processes.items()
+            if known.beat.channel is not None
+        }
 
     def _read_table(self) -> KeyTable:
         table = self._store.snapshot()

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 from serve_app.core.controller import Controller
+from serve_app.core.exchange import Digest
 from serve_app.core.figures import PoolFigures
 from serve_app.core.policy import PoolPolicy
 from serve_app.core.types import (
@@ -140,6 +141,15 @@ class Gate:
     def configure(self, pools: Mapping[PoolName, PoolPolicy]) -> None:
         """Replace the pools' policies."""
         self._apply(self._core.configure(pools, self._clock()))
+
+    def digest(self) -> Digest:
+        """Return what to tell the other routers of the fleet."""
+        self._apply(self._core.advance(self._clock()))
+        return self._core.digest(self._clock())
+
+    def hear(self, digest: Digest) -> None:
+        """Take what another router tells."""
+        self._apply(self._core.hear(digest, self._clock()))
 
     def queue_depth(self, pool: PoolName) -> int:
         """Return how many requests wait for ``pool``."""

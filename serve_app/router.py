@@ -23,6 +23,7 @@ from serve_app.completions import Completions
 from serve_app.config import ChannelSettings, GatewayArgs, RouterConfig
 from serve_app.control_link import HandleControlLink
 from serve_app.core.controller import Controller
+from serve_app.core.exchange import RouterId
 from serve_app.core.routing import RoutingSettings, routing_by_policy, uses_prefixes
 from serve_app.core.types import PoolName
 from serve_app.engine.api import Endpoint
@@ -37,6 +38,7 @@ from serve_app.keys import KeyTable
 from serve_app.limiter import RouterLimits
 from serve_app.observer import RouterObserver
 from serve_app.operations import MetricsCopy, Operations, Readiness
+from serve_app.peers import Peers
 from serve_app.rules import Rules
 from serve_app.telemetry.exposition import Family
 from serve_app.telemetry.logs import RequestLog, configure, process_stderr
@@ -63,8 +65,10 @@ class Router:
             RoutingSettings(),
             random.Random(),  # noqa: S311 - a coin toss
         )
-        self._gate = Gate(Controller(self._routing), time.monotonic, self._observer.notice)
+        core = Controller(self._routing, RouterId(self._name))
+        self._gate = Gate(core, time.monotonic, self._observer.notice)
         self._receiver = _receiver(self._args.channel)
+        self._peers = Peers(self._gate, self._receiver)
         self._fleet = Fleet(self._gate, self._connect, DIRECTORY)
         self._control = HandleControlLink(self._args.control.app)
         self._counter = TokenCounter()
@@ -149,8 +153,8 @@ class Router:
     async def __del__(self) -> None:
         await self._uplink.stop()
         await self._fleet.stop()
-        if self._receiver is not None:
-            self._receiver.close()
+        await self._peers.stop()
+        self._receiver.close()
         self._gate.close()
         self._counter.close()
 
@@ -159,7 +163,7 @@ class Router:
         handle = serve.get_deployment_handle("Engine", app_name=f"pool-{pool}", _check_exists=False)
         # Serve builds a handle's request router lazily; the fleet needs the replica set now.
         handle._init()
-        if self._receiver is None:
+        if self._args.channel.transport == "handle":
             return HandleTransport(handle)
         return ChannelTransport(handle, self._receiver)
 
@@ -176,23 +180,29 @@ class Router:
     def _beat(self) -> Heartbeat:
         keys = self._completions.keys
         version = -1 if keys is None else keys.version
-        return Heartbeat(process=self._name, role="router", pool=None, keys_version=version)
+        address = self._receiver.address
+        return Heartbeat(
+            process=self._name,
+            role="router",
+            keys_version=version,
+            channel=(address.endpoint, address.server_key),
+        )
 
     def _families(self) -> Mapping[str, Family]:
         for name in self._config.pools:
             pool = PoolName(name)
             self._observer.pool(pool, self._gate, self._tickets.error_ratio(pool))
+        self._observer.metrics.router_peers.set(self._peers.count)
         return self._observer.families()
 
     def _take_tables(self, tables: Tables) -> None:
+        self._peers.know(tables.routers)
         if tables.keys is not None:
             self._completions.keys = KeyTable(tables.keys, tables.keys_version)
 
 
-def _receiver(settings: ChannelSettings) -> ChannelReceiver | None:
-    """Return this router's end of the token channel, None if tokens come by the handle."""
-    if settings.transport == "handle":
-        return None
+def _receiver(settings: ChannelSettings) -> ChannelReceiver:
+    """Return this router's end of the channel; the other routers use it in any case."""
     first, last = settings.ports
     host = ray.util.get_node_ip_address()
     return ChannelReceiver(host, range(first, last + 1), settings.stream_buffer_bytes)

@@ -189,6 +189,11 @@ class RouterMetrics(ProcessMetrics):
             ("pool",),
             registry=registry,
         )
+        self.router_peers = Gauge(
+            "headrace_router_peers",
+            "Other routers that this one shares capacity with.",
+            registry=registry,
+        )
         self.snapshot_age_seconds = Gauge(
             "headrace_snapshot_age_seconds",
             "Age of the oldest load snapshot that this router holds of a pool's replicas.",

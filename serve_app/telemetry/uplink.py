@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from serve_app.telemetry.exposition import Family
@@ -24,21 +24,27 @@ LOOP_PROBE_S = 0.25
 class Heartbeat:
     """A process saying that it lives, and which version of the key table it holds.
 
-    ``keys_version`` is None for a process that needs no keys.
+    ``keys_version`` is None for a process that needs no keys. ``channel`` is where a router
+    hears others, endpoint and public key.
     """
 
     process: str
     role: str
     pool: str | None = None
     keys_version: int | None = None
+    channel: tuple[str, bytes] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """Control's answer: ``keys`` is None when the process's version is the current one."""
+    """Control's answer: ``keys`` is None when the process's version is the current one.
+
+    ``routers`` are the channels of all live routers by process name, for routers only.
+    """
 
     keys_version: int
     keys: Any | None = None
+    routers: Mapping[str, tuple[str, bytes]] = field(default_factory=dict)
 
 
 class ControlLink(Protocol):
