@@ -1,25 +1,33 @@
-"""Tables of the store. Plain SQL types only: SQLite and PostgreSQL read the same schema.
+"""Tables of the database as code reads them. ``migrations/`` makes them.
 
-Times are wall seconds since the epoch.
+Plain SQL types only: SQLite and PostgreSQL read the same schema. Times are wall seconds
+since the epoch, amounts whole nano-dollars.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
     Double,
+    ForeignKey,
+    Index,
     MetaData,
     SmallInteger,
     String,
     Table,
     Text,
+    column,
+    table,
 )
 
 METADATA: Final = MetaData()
+
+# The last migration: a database at this revision has the tables below.
+REVISION: Final = "0002"
 
 API_KEY: Final = Table(
     "api_key",
@@ -46,3 +54,134 @@ META: Final = Table(
 )
 
 KEY_TABLE_VERSION: Final = "key_table_version"
+LEDGER_VERSION: Final = "ledger_version"
+PRICE_BOOK_VERSION: Final = "price_book_version"
+COUNTERS: Final = (KEY_TABLE_VERSION, LEDGER_VERSION, PRICE_BOOK_VERSION)
+
+# What rollups are kept by, hours apart. ``user_id`` and ``tag`` are empty without one.
+DIMENSIONS: Final = ("tenant", "user_id", "key_id", "model", "priority_class", "tag")
+
+# What an event adds to the sums of its dimensions. The rows of a request add up to its
+# tally (ledger/tally.py), so that an event may add something negative.
+SUMS: Final = (
+    "requests",
+    "billed_requests",
+    "billed_prompt_tokens",
+    "billed_cached_tokens",
+    "billed_output_tokens",
+    "delivered_tokens",
+    "generated_tokens",
+    "wasted_tokens",
+    "wasted_nanousd",
+    "amount_nanousd",
+)
+
+
+def _numbers(*names: str) -> list[Column[Any]]:
+    return [Column(name, BigInteger, nullable=False) for name in names]
+
+
+# Append-only: no statement of this program changes or deletes a row. One row per request,
+# attempt and witness; what a witness saw, the rates, and what the row adds to the sums.
+USAGE_EVENT: Final = Table(
+    "usage_event",
+    METADATA,
+    Column("request_id", String(64), primary_key=True),
+    Column("attempt", SmallInteger, primary_key=True, autoincrement=False),
+    Column("witness", String(8), primary_key=True),
+    Column("hour", BigInteger, nullable=False),
+    Column("tenant", String(200), nullable=False),
+    Column("user_id", String(200), nullable=False),
+    Column("key_id", String(64), nullable=False),
+    Column("model", String(256), nullable=False),
+    Column("priority_class", SmallInteger, nullable=False),
+    Column("tag", String(128), nullable=False),
+    Column("pool", String(128), nullable=False),
+    Column("endpoint", String(32), nullable=False),
+    Column("client_label", String(128)),
+    Column("batch", Boolean, nullable=False),
+    Column("outcome", String(16), nullable=False),
+    Column("reason", String(64), nullable=False),
+    Column("finish_reason", String(32), nullable=False),
+    Column("degraded", String(64), nullable=False),
+    Column("replica", String(128), nullable=False),
+    Column("billable", Boolean, nullable=False),
+    Column("exact", Boolean, nullable=False),
+    Column("arrived_at_s", Double, nullable=False),
+    Column("ended_at_s", Double, nullable=False),
+    Column("recorded_at_s", Double, nullable=False),
+    Column("queued_s", Double),
+    Column("first_token_s", Double),
+    Column("token_interval_s", Double),
+    Column("duration_s", Double),
+    Column("engine_s", Double, nullable=False),
+    Column("note", Text),
+    Column("price_version", BigInteger, nullable=False),
+    Column("card", String(128)),
+    *_numbers(
+        "prompt_tokens",
+        "cached_prompt_tokens",
+        "output_tokens",
+        "input_rate_nanousd",
+        "cached_rate_nanousd",
+        "output_rate_nanousd",
+        "request_rate_nanousd",
+    ),
+    *_numbers(*SUMS),
+    Index("usage_event_by_hour", "hour", "tenant"),
+)
+
+# Derived from usage_event: rebuilt at will, checked against it.
+USAGE_ROLLUP: Final = Table(
+    "usage_rollup",
+    METADATA,
+    Column("hour", BigInteger, primary_key=True, autoincrement=False),
+    Column("tenant", String(200), primary_key=True),
+    Column("user_id", String(200), primary_key=True),
+    Column("key_id", String(64), primary_key=True),
+    Column("model", String(256), primary_key=True),
+    Column("priority_class", SmallInteger, primary_key=True, autoincrement=False),
+    Column("tag", String(128), primary_key=True),
+    *_numbers(*SUMS),
+)
+
+PRICE_BOOK: Final = Table(
+    "price_book",
+    METADATA,
+    Column("version", BigInteger, primary_key=True, autoincrement=False),
+    Column("created_at_s", Double, nullable=False),
+    Column("note", Text, nullable=False),
+)
+
+RATE_CARD: Final = Table(
+    "rate_card",
+    METADATA,
+    Column(
+        "version",
+        BigInteger,
+        ForeignKey("price_book.version"),
+        primary_key=True,
+        autoincrement=False,
+    ),
+    Column("name", String(128), primary_key=True),
+    Column("tenant", String(200)),
+    Column("model", String(256)),
+    Column("priority_class", SmallInteger),
+    Column("batch", Boolean),
+    Column("from_s", BigInteger),
+    Column("until_s", BigInteger),
+    *_numbers("input_nanousd", "cached_input_nanousd", "output_nanousd", "request_nanousd"),
+)
+
+# One row per request, both witnesses side by side.
+USAGE_RECONCILIATION: Final = table(
+    "usage_reconciliation",
+    *(
+        column(name)
+        for name in (
+            *("request_id", "hour", "tenant", "model", "outcome", "router_rows", "engine_rows"),
+            *("delivered_tokens", "generated_tokens", "wasted_tokens", "wasted_nanousd"),
+            "amount_nanousd",
+        )
+    ),
+)

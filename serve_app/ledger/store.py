@@ -1,32 +1,23 @@
 """Where keys are kept: a small SQL store that several processes may use at once.
 
 The version of the key table grows with every change, in the change's own transaction.
-Every write raises the version first: that takes the row lock (PostgreSQL) or the write
-lock (SQLite) before anything is read, so that two writers queue instead of deadlocking.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Row, create_engine, event, insert, select, update
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
-from sqlalchemy.schema import CreateTable
+from sqlalchemy import Connection, Row, insert, select, update
+from sqlalchemy.exc import IntegrityError
 
 from serve_app.core.types import KeyId, PriorityClass, TenantId, UserId
-from serve_app.errors import ConfigError, StoreUnavailable
 from serve_app.keys import KeyRecord, KeyTable, KeyWish, new_key
-from serve_app.ledger.schema import API_KEY, KEY_TABLE_VERSION, META, METADATA
-
-_BUSY_TIMEOUT_S = 10.0
-_CREATE_ATTEMPTS = 3
+from serve_app.ledger.database import Database
+from serve_app.ledger.schema import API_KEY, KEY_TABLE_VERSION, META
 
 
 class KeyStore:
@@ -35,23 +26,14 @@ class KeyStore:
     Every method raises StoreUnavailable if the database fails.
     """
 
-    def __init__(self, url: str, wall_clock: Callable[[], float] = time.time) -> None:
-        """Open the database at ``url`` and create what is missing.
-
-        ``place`` then names it, without a password; ``is_new`` tells whether its file was
-        made just now: a relative path is one of the working directory, so a caller who
-        expected keys there may be in the wrong one.
-
-        Raises:
-            ConfigError: the URL is malformed, its driver is not installed, or the folder
-                of an SQLite file cannot be made.
-        """
+    def __init__(
+        self, database: Database | str, wall_clock: Callable[[], float] = time.time
+    ) -> None:
+        """Use a database, or open one by its URL; see Database for what that raises."""
         self._wall_clock = wall_clock
-        parsed = _parse(absolute_url(url, Path.cwd()))
-        self.place = parsed.render_as_string(hide_password=True)
-        self.is_new = parsed.get_backend_name() == "sqlite" and _prepare_file(parsed)
-        self._engine = _engine(parsed)
-        self._create_tables()
+        self._database = Database(database) if isinstance(database, str) else database
+        self.place = self._database.place
+        self.is_new = self._database.is_new
 
     def create(self, wish: KeyWish) -> tuple[str, KeyRecord]:
         """Make a key and keep its record; return its secret, which is kept nowhere."""
@@ -88,12 +70,12 @@ class KeyStore:
 
     def list(self) -> list[KeyRecord]:
         """Return every key, revoked ones too, oldest first."""
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             return _records(connection)
 
     def version(self) -> int:
         """Return the version of the key table: one indexed row, cheap enough to poll."""
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             return _version(connection)
 
     def snapshot(self) -> KeyTable:
@@ -102,106 +84,18 @@ class KeyStore:
         The version is read first: a change that slips in between is then newer than the
         table says, and the next comparison of versions fetches it again.
         """
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             version = _version(connection)
             return KeyTable(_records(connection), version)
 
     def close(self) -> None:
         """Close every connection. Idempotent."""
-        self._engine.dispose()
-
-    def _create_tables(self) -> None:
-        """Create what is missing, though another process may be doing the same."""
-        for attempt in range(1, _CREATE_ATTEMPTS + 1):
-            try:
-                with self._transaction() as connection:
-                    for table in METADATA.sorted_tables:
-                        connection.execute(CreateTable(table, if_not_exists=True))
-                    known = select(META.c.value).where(META.c.name == KEY_TABLE_VERSION)
-                    if connection.execute(known).first() is None:
-                        first = {"name": KEY_TABLE_VERSION, "value": 0}
-                        connection.execute(insert(META).values(first))
-                return
-            except IntegrityError as error:
-                if attempt == _CREATE_ATTEMPTS:
-                    raise StoreUnavailable(f"{self.place}: {error.orig}") from error
+        self._database.close()
 
     @contextmanager
     def _change(self) -> Iterator[Connection]:
-        with self._transaction() as connection:
-            connection.execute(
-                update(META).where(META.c.name == KEY_TABLE_VERSION).values(value=META.c.value + 1)
-            )
+        with self._database.change(KEY_TABLE_VERSION) as connection:
             yield connection
-
-    @contextmanager
-    def _transaction(self) -> Iterator[Connection]:
-        try:
-            with self._engine.begin() as connection:
-                yield connection
-        except IntegrityError:
-            raise
-        except DBAPIError as error:
-            raise StoreUnavailable(f"{self.place}: {error.orig}") from error
-
-
-def absolute_url(url: str, folder: Path) -> str:
-    """Return a database URL whose SQLite file does not depend on the working directory.
-
-    A relative path is taken from ``folder``; other databases are returned as they are.
-
-    Raises:
-        ConfigError: the URL is malformed.
-    """
-    parsed = _parse(url)
-    path = parsed.database
-    if parsed.get_backend_name() != "sqlite" or not path or path == ":memory:":
-        return url
-    absolute = str((folder / Path(path).expanduser()).absolute())
-    return parsed.set(database=absolute).render_as_string(hide_password=False)
-
-
-def _parse(url: str) -> URL:
-    try:
-        return make_url(url)
-    except ArgumentError:
-        raise ConfigError(
-            "the database is not a URL; write sqlite:///relative/path.db, "
-            "sqlite:////absolute/path.db or postgresql+psycopg://user:password@host/name"
-        ) from None
-
-
-def _prepare_file(url: URL) -> bool:
-    """Make the folder and the file, readable by this user only; tell whether it was missing."""
-    if not url.database or url.database == ":memory:":
-        raise ConfigError("the database must be a file: several processes share it")
-    path = Path(url.database)
-    is_new = not path.exists()
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-    except OSError as error:
-        raise ConfigError(f"the database {path} cannot be opened: {error.strerror}") from error
-    return is_new
-
-
-def _engine(url: URL) -> Engine:
-    is_sqlite = url.get_backend_name() == "sqlite"
-    arguments: dict[str, Any] = {"timeout": _BUSY_TIMEOUT_S} if is_sqlite else {}
-    try:
-        engine = create_engine(url, connect_args=arguments, pool_pre_ping=not is_sqlite)
-    except (ArgumentError, ImportError) as error:
-        raise ConfigError(f"the database driver of {url.drivername!r}: {error}") from error
-    if is_sqlite:
-        event.listen(engine, "connect", _durable_sqlite)
-    return engine
-
-
-def _durable_sqlite(connection: Any, _record: object) -> None:
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")
-    cursor.execute("PRAGMA synchronous=FULL")
-    cursor.close()
 
 
 def _version(connection: Connection) -> int:

@@ -1,0 +1,110 @@
+"""What a process saw of one request's use of an engine, as it is journalled and shipped.
+
+Two witnesses write a record each: the router says what was delivered, the engine's meter
+what was generated. Either alone is enough to bill the request. A record is named by the
+request (an id of the server's own), the attempt and the witness, so that one that arrives
+twice is the same record.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Final
+
+import msgspec
+
+from serve_app.core.types import KeyId, PoolName, PriorityClass, RequestId, TenantId
+
+_ID_PREFIX: Final = "req_"
+_ID_TIME_BITS: Final = 80
+
+
+class Witness(StrEnum):
+    """Who says so. ``OPERATOR`` rows are corrections, made in the ledger only."""
+
+    ROUTER = "router"
+    ENGINE = "engine"
+    OPERATOR = "operator"
+
+
+class Charge(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Who pays for a request and by which prices: it travels with the call to the engine.
+
+    ``model`` is the name the client asked for. ``user`` and ``tag`` are empty without one.
+    ``client_label`` is the client's own name for the request; it identifies nothing.
+    """
+
+    request_id: RequestId
+    tenant: TenantId
+    key: KeyId
+    model: str
+    pool: PoolName
+    priority_class: PriorityClass
+    endpoint: str
+    price_version: int
+    user: str = ""
+    tag: str = ""
+    client_label: str | None = None
+    batch: bool = False
+
+
+class UsageRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One witness's account of one attempt.
+
+    ``attempt`` counts from 1; the router's record bears the number of its last attempt.
+    ``billable`` is False where the response failed by our own fault. ``exact`` is False
+    where the prompt's length is an estimate, as in a router that never got the engine's
+    account. ``output_tokens`` were delivered (router) or generated (engine). Times are
+    seconds, ``ended_at_s`` on the wall clock.
+    """
+
+    charge: Charge
+    witness: Witness
+    attempt: int
+    outcome: str
+    ended_at_s: float
+    billable: bool = True
+    exact: bool = True
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    output_tokens: int = 0
+    replica: str = ""
+    reason: str = ""
+    finish_reason: str = ""
+    degraded: str = ""
+    queued_s: float | None = None
+    first_token_s: float | None = None
+    token_interval_s: float | None = None
+    duration_s: float | None = None
+    engine_s: float = 0.0
+
+
+_ENCODER: Final = msgspec.msgpack.Encoder()
+_DECODER: Final = msgspec.msgpack.Decoder(UsageRecord)
+
+
+def encode(record: UsageRecord) -> bytes:
+    """Return a record as the bytes that journals keep."""
+    return _ENCODER.encode(record)
+
+
+def decode(payload: bytes) -> UsageRecord:
+    """Return the record in ``payload``.
+
+    Raises:
+        ValueError: it holds none; fields that this version does not know are ignored.
+    """
+    return _DECODER.decode(payload)
+
+
+def arrived_at_s(request_id: str) -> float:
+    """Return when a request came, wall seconds, as its id tells; 0 if it tells nothing.
+
+    All records of a request agree on it, whichever process wrote them: it decides the
+    hour they count for and the prices in force.
+    """
+    try:
+        number = int(request_id.removeprefix(_ID_PREFIX), 16)
+    except ValueError:
+        return 0.0
+    return (number >> _ID_TIME_BITS) / 1000

