@@ -53,10 +53,12 @@ class Lease:
         self.replica: ReplicaId = dispatch.replicas[0]
         self.usage = Usage()
         self.outcome = Outcome.FAILED
+        self._begun = False
 
     def progress(self, tokens: int) -> None:
         """Count output tokens that arrived from the engine."""
-        self._gate.progress(self.replica, self.ticket.request_id, tokens)
+        self._gate.progress(self.replica, self.ticket.request_id, tokens, first=not self._begun)
+        self._begun = True
 
     def settle(self, usage: Usage) -> None:
         """Record the engine's own count of a completed request."""
@@ -111,9 +113,17 @@ class Gate:
             self._waiting.pop(ticket.request_id, None)
             self._end(ticket.request_id, lease)
 
-    def progress(self, replica: ReplicaId, request_id: RequestId, tokens: int) -> None:
-        """Tell the core of output tokens."""
-        self._apply(self._core.progress(replica, [(request_id, tokens)], self._clock()))
+    def progress(
+        self, replica: ReplicaId, request_id: RequestId, tokens: int, *, first: bool
+    ) -> None:
+        """Tell the core of output tokens, and of the ``first`` ones that they are.
+
+        Once per frame, so nothing is done for the many that change nothing: deadlines
+        depend on a request's first token only.
+        """
+        effects = self._core.progress(replica, [(request_id, tokens)], self._clock())
+        if effects or first:
+            self._apply(effects)
 
     def fail(self, request_id: RequestId, replica: ReplicaId) -> Dispatch:
         """Ask the core for another replica; see Lease.move."""

@@ -144,7 +144,8 @@ class StreamSender:
             ClientGone: the connection is closed.
         """
         assert not self.ended, "a stream ends once"
-        await self._start()
+        if not self.started:
+            await self._start()
         self.sent_bytes += len(data)
         await _send(self._send, {"type": "http.response.body", "body": data, "more_body": True})
 

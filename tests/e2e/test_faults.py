@@ -31,7 +31,12 @@ def document(**engine: Any) -> dict[str, Any]:
     pool["args"]["engine"] |= {"weights_s": STEP_S, "max_num_seqs": 64, **engine}
     pool["args"]["replicas"] |= {"num_replicas": 2, "health_check_period_s": 1}
     gateway["args"]["replicas"] |= {"num_replicas": 2, "health_check_period_s": 1}
-    gateway["deployments"][0]["user_config"]["pools"]["sim"] |= {"queue_timeout_s": 60}
+    # Nobody is turned away because a busy machine would serve late: that is not what is tested.
+    gateway["deployments"][0]["user_config"]["pools"]["sim"] |= {
+        "queue_timeout_s": 60,
+        "stale_after_s": 5.0,
+        **{name: {"ttft_slo_s": 60} for name in ("critical", "standard", "sheddable")},
+    }
     for application in (pool, gateway):
         application["args"].setdefault("control", {})["metrics_period_s"] = 0.5
     return found
@@ -86,6 +91,7 @@ async def leave_at_random(stack: Stack, clients: int, seed: int) -> int:
     """Open streams and plain requests and drop each after a random while; return how many."""
     chance = random.Random(seed)
     left = 0
+    answered: list[str] = []
 
     async def one(stay_s: float, streamed: bool) -> None:
         nonlocal left
@@ -98,8 +104,8 @@ async def leave_at_random(stack: Stack, clients: int, seed: int) -> int:
         try:
             async with asyncio.timeout(stay_s):
                 async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
-                    async for _ in answer.aiter_bytes():
-                        pass
+                    text = b"".join([part async for part in answer.aiter_bytes()])
+                    answered.append(f"{answer.status_code} {text[-200:]!r}")
         except TimeoutError:
             left += 1
 
@@ -111,6 +117,7 @@ async def leave_at_random(stack: Stack, clients: int, seed: int) -> int:
     ):
         for _ in range(clients):
             group.create_task(one(chance.uniform(0.05, 3.0), chance.random() < 0.7))
+    assert answered == [], "every client leaves before its answer ends"
     return left
 
 

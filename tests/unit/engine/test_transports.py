@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -22,7 +22,7 @@ from serve_app.core.types import (
     TenantId,
     Usage,
 )
-from serve_app.engine import channel_outlet
+from serve_app.engine import channel_outlet, channel_receiver
 from serve_app.engine.api import (
     Endpoint,
     EngineDead,
@@ -473,12 +473,86 @@ async def test_a_cancelled_call_stays_cancelled(channel: Case) -> None:
         await delivering
 
 
-async def test_a_restored_channel_serves_the_next_stream(channel: Case) -> None:
-    channel.plays(*frames(3), final(3))
-    await channel.read()
-    [outlet] = channel.sender._outlets.values()
-    outlet._fail("the connection to the router broke")
-    assert len(await channel.read()) >= 2
+class Wire:
+    """A TCP connection in between, which a test can cut; new connections work again."""
+
+    def __init__(self, target: str) -> None:
+        self._host, port = target.removeprefix("tcp://").split(":")
+        self._port = int(port)
+        self._writers: list[asyncio.StreamWriter] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> str:
+        self._server = await asyncio.start_server(self._join, "127.0.0.1", 0)
+        return f"tcp://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection(self._host, self._port)
+        self._writers += [writer, back]
+        for source, target in ((reader, back), (there, writer)):
+            task = asyncio.create_task(self._pump(source, target))
+            self._tasks.add(task)
+
+    async def _pump(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        while data := await source.read(65_536):
+            target.write(data)
+
+    def cut(self) -> None:
+        for writer in self._writers:
+            writer.transport.abort()
+        self._writers.clear()
+
+    async def close(self) -> None:
+        self.cut()
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+async def test_a_cut_connection_ends_its_streams_with_an_error_and_serves_later_ones(
+    channel: Case,
+) -> None:
+    wire = Wire(channel.receiver.address.endpoint)
+    channel.receiver.address = replace(channel.receiver.address, endpoint=await wire.start())
+    played = iter(range(5))
+
+    async def pause() -> None:
+        if next(played, None) is None:
+            await asyncio.Event().wait()
+
+    channel.replica.pause = pause
+    channel.plays(*frames(20), final(20))
+    async with asyncio.timeout(WAIT_S):
+        async with aclosing(channel.transport.generate(call())) as items:
+            await anext(items)
+            wire.cut()
+            with pytest.raises(EngineDead, match="StreamLost: the connection to the router broke"):
+                _ = [item async for item in items]
+        await channel.replica.ended.wait()
+        channel.replica.pause = lambda: asyncio.sleep(0)
+        assert text(await channel.read()) == text(frames(20))
+    await wire.close()
+
+
+async def test_a_message_above_the_bound_ends_its_streams_with_an_error_and_no_others(
+    channel: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel_receiver, "MAX_MESSAGE_BYTES", 100_000)
+    monkeypatch.setattr("serve_app.engine.transport.LATE_FRAMES_S", 0.2)
+    receiver = ChannelReceiver("127.0.0.1", PORTS, 10_000_000)
+    transport = ChannelTransport(LocalHandle(channel.replica), receiver)
+    large = [Frame(0, b"x" * 200_000, (1,)), final(1)]
+    channel.replica.script = lambda request: (
+        large if request.request_id == "large" else [*frames(3), final(3)]
+    )
+    async with asyncio.timeout(WAIT_S):
+        with pytest.raises(EngineDead, match=r"broke|arrived"):
+            async with aclosing(transport.generate(call("large"))) as items:
+                _ = [item async for item in items]
+        async with aclosing(transport.generate(call("small"))) as items:
+            assert text([item async for item in items]) == text(frames(3))
+    receiver.close()
 
 
 async def test_what_routers_tell_each_other_arrives_as_it_was(channel: Case) -> None:
