@@ -16,11 +16,14 @@ Who is believed:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import astuple, dataclass, fields
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final
 
 from serve_app.core.pricing import Rates
 from serve_app.core.types import Outcome, Usage
+from serve_app.ledger.schema import SUMS
 from serve_app.usage import Witness
 
 
@@ -54,16 +57,27 @@ class Tally:
     amount_nanousd: int = 0
 
     def __add__(self, other: Tally) -> Tally:
-        return Tally(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return Tally(*map(operator.add, _VALUES(self), _VALUES(other)))
 
     def __sub__(self, other: Tally) -> Tally:
-        return Tally(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return Tally(*map(operator.sub, _VALUES(self), _VALUES(other)))
+
+    def taken_back(self) -> Tally:
+        """Return what a correction adds: the bill's opposite. What was done stays done."""
+        return Tally(
+            billed_requests=-self.billed_requests,
+            billed_prompt_tokens=-self.billed_prompt_tokens,
+            billed_cached_tokens=-self.billed_cached_tokens,
+            billed_output_tokens=-self.billed_output_tokens,
+            amount_nanousd=-self.amount_nanousd,
+        )
 
     def columns(self) -> dict[str, int]:
         """Return the sums by the names of their columns."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return dict(zip(SUMS, _VALUES(self), strict=True))
 
 
+_VALUES: Final[Callable[[Tally], tuple[int, ...]]] = operator.attrgetter(*SUMS)
 NOTHING = Tally()
 
 
