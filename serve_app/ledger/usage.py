@@ -14,7 +14,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from sqlalchemy import Connection, Row, String, delete, func, insert, select
+from sqlalchemy import (
+    ARRAY,
+    ColumnElement,
+    Connection,
+    Row,
+    String,
+    Text,
+    cast,
+    delete,
+    func,
+    insert,
+    literal,
+    select,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 
 from serve_app.core.pricing import PriceBook, Priced, Rates
@@ -194,11 +207,12 @@ def tally_of(row: Row[Any]) -> Tally:
 
 
 def _load(connection: Connection, request_ids: Iterable[str]) -> dict[str, _Request]:
+    """Return what the ledger has of these requests."""
     known: dict[str, _Request] = {}
     ids = list(request_ids)
     for start in range(0, len(ids), _IDS_PER_QUERY):
         some = ids[start : start + _IDS_PER_QUERY]
-        for row in connection.execute(_KNOWN.where(USAGE_EVENT.c.request_id.in_(some))):
+        for row in connection.execute(_KNOWN.where(_is_one_of(connection, some))):
             request = known.get(row.request_id)
             if request is None:
                 request = _Request(row.price_version, row.card, rates_of(row))
@@ -210,6 +224,15 @@ def _load(connection: Connection, request_ids: Iterable[str]) -> dict[str, _Requ
                 request.accounts[row.witness, row.attempt] = account_of(row)
                 request.total += tally_of(row)
     return known
+
+
+def _is_one_of(connection: Connection, ids: list[str]) -> ColumnElement[bool]:
+    if connection.dialect.name == "postgresql":
+        # As one array that is joined: its plan for a long list of parameters, once it is
+        # prepared, compares every row of the table with every parameter.
+        wanted = func.unnest(cast(literal(ids, ARRAY(Text)), ARRAY(Text)))
+        return USAGE_EVENT.c.request_id.in_(select(wanted))
+    return USAGE_EVENT.c.request_id.in_(ids)
 
 
 def _price(record: UsageRecord, books: Mapping[int, PriceBook]) -> _Request:
