@@ -18,6 +18,7 @@
 
     ConfigError                   a configuration that cannot be served
     StoreUnavailable              the database cannot be reached
+    JournalUnavailable            usage cannot be written down on this node
 
 The body is OpenAI's: {"error": {"message", "type", "param", "code"}}.
 """
@@ -165,3 +166,7 @@ class ConfigError(Exception):
 
 class StoreUnavailable(Exception):
     """The database cannot be reached or answered with an error; the message has no secret."""
+
+
+class JournalUnavailable(Exception):
+    """A journal has no room or cannot be written; the message says why."""
