@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from starlette.types import Receive, Scope, Send
 
 from serve_app.config import LimitSettings
+from serve_app.core.limits import Short
 from serve_app.core.types import (
     Outcome,
     PoolName,
@@ -168,9 +169,11 @@ class Completions:
         prepared = await self._prepare(scope, parsed, audit, key)
         ticket, scopes = prepared.ticket, prepared.terms.scopes
         audit.pool, audit.served_class = ticket.pool, ticket.priority_class
-        headers, refused = self._rates.take(
-            ticket.request_id, scopes, prepared.expected_tokens, prepared.upper_tokens
-        )
+        wanted = (ticket.request_id, scopes, prepared.expected_tokens, prepared.upper_tokens)
+        taken = self._rates.take(*wanted)
+        if isinstance(taken, Short):
+            taken = await self._rates.fetch(*wanted, short=taken)
+        headers, refused = taken
         relay.add_headers(headers)
         audit.rated = True
         if refused is not None:

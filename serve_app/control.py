@@ -18,7 +18,11 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from serve_app.config import ControlArgs
+from serve_app.core.slices import Bell, Message, Reply
+from serve_app.granter import GrantDesk
 from serve_app.keys import KeyRecord, KeyTable, KeyWish, bootstrap_record
+from serve_app.ledger.database import Database
+from serve_app.ledger.grants import GrantStore
 from serve_app.ledger.store import KeyStore
 from serve_app.observer import describe_build
 from serve_app.telemetry.exposition import Family, merge, render_families
@@ -44,13 +48,16 @@ class Control:
     async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         configure(process_stderr())
         self._args = ControlArgs.model_validate(args)
-        self._store = KeyStore(self._args.database)
+        database = Database(self._args.database)
+        self._store = KeyStore(database)
         logger.info("keys are kept in %s", self._store.place)
         self._bootstrap = os.environ.get("HEADRACE_BOOTSTRAP_KEY")
         self._processes: dict[str, _Process] = {}
         self._metrics = ControlMetrics(CollectorRegistry())
         describe_build(self._metrics, "control")
         self._table = await asyncio.to_thread(self._read_table)
+        self._grants = GrantDesk(GrantStore(database), time.monotonic, self._args.forget_after_s)
+        await self._grants.begin()
         self._watch = asyncio.create_task(self._follow_store())
 
     async def heartbeat(self, beat: Heartbeat) -> Tables:
@@ -58,10 +65,20 @@ class Control:
         known = self._processes.get(beat.process)
         families = known.families if known is not None else {}
         self._processes[beat.process] = _Process(beat, time.monotonic(), families)
+        if beat.role == "router":
+            self._grants.heard(beat.process)
         routers = self._routers() if beat.channel is not None else {}
         if beat.keys_version is None or beat.keys_version == self._table.version:
             return Tables(self._table.version, routers=routers)
         return Tables(self._table.version, self._table.records, routers)
+
+    async def exchange_slices(self, message: Message) -> Reply:
+        """Give and take parts of limits; see core/slices.py."""
+        return await self._grants.exchange(message)
+
+    async def slices_bell(self, router: str) -> Bell:
+        """Tell a router, as soon as there is something, what others want of its parts."""
+        return await self._grants.bell(router)
 
     async def report_metrics(self, process: str, families: Mapping[str, Family]) -> None:
         """Keep the latest rendered metrics of a process that has sent a heartbeat."""
@@ -94,9 +111,11 @@ class Control:
         return revoked
 
     async def check_health(self) -> None:
-        """Serve's probe: the store must be followed."""
+        """Serve's probe: the store must be followed, and no later Control have begun."""
         if self._watch.done():
             raise RuntimeError("the key store is no longer followed")
+        if self._grants.superseded:
+            raise RuntimeError("another Control has begun")
 
     def _routers(self) -> dict[str, tuple[str, bytes]]:
         self._forget_silent()
@@ -123,6 +142,7 @@ class Control:
                 version = await asyncio.to_thread(self._store.version)
                 if version != self._table.version:
                     await self._refresh()
+                await self._grants.follow()
             except asyncio.CancelledError:
                 raise
             except Exception:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ray import serve
 
+from serve_app.core.slices import Bell, Message, Reply
 from serve_app.keys import KeyRecord, KeyWish
 from serve_app.telemetry.exposition import Family
 from serve_app.telemetry.uplink import Heartbeat, Tables
@@ -28,6 +29,16 @@ class HandleControlLink:
     async def report_metrics(self, process: str, families: Mapping[str, Family]) -> None:
         """See ControlLink."""
         await self._handle.report_metrics.remote(process, families)
+
+    async def exchange_slices(self, message: Message) -> Reply:
+        """See GranterLink."""
+        reply: Reply = await self._handle.exchange_slices.remote(message)
+        return reply
+
+    async def slices_bell(self, router: str) -> Bell:
+        """See GranterLink."""
+        bell: Bell = await self._handle.slices_bell.remote(router)
+        return bell
 
     async def scrape(self) -> bytes:
         """Return the application's metrics as Prometheus text."""

@@ -40,6 +40,7 @@ from serve_app.observer import RouterObserver
 from serve_app.operations import MetricsCopy, Operations, Readiness
 from serve_app.peers import Peers
 from serve_app.rules import Rules
+from serve_app.slices_link import SlicesLink
 from serve_app.telemetry.exposition import Family
 from serve_app.telemetry.logs import RequestLog, configure, process_stderr
 from serve_app.telemetry.uplink import Heartbeat, Tables, Uplink
@@ -75,7 +76,8 @@ class Router:
         self._tickets = Tickets(
             self._gate, self._counter, self._args.limits, self._observer.prompt_counted
         )
-        self._rates = RouterLimits(time.monotonic, self._observer.rate_limited)
+        self._slices = SlicesLink(self._name, self._control, time.monotonic)
+        self._rates = RouterLimits(time.monotonic, self._observer.rate_limited, self._slices)
         self._completions = Completions(
             gate=self._gate,
             transport=self._fleet.transport,
@@ -98,6 +100,7 @@ class Router:
         )
         self._fleet.start()
         self._uplink.start()
+        self._slices.start()
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """Take new pools and aliases; nothing in flight is touched.
@@ -152,6 +155,7 @@ class Router:
 
     async def __del__(self) -> None:
         await self._uplink.stop()
+        await self._slices.stop()
         await self._fleet.stop()
         await self._peers.stop()
         self._receiver.close()

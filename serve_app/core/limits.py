@@ -1,25 +1,33 @@
-"""Rate limits in integers: requests and tokens per minute and concurrent requests, per scope.
-
-GCRA (the generic cell rate algorithm; Redis-cell, Envoy and Stripe use it): a bucket of one
-minute's worth that drains at the limit's rate. Its fill is kept exactly, in units of
-1/60e9 of a request or token: taking n adds n x 60e9, each nanosecond drains ``limit``.
+"""Limits of requests and tokens per minute and of concurrent requests, per scope.
 
 A request names all its scopes (key, user, tenant, model); it takes from all of them or
 from none. Tokens are taken by estimate and settled by count; what was used beyond the
 estimate is owed, and delays the next requests.
+
+A router holds a part of each limit (``core/parts.py``). Where the parts suffice, or the
+router holds the whole limit, it decides at once and alone; otherwise ``Short`` says what
+has to be got first (``core/holder.py``).
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
+from serve_app.core.parts import (
+    MINUTE_NS,
+    NS_PER_S,
+    WHOLE,
+    Part,
+    RateFigure,
+    RatePart,
+    SlotPart,
+)
 from serve_app.core.types import RequestId
 
-MINUTE_NS = 60_000_000_000
-NS_PER_S = 1_000_000_000
 EVICTION_LOOKS = 16
 
 
@@ -63,23 +71,27 @@ class Scope:
 
 
 @dataclass(frozen=True, slots=True)
-class RateFigure:
-    """One ``x-ratelimit-*`` triple: of ``limit``, ``remaining`` can be used now.
-
-    ``reset_s`` is when the whole limit is available again.
-    """
-
-    limit: int
-    remaining: int
-    reset_s: float
-
-
-@dataclass(frozen=True, slots=True)
 class RateFigures:
     """The tightest scope's figures for OpenAI's headers; None where nothing is limited."""
 
     requests: RateFigure | None = None
     tokens: RateFigure | None = None
+
+
+class SliceKey(NamedTuple):
+    """Names one limit: of what, whose, and what it counts."""
+
+    scope: ScopeKind
+    id: str
+    limit: LimitKind
+
+
+class Moved(NamedTuple):
+    """Parts of a limit on their way, with the fill that lies on them (0 for concurrency)."""
+
+    key: SliceKey
+    parts: int
+    fill: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,62 +114,62 @@ class Refused:
     figures: RateFigures
 
 
-class _Bucket:
-    """A GCRA bucket. ``_zero`` is the time it would be empty, scaled by the limit."""
+class Lack(NamedTuple):
+    """An ``amount`` of a limit for which the router's parts do not suffice."""
 
-    __slots__ = ("_limit", "_zero")
+    key: SliceKey
+    amount: int
+    limit: int
 
-    def __init__(self) -> None:
-        self._limit = 0
-        self._zero = 0
 
-    def used(self, limit: int, now_ns: int) -> int:
-        """Return the fill in units; a changed limit keeps what was used."""
-        fill = max(0, self._zero - now_ns * self._limit)
-        self._limit = limit
-        self._zero = fill + now_ns * limit
-        return fill
+@dataclass(frozen=True, slots=True)
+class Short:
+    """Nothing was taken: the router's parts do not suffice, others' may."""
 
-    def add(self, amount: int, limit: int, now_ns: int) -> None:
-        """Take ``amount`` >= 0, or give back -``amount``, never below empty."""
-        fill = self.used(limit, now_ns)
-        self._zero += max(-fill, amount * MINUTE_NS)
-
-    def wait_ns(self, amount: int, limit: int, now_ns: int) -> int | None:
-        """Return when ``amount`` may be taken: 0 now, None never."""
-        if amount > limit:
-            return None
-        over = self.used(limit, now_ns) + (amount - limit) * MINUTE_NS
-        return -(-over // limit) if over > 0 else 0
-
-    def figure(self, limit: int, now_ns: int) -> RateFigure:
-        fill = self.used(limit, now_ns)
-        remaining = max(0, (limit * MINUTE_NS - fill) // MINUTE_NS)
-        return RateFigure(limit, remaining, fill / limit / NS_PER_S if limit else 0.0)
+    lacks: tuple[Lack, ...]
 
 
 class _State:
+    """A scope's parts."""
+
     __slots__ = ("concurrent", "requests", "tokens")
 
-    def __init__(self) -> None:
-        self.requests = _Bucket()
-        self.tokens = _Bucket()
-        self.concurrent = 0
+    def __init__(self, parts: int) -> None:
+        self.requests = RatePart(parts)
+        self.tokens = RatePart(parts)
+        self.concurrent = SlotPart(parts)
+
+    def part(self, limit: LimitKind) -> Part:
+        if limit is LimitKind.REQUESTS:
+            return self.requests
+        return self.tokens if limit is LimitKind.TOKENS else self.concurrent
+
+    def asks(self, limits: Limits, tokens: int) -> Iterator[tuple[LimitKind, Part, int, int]]:
+        """Yield what a request takes: the limit's kind, the part, the amount, the limit."""
+        if limits.requests_per_min is not None:
+            yield LimitKind.REQUESTS, self.requests, 1, limits.requests_per_min
+        if limits.tokens_per_min is not None:
+            yield LimitKind.TOKENS, self.tokens, tokens, limits.tokens_per_min
+        if limits.concurrent is not None:
+            yield LimitKind.CONCURRENT, self.concurrent, 1, limits.concurrent
 
 
 class Limiter:
     """The limits of one router. Pure: time is passed in and never runs backwards inside.
 
-    The least recently used of more than ``scopes_max`` scopes are forgotten, unless
-    requests of theirs are open.
+    A ``shared`` one begins without any parts. The least recently used of more than
+    ``scopes_max`` scopes are forgotten, unless requests of theirs are open; the parts they
+    had are in ``dropped`` until somebody takes them.
     """
 
-    def __init__(self, scopes_max: int = 100_000) -> None:
+    def __init__(self, scopes_max: int = 100_000, *, shared: bool = False) -> None:
         assert scopes_max >= 1
         self._scopes_max = scopes_max
+        self._parts = 0 if shared else WHOLE
         self._states: OrderedDict[tuple[ScopeKind, str], _State] = OrderedDict()
         self._open: dict[RequestId, tuple[tuple[Scope, ...], int]] = {}
         self._now_ns = 0
+        self.dropped: deque[Moved] = deque(maxlen=scopes_max)
 
     def __len__(self) -> int:
         return len(self._states)
@@ -169,7 +181,7 @@ class Limiter:
 
     def take(
         self, request_id: RequestId, scopes: Sequence[Scope], tokens: int, now_s: float
-    ) -> Granted | Refused:
+    ) -> Granted | Refused | Short:
         """Take one request, ``tokens`` >= 0 and one concurrent slot of every scope, or nothing.
 
         Ids are made by the server; one that is open may not be taken again (asserted).
@@ -178,9 +190,11 @@ class Limiter:
         assert tokens >= 0
         now_ns = self._advance(now_s)
         states = [self._state(scope) for scope in scopes]
-        refused = self._refusal(scopes, states, tokens, now_ns)
-        if refused is not None:
-            scope, limit, wait_ns = refused
+        obstacle = self._obstacle(scopes, states, tokens, now_ns)
+        if isinstance(obstacle, Short):
+            return obstacle
+        if obstacle is not None:
+            scope, limit, wait_ns = obstacle
             retry_after_s = None if wait_ns is None else wait_ns / NS_PER_S
             figures = self._figures(scopes, states, now_ns)
             return Refused(scope.kind, limit, retry_after_s, figures)
@@ -190,7 +204,7 @@ class Limiter:
                 state.requests.add(1, limits.requests_per_min, now_ns)
             if limits.tokens_per_min is not None:
                 state.tokens.add(tokens, limits.tokens_per_min, now_ns)
-            state.concurrent += 1
+            state.concurrent.add(1, now_ns)
         self._open[request_id] = (tuple(scopes), tokens)
         return Granted(self._figures(scopes, states, now_ns))
 
@@ -203,8 +217,7 @@ class Limiter:
         scopes, taken = opened
         for scope in scopes:
             state = self._state(scope)
-            state.concurrent -= 1
-            assert state.concurrent >= 0
+            state.concurrent.add(-1, now_ns)
             limit = scope.limits.tokens_per_min
             if limit is not None:
                 state.tokens.add(tokens - taken, limit, now_ns)
@@ -213,6 +226,56 @@ class Limiter:
         """Return the header figures of a request's scopes without taking anything."""
         now_ns = self._advance(now_s)
         return self._figures(scopes, [self._state(scope) for scope in scopes], now_ns)
+
+    def held(self, key: SliceKey) -> int:
+        """Return how many parts of a limit are here."""
+        state = self._states.get((key.scope, key.id))
+        return 0 if state is None else state.part(key.limit).parts
+
+    def missing(self, lack: Lack, now_s: float) -> int:
+        """Return how many free parts are wanting for an amount."""
+        state = self._states.get((lack.key.scope, lack.key.id))
+        if state is None:
+            return 0
+        part = state.part(lack.key.limit)
+        return part.missing(lack.amount, lack.limit, self._advance(now_s))
+
+    def give(self, key: SliceKey, parts: int, need: int, now_s: float) -> Moved:
+        """Hand over ``parts`` of a limit, and ``need`` free ones, as far as there are."""
+        state = self._states.get((key.scope, key.id))
+        if state is None:
+            return Moved(key, 0, 0)
+        return Moved(key, *state.part(key.limit).give(parts, need, self._advance(now_s)))
+
+    def receive(self, moved: Moved, now_s: float) -> None:
+        """Take over parts; those of a scope that is no longer known are dropped again."""
+        state = self._states.get((moved.key.scope, moved.key.id))
+        if state is None:
+            self.dropped.append(moved)
+            return
+        state.part(moved.key.limit).receive(moved.parts, moved.fill, self._advance(now_s))
+
+    def cut(self, key: SliceKey, parts: int, now_s: float) -> None:
+        """Keep at most ``parts`` of a limit."""
+        state = self._states.get((key.scope, key.id))
+        if state is not None:
+            state.part(key.limit).cut(parts, self._advance(now_s))
+
+    def deny(self, key: SliceKey, missing: int, now_s: float) -> None:
+        """Refuse what does not fit for a moment: nobody has anything free."""
+        state = self._states.get((key.scope, key.id))
+        if state is not None:
+            state.part(key.limit).deny(missing, self._advance(now_s))
+
+    def holdings(self, now_s: float) -> Iterator[Moved]:
+        """Yield all parts held here, and none of the limits that were used within a minute."""
+        now_ns = self._advance(now_s)
+        for (scope, name), state in self._states.items():
+            for limit in LimitKind:
+                part = state.part(limit)
+                recent = part.touched_ns is not None and now_ns - part.touched_ns <= MINUTE_NS
+                if part.parts or recent:
+                    yield Moved(SliceKey(scope, name, limit), part.parts, 0)
 
     def _advance(self, now_s: float) -> int:
         self._now_ns = max(self._now_ns, int(now_s * NS_PER_S))
@@ -228,34 +291,47 @@ class Limiter:
         while len(self._states) >= self._scopes_max and looks:
             looks -= 1
             oldest, kept = next(iter(self._states.items()))
-            if kept.concurrent:
+            if kept.concurrent.used:
                 self._states.move_to_end(oldest)
             else:
-                del self._states[oldest]
-        state = self._states[name] = _State()
+                self._drop(oldest, kept)
+        state = self._states[name] = _State(self._parts)
         return state
 
-    def _refusal(
+    def _drop(self, name: tuple[ScopeKind, str], state: _State) -> None:
+        del self._states[name]
+        if self._parts:
+            return
+        for limit in LimitKind:
+            part = state.part(limit)
+            if part.parts:
+                moved, fill = part.give(part.parts, part.parts, self._now_ns)
+                self.dropped.append(Moved(SliceKey(*name, limit), moved, fill))
+
+    def _obstacle(
         self, scopes: Sequence[Scope], states: Sequence[_State], tokens: int, now_ns: int
-    ) -> tuple[Scope, LimitKind, int | None] | None:
-        """Return the limit that keeps the request out longest, or None if none does."""
+    ) -> tuple[Scope, LimitKind, int | None] | Short | None:
+        """Return the limit that keeps the request out longest, or what has to be got first."""
         worst: tuple[Scope, LimitKind, int | None] | None = None
+        lacks: list[Lack] = []
         for scope, state in zip(scopes, states, strict=True):
-            limits = scope.limits
-            waits: list[tuple[LimitKind, int | None]] = []
-            if limits.requests_per_min is not None:
-                wait_ns = state.requests.wait_ns(1, limits.requests_per_min, now_ns)
-                waits.append((LimitKind.REQUESTS, wait_ns))
-            if limits.tokens_per_min is not None:
-                wait_ns = state.tokens.wait_ns(tokens, limits.tokens_per_min, now_ns)
-                waits.append((LimitKind.TOKENS, wait_ns))
-            if limits.concurrent is not None and state.concurrent >= limits.concurrent:
-                waits.append((LimitKind.CONCURRENT, NS_PER_S if limits.concurrent else None))
-            for limit, wait_ns in waits:
-                if wait_ns == 0 or (worst is not None and worst[2] is None):
+            for limit, part, amount, most in state.asks(scope.limits, tokens):
+                wait_ns: int | None = None
+                if amount <= most and most:
+                    missing = part.missing(amount, most, now_ns)
+                    if not missing:
+                        continue
+                    if part.parts < WHOLE and not part.denied(now_ns):
+                        key = SliceKey(scope.kind, scope.id, limit)
+                        lacks.append(Lack(key, amount, most))
+                        continue
+                    wait_ns = part.wait_ns(missing)
+                if worst is not None and worst[2] is None:
                     continue
                 if worst is None or wait_ns is None or wait_ns > (worst[2] or 0):
                     worst = (scope, limit, wait_ns)
+        if worst is None and lacks:
+            return Short(tuple(lacks))
         return worst
 
     def _figures(

@@ -27,7 +27,7 @@ from sqlalchemy import (
 METADATA: Final = MetaData()
 
 # The last migration: a database at this revision has the tables below.
-REVISION: Final = "0002"
+REVISION: Final = "0003"
 
 API_KEY: Final = Table(
     "api_key",
@@ -57,6 +57,17 @@ KEY_TABLE_VERSION: Final = "key_table_version"
 LEDGER_VERSION: Final = "ledger_version"
 PRICE_BOOK_VERSION: Final = "price_book_version"
 COUNTERS: Final = (KEY_TABLE_VERSION, LEDGER_VERSION, PRICE_BOOK_VERSION)
+
+# Grows with each Control: only the latest may grant parts of limits.
+GRANT_EPOCH: Final = "grant_epoch"
+
+# Routers that may hold parts of limits; ``gone_at_s`` is when one was found to be gone.
+GRANT_ROUTER: Final = Table(
+    "grant_router",
+    METADATA,
+    Column("router", String(200), primary_key=True),
+    Column("gone_at_s", Double),
+)
 
 # What rollups are kept by, hours apart. ``user_id`` and ``tag`` are empty without one.
 DIMENSIONS: Final = ("tenant", "user_id", "key_id", "model", "priority_class", "tag")

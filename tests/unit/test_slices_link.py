@@ -1,0 +1,233 @@
+"""Routers and Control's desk on one loop: what waits, what is fetched, what is told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+
+from serve_app.core.limits import Limits, Scope, ScopeKind, Short
+from serve_app.core.slices import Bell, Message, Reply
+from serve_app.core.types import RequestId
+from serve_app.errors import ApiError
+from serve_app.granter import GrantDesk
+from serve_app.limiter import RouterLimits
+from serve_app.slices_link import SlicesLink
+
+
+class Clock:
+    """Monotonic seconds: the loop's own, and what a test adds."""
+
+    def __init__(self) -> None:
+        self.added_s = 0.0
+
+    def __call__(self) -> float:
+        return asyncio.get_running_loop().time() + self.added_s
+
+
+@dataclass(frozen=True)
+class Taken:
+    epoch: int
+    routers: tuple[str, ...]
+    gone_lately: bool = False
+
+
+@dataclass
+class Record:
+    """A store in memory."""
+
+    epoch: int = 0
+    routers: set[str] = field(default_factory=set)
+
+    def begin(self) -> Taken:
+        self.epoch += 1
+        return Taken(self.epoch, tuple(self.routers))
+
+    def add(self, router: str, epoch: int) -> None:
+        if epoch != self.epoch:
+            raise RuntimeError("superseded")
+        self.routers.add(router)
+
+    def remove(self, router: str, epoch: int) -> None:
+        self.routers.discard(router)
+
+    def is_latest(self, epoch: int) -> bool:
+        return epoch == self.epoch
+
+
+class Line:
+    """What routers reach Control by: it can be cut, and the desk behind it exchanged."""
+
+    def __init__(self, desk: GrantDesk) -> None:
+        self.desk = desk
+        self.cut = False
+        self.exchanges = 0
+
+    async def exchange_slices(self, message: Message) -> Reply:
+        await asyncio.sleep(0)
+        if self.cut:
+            raise ConnectionError("cut")
+        self.exchanges += 1
+        return await self.desk.exchange(message)
+
+    async def slices_bell(self, router: str) -> Bell:
+        if self.cut:
+            raise ConnectionError("cut")
+        return await self.desk.bell(router)
+
+
+@dataclass
+class Fleet:
+    clock: Clock
+    record: Record
+    line: Line
+    links: list[SlicesLink]
+    routers: list[RouterLimits]
+    asked: int = 0
+
+    async def ask(self, router: int, *scopes: Scope, tokens: int = 1) -> ApiError | None:
+        """Take a request at a router and leave it open."""
+        self.asked += 1
+        wanted = (RequestId(f"q{self.asked}"), scopes, tokens, tokens)
+        taken = self.routers[router].take(*wanted)
+        if isinstance(taken, Short):
+            taken = await self.routers[router].fetch(*wanted, short=taken)
+        return taken[1]
+
+
+async def desk_of(record: Record, clock: Clock) -> GrantDesk:
+    desk = GrantDesk(record, clock, forget_after_s=30.0)
+    await desk.begin()
+    return desk
+
+
+@asynccontextmanager
+async def fleet(count: int) -> AsyncIterator[Fleet]:
+    clock, record = Clock(), Record()
+    line = Line(await desk_of(record, clock))
+    links = [SlicesLink(f"router-{number}", line, clock) for number in range(count)]
+    routers = [RouterLimits(clock, lambda refused: None, link) for link in links]
+    for link in links:
+        link.start()
+    await until(lambda: len(line.desk.granter.routers()) == count)
+    try:
+        yield Fleet(clock, record, line, links, routers)
+    finally:
+        line.cut = False
+        for link in links:
+            await link.stop()
+
+
+async def until(condition) -> None:  # type: ignore[no-untyped-def]
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110  # the condition is another task's
+            await asyncio.sleep(0.01)
+
+
+def scope(name: str = "k", **limits: int) -> Scope:
+    return Scope(ScopeKind.KEY, name, Limits(**limits))
+
+
+async def test_one_router_is_handed_the_whole_limit_once_and_then_decides_alone() -> None:
+    async with fleet(1) as site:
+        key = scope(requests_per_min=3)
+        assert await site.ask(0, key) is None
+        exchanges = site.line.exchanges
+        site.line.cut = True
+        assert [await site.ask(0, key) for _ in range(2)] == [None, None]
+        refused = await site.ask(0, key)
+        assert refused is not None
+        assert refused.code == "rate_limit_exceeded"
+        assert 19.0 < (refused.retry_after_s or 0) <= 20.0
+        assert site.line.exchanges == exchanges
+
+
+@pytest.mark.parametrize("kind", ["requests_per_min", "tokens_per_min", "concurrent"])
+async def test_a_limit_is_granted_in_full_and_no_more_through_four_routers(kind: str) -> None:
+    async with fleet(4) as site:
+        key = scope(**{kind: 100})
+        shares = [0] * 60 + [1] * 30 + [2] * 29 + [3] * 1 + [1, 2, 3] * 10
+        answers = await asyncio.gather(*(site.ask(router, key) for router in shares))
+        granted = sum(answer is None for answer in answers)
+        assert granted <= 100
+        # A bucket of 100 a minute gives one more in 0.6 s: none of the refused may have waited.
+        assert granted >= 99
+        assert {answer.code for answer in answers if answer} == {"rate_limit_exceeded"}
+
+
+async def test_a_slot_that_another_router_does_not_need_is_fetched() -> None:
+    async with fleet(2) as site:
+        key = scope(concurrent=1)
+        assert await site.ask(0, key) is None
+        assert (await site.ask(1, key)) is not None
+        site.routers[0].settle(RequestId("q1"), 0)
+        site.clock.added_s += 1.0
+        assert await site.ask(1, key) is None
+
+
+async def test_without_control_a_limit_never_seen_is_503_and_one_held_goes_on() -> None:
+    async with fleet(2) as site:
+        key = scope(requests_per_min=10)
+        for router in (0, 1, 0, 1):
+            assert await site.ask(router, key) is None
+        site.line.cut = True
+        assert await site.ask(0, key) is None
+        unknown = await site.ask(0, scope("other", requests_per_min=10))
+        assert unknown is not None
+        assert (unknown.status, unknown.code) == (503, "limits_unavailable")
+        assert unknown.retry_after_s == 1.0
+        answers = [await site.ask(0, key) for _ in range(10)]
+        codes = {answer.code for answer in answers if answer is not None}
+        assert codes == {"limits_unavailable"}, "the other router's part may be unused"
+
+
+async def test_a_new_control_takes_over_what_is_held_and_the_old_one_grants_no_more() -> None:
+    async with fleet(2) as site:
+        key, began_at_s = scope(requests_per_min=100), site.clock()
+        await asyncio.gather(*(site.ask(number % 2, key) for number in range(60)))
+        old, site.line.desk = site.line.desk, await desk_of(site.record, site.clock)
+        await until(lambda: len(site.line.desk.granter.routers()) == 2)
+        assert not site.line.desk.granter.recovering
+        answers = await asyncio.gather(*(site.ask(number % 2, key) for number in range(80)))
+        drained = (site.clock() - began_at_s) * 100 / 60
+        assert sum(answer is None for answer in answers) <= 40 + drained
+        await old.follow()
+        assert old.superseded
+        with pytest.raises(RuntimeError):
+            await old.exchange(Message("router-0", 1, 99))  # type: ignore[arg-type]
+
+
+async def test_a_router_that_stops_gives_everything_back_at_once() -> None:
+    async with fleet(2) as site:
+        key = scope(concurrent=2)
+        assert [await site.ask(0, key) for _ in range(2)] == [None, None]
+        for number in (1, 2):
+            site.routers[0].settle(RequestId(f"q{number}"), 0)
+        await site.links[0].stop()
+        assert site.line.desk.granter.routers() == ["router-1"]
+        await site.line.desk.follow()
+        assert site.record.routers == {"router-1"}
+        assert [await site.ask(1, key) for _ in range(2)] == [None, None]
+
+
+async def test_a_request_that_goes_away_while_it_waits_leaves_nothing() -> None:
+    async with fleet(1) as site:
+        held = asyncio.Event()
+        exchange = site.line.exchange_slices
+
+        async def slow(message: Message) -> Reply:
+            await held.wait()
+            return await exchange(message)
+
+        site.line.exchange_slices = slow  # type: ignore[method-assign]
+        task = asyncio.create_task(site.ask(0, scope(concurrent=1)))
+        await until(lambda: site.links[0].waiting == 1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        held.set()
+        assert site.links[0].waiting == 0
+        assert await site.ask(0, scope(concurrent=1)) is None
