@@ -56,10 +56,9 @@ META: Final = Table(
 KEY_TABLE_VERSION: Final = "key_table_version"
 LEDGER_VERSION: Final = "ledger_version"
 PRICE_BOOK_VERSION: Final = "price_book_version"
-COUNTERS: Final = (KEY_TABLE_VERSION, LEDGER_VERSION, PRICE_BOOK_VERSION)
-
 # Grows with each Control: only the latest may grant parts of limits.
 GRANT_EPOCH: Final = "grant_epoch"
+COUNTERS: Final = (KEY_TABLE_VERSION, LEDGER_VERSION, PRICE_BOOK_VERSION, GRANT_EPOCH)
 
 # Routers that may hold parts of limits; ``gone_at_s`` is when one was found to be gone.
 GRANT_ROUTER: Final = Table(
