@@ -1,0 +1,172 @@
+"""One limit through three routers: granted in full, never more, as if there were one."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from tests.e2e.waiting import until
+from tests.stack import ROOT, Stack, running_stack
+
+ROUTERS = 3
+A_MINUTE = 400
+SLOTS = 12
+
+
+def document() -> dict[str, Any]:
+    """Return configs/sim.yaml with three routers, limits and engines that answer at once."""
+    found: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "sim.yaml").read_text())
+    _, pool, gateway = found["applications"]
+    pool["args"]["replicas"]["num_replicas"] = 1
+    pool["args"]["engine"] |= {"weights_s": 0.02}
+    gateway["args"]["replicas"]["num_replicas"] = ROUTERS
+    gateway["args"]["control"] = {"metrics_period_s": 0.5}
+    config = gateway["deployments"][0]["user_config"]
+    config["pools"]["sim"] |= {"queue_capacity": 1024, "queue_timeout_s": 60}
+    config["tenants"] = {
+        "counted": {"each_key": {"requests_per_min": A_MINUTE}},
+        "metered": {"limits": {"tokens_per_min": 20_000}},
+        "slotted": {"limits": {"concurrent": SLOTS}},
+    }
+    return found
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    with running_stack(document()) as running:
+        until(lambda: running.metric("headrace_control_processes", role="router") == ROUTERS, "3")
+        yield running
+
+
+@pytest.fixture(scope="module")
+def make_key(stack: Stack) -> Callable[[str], str]:
+    """A function that makes a tenant's key which every router knows."""
+
+    def make(tenant: str) -> str:
+        with stack.http() as admin:
+            created = admin.post("/admin/keys", json={"name": "test", "tenant": tenant})
+        assert created.status_code == 201, created.text
+        secret = str(created.json()["key"])
+        known: list[bool] = []
+
+        def by_all() -> bool:
+            # Connections of their own, so that every router is met.
+            with stack.http(secret) as client:
+                known.append(client.get("/v1/models").status_code == 200)
+            return known[-20:] == [True] * 20
+
+        until(by_all, "the key is known to every router")
+        return secret
+
+    return make
+
+
+async def burst(
+    stack: Stack, key: str, count: int, *, together: int = 48, **fields: Any
+) -> list[httpx.Response]:
+    """Send requests over connections of their own, some at a time."""
+    gate = asyncio.Semaphore(together)
+    body = {"model": "sim", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+
+    async def one() -> httpx.Response:
+        async with gate, httpx.AsyncClient(base_url=stack.url, timeout=120) as client:
+            headers = {"authorization": f"Bearer {key}"}
+            return await client.post("/v1/chat/completions", json=body | fields, headers=headers)
+
+    return await asyncio.gather(*(one() for _ in range(count)))
+
+
+def counted(answers: list[httpx.Response]) -> int:
+    """Return how many were granted; the others were told that their limit is used up."""
+    others = [each for each in answers if each.status_code != 200]
+    for each in others:
+        assert each.status_code == 429, each.text
+        assert each.json()["error"]["code"] == "rate_limit_exceeded"
+        assert int(each.headers["retry-after"]) >= 1
+    return len(answers) - len(others)
+
+
+async def test_requests_per_minute_are_granted_in_full_and_no_more(
+    stack: Stack, make_key: Callable[[str], str]
+) -> None:
+    key = make_key("counted")
+    before = {each: served(stack, each) for each in routers(stack)}
+    began_at_s = time.monotonic()
+    granted = counted(await burst(stack, key, A_MINUTE))
+    assert granted >= 0.99 * A_MINUTE
+    granted += counted(await burst(stack, key, A_MINUTE // 2))
+    drained = A_MINUTE * (time.monotonic() - began_at_s) / 60
+    assert granted <= A_MINUTE + drained
+    until(lambda: all(served(stack, each) > before[each] for each in before), "all routers served")
+
+
+async def test_tokens_per_minute_are_granted_in_full_and_no_more(
+    stack: Stack, make_key: Callable[[str], str]
+) -> None:
+    key = make_key("metered")
+    began_at_s = time.monotonic()
+    answers = await burst(stack, key, 160, messages=[{"role": "user", "content": "word " * 150}])
+    granted = [each.json()["usage"]["total_tokens"] for each in answers if each.status_code == 200]
+    counted(answers)
+    drained = 20_000 * (time.monotonic() - began_at_s) / 60
+    assert sum(granted) <= 20_000 + drained
+    # What does not fit is less than one more request's upper bound.
+    assert sum(granted) >= 20_000 * 0.95 - 2 * max(granted)
+
+
+async def test_slots_are_one_number_for_all_routers(
+    stack: Stack, make_key: Callable[[str], str]
+) -> None:
+    key = make_key("slotted")
+    answers = await burst(stack, key, 3 * SLOTS, together=3 * SLOTS, max_tokens=150)
+    assert SLOTS - 1 <= counted(answers) <= SLOTS
+    again = await burst(stack, key, SLOTS, together=SLOTS, max_tokens=1)
+    assert counted(again) >= SLOTS - 1
+
+
+async def test_control_away_is_not_a_limit_used_up(
+    stack: Stack, make_key: Callable[[str], str]
+) -> None:
+    held, fresh = make_key("counted"), make_key("counted")
+    assert counted(await burst(stack, held, 60)) == 60
+    [control] = stack.processes("ServeReplica:control:Control")
+    control.send_signal(signal.SIGSTOP)
+    try:
+        answers = await burst(stack, held, 60)
+        assert sum(each.status_code == 200 for each in answers) == 60
+        for answer in await burst(stack, fresh, 6):
+            assert answer.status_code == 503
+            assert answer.json()["error"]["code"] == "limits_unavailable"
+            assert answer.headers["retry-after"] == "1"
+    finally:
+        control.send_signal(signal.SIGCONT)
+    until(lambda: ask_once(stack, fresh) == 200, "Control is back")
+
+
+def ask_once(stack: Stack, key: str) -> int:
+    body = {"model": "sim", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+    with stack.http(key) as client:
+        return client.post("/v1/chat/completions", json=body).status_code
+
+
+def routers(stack: Stack) -> list[str]:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    text = stack.http().get("/metrics").raise_for_status().text
+    return [
+        sample.labels["process"]
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == "headrace_router_peers"
+    ]
+
+
+def served(stack: Stack, process: str) -> float:
+    return stack.metric("headrace_responses_total", process=process, status="200")
