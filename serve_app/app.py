@@ -11,13 +11,10 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
-from serve_app.config import ControlArgs, GatewayArgs, PoolArgs, ReplicaSettings
+from serve_app.config import SPARE_CALLS, ControlArgs, GatewayArgs, PoolArgs, ReplicaSettings
 from serve_app.control import Control
 from serve_app.engine.replica import EngineReplica, Pool
 from serve_app.router import Router
-
-# A replica also answers probes, load subscriptions of routers and Control's calls.
-SPARE_CALLS = 64
 
 # Requests have a line of our own. Serve's would log every heartbeat and scrape beside them.
 LOGGING = LoggingConfig(enable_access_log=False)
@@ -43,7 +40,7 @@ def pool(args: PoolArgs) -> serve.Application:
     engine = serve.deployment(
         EngineReplica,
         name="Engine",
-        max_ongoing_requests=args.engine.max_num_seqs + SPARE_CALLS,
+        max_ongoing_requests=args.calls_max,
         request_router_config=RequestRouterConfig(
             request_router_class="serve_app.engine.placement.PlacementRouter"
         ),

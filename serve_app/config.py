@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from serve_app.config_access import Aliases, KeyPolicy, TenantPolicy
 from serve_app.config_base import Name, Strict
@@ -99,6 +99,19 @@ class ReplicaSettings(Strict):
     health_check_timeout_s: float = Field(10, gt=0)
 
 
+def _in_order(ports: tuple[int, int]) -> tuple[int, int]:
+    if ports[0] > ports[1]:
+        raise ValueError("must be a first and a last port, in this order")
+    return ports
+
+
+Port = Annotated[int, Field(ge=1024, le=65_535)]
+PortRange = Annotated[tuple[Port, Port], AfterValidator(_in_order)]
+CHANNEL_PORTS = (21_000, 21_999)
+# A replica also answers probes, load subscriptions of routers and Control's calls.
+SPARE_CALLS = 64
+
+
 class PoolArgs(Strict):
     """Arguments of ``serve_app.app:pool``: one model pool, an application of its own."""
 
@@ -107,8 +120,16 @@ class PoolArgs(Strict):
     replicas: ReplicaSettings = ReplicaSettings()
     env: dict[str, str] = Field(default_factory=dict, description="Environment of the replicas.")
     snapshot_period_s: float = Field(0.1, gt=0, le=5)
+    channel_ports: PortRange = Field(
+        CHANNEL_PORTS, description="A replica binds the first free port of this range."
+    )
     drain_timeout_s: float = Field(600, ge=0)
     control: ControlLinkSettings = ControlLinkSettings()
+
+    @property
+    def calls_max(self) -> int:
+        """How many calls a replica takes at once."""
+        return self.engine.max_num_seqs + SPARE_CALLS
 
 
 class ControlArgs(Strict):
@@ -138,28 +159,18 @@ class LimitSettings(Strict):
     max_stream_s: float = Field(600, gt=0, description="A response may last this long.")
 
 
-Port = Annotated[int, Field(ge=1024, le=65_535)]
-
-
 class ChannelSettings(Strict):
     """How tokens travel from the engines to a router."""
 
     transport: Literal["channel", "handle"] = Field(
         "channel", description="`handle`: through Serve's streamed calls, slower; for comparison."
     )
-    ports: tuple[Port, Port] = Field(
-        (21_000, 21_999), description="A router binds the first free port of this range."
+    ports: PortRange = Field(
+        CHANNEL_PORTS, description="A router binds the first free port of this range."
     )
     stream_buffer_bytes: int = Field(
         1024 * 1024, ge=4096, description="What may wait for one client before it is cut off."
     )
-
-    @field_validator("ports")
-    @classmethod
-    def _a_range(cls, ports: tuple[int, int]) -> tuple[int, int]:
-        if ports[0] > ports[1]:
-            raise ValueError("must be a first and a last port, in this order")
-        return ports
 
 
 class GatewayArgs(Strict):

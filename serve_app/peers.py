@@ -12,9 +12,8 @@ import logging
 from collections.abc import Mapping
 
 from serve_app.core.exchange import EXCHANGE_PERIOD_S
-from serve_app.engine.channel import Address, Told, pack
-from serve_app.engine.channel_receiver import ChannelReceiver
-from serve_app.engine.channel_sender import ChannelSender
+from serve_app.engine.address import Address
+from serve_app.engine.channel_router import RouterChannel
 from serve_app.gate import Gate
 
 logger = logging.getLogger("headrace.peers")
@@ -23,19 +22,18 @@ logger = logging.getLogger("headrace.peers")
 class Peers:
     """One router's exchange with the others, as one owned task on its event loop."""
 
-    def __init__(self, gate: Gate, receiver: ChannelReceiver) -> None:
+    def __init__(self, gate: Gate, channel: RouterChannel) -> None:
         """Hear from now on; tell once ``know`` has named others."""
         self._gate = gate
-        self._own = receiver.address
-        self._sender = ChannelSender()
+        self._channel = channel
         self._others: tuple[Address, ...] = ()
         self._task = asyncio.create_task(self._exchange())
-        receiver.on_told = gate.hear
+        channel.on_told = gate.hear
 
     def know(self, routers: Mapping[str, tuple[str, bytes]]) -> None:
         """Tell these routers, this one excepted; their addresses are endpoint and key."""
         addresses = (Address(*address) for address in routers.values())
-        self._others = tuple(each for each in addresses if each != self._own)
+        self._others = tuple(each for each in addresses if each != self._channel.address)
 
     @property
     def count(self) -> int:
@@ -46,7 +44,6 @@ class Peers:
         """Tell nobody any more."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
-        self._sender.close()
 
     async def _exchange(self) -> None:
         while True:
@@ -54,9 +51,9 @@ class Peers:
             if not self._others:
                 continue
             try:
-                packed = pack(Told(self._gate.digest()))
+                digest = self._gate.digest()
                 for router in self._others:
-                    self._sender.tell(router, packed)
+                    self._channel.tell(router, digest)
             except Exception:
                 # Without the exchange every router would take the others for dead.
                 logger.exception("this router could not tell the others what it holds")

@@ -27,7 +27,7 @@ from serve_app.core.exchange import RouterId
 from serve_app.core.routing import RoutingSettings, routing_by_policy, uses_prefixes
 from serve_app.core.types import PoolName
 from serve_app.engine.api import Endpoint
-from serve_app.engine.channel_receiver import ChannelReceiver
+from serve_app.engine.channel_router import RouterChannel
 from serve_app.engine.replica_directory import DIRECTORY
 from serve_app.engine.transport import ChannelTransport, HandleTransport, Transport
 from serve_app.fleet import Fleet
@@ -68,8 +68,8 @@ class Router:
         )
         core = Controller(self._routing, RouterId(self._name))
         self._gate = Gate(core, time.monotonic, self._observer.notice)
-        self._receiver = _receiver(self._args.channel)
-        self._peers = Peers(self._gate, self._receiver)
+        self._channel = _channel(self._args.channel)
+        self._peers = Peers(self._gate, self._channel)
         self._fleet = Fleet(self._gate, self._connect, DIRECTORY)
         self._control = HandleControlLink(self._args.control.app)
         self._counter = TokenCounter()
@@ -158,7 +158,7 @@ class Router:
         await self._slices.stop()
         await self._fleet.stop()
         await self._peers.stop()
-        self._receiver.close()
+        self._channel.close()
         self._gate.close()
         self._counter.close()
 
@@ -169,7 +169,7 @@ class Router:
         handle._init()
         if self._args.channel.transport == "handle":
             return HandleTransport(handle)
-        return ChannelTransport(handle, self._receiver)
+        return ChannelTransport(handle, self._channel)
 
     def _readiness(self) -> Readiness:
         keys = self._completions.keys
@@ -184,7 +184,7 @@ class Router:
     def _beat(self) -> Heartbeat:
         keys = self._completions.keys
         version = -1 if keys is None else keys.version
-        address = self._receiver.address
+        address = self._channel.address
         return Heartbeat(
             process=self._name,
             role="router",
@@ -205,8 +205,8 @@ class Router:
             self._completions.keys = KeyTable(tables.keys, tables.keys_version)
 
 
-def _receiver(settings: ChannelSettings) -> ChannelReceiver:
+def _channel(settings: ChannelSettings) -> RouterChannel:
     """Return this router's end of the channel; the other routers use it in any case."""
     first, last = settings.ports
     host = ray.util.get_node_ip_address()
-    return ChannelReceiver(host, range(first, last + 1), settings.stream_buffer_bytes)
+    return RouterChannel(host, range(first, last + 1), settings.stream_buffer_bytes)

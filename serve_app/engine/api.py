@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from serve_app.core.types import Outcome, PriorityClass, ReplicaId, ReplicaView, RequestId, Usage
-from serve_app.engine.channel import Address, ReplyTo
+from serve_app.engine.address import Address, ReplyTo
 
 STREAM_END = b"data: [DONE]\n\n"
 

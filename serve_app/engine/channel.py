@@ -1,27 +1,29 @@
-"""The token channel's wire: what engines and routers send to a router beside Serve calls.
+"""The token channel's wire: what routers and engines send each other beside Serve calls.
 
-One PUSH socket per sender and router, connected to the router's one PULL socket. A message is
-msgpack, one of:
+Every router and every engine replica binds one PULL socket and connects one PUSH socket to
+each process it has something for. A message is msgpack, one of:
 
+- Call, to an engine: one request. Cancel, to an engine: the reader of a stream has gone.
 - Batch, from an engine: the frames that it handed over within one turn of its event loop, of
-  all streams to that router. The Serve call that made a stream returns its Final with the
-  number of frames, so that a frame that was lost is an error and never a silent truncation.
-- Load, from an engine: its load at one moment, the same to every router that subscribed.
+  all streams to that router, and how streams ended. An ending counts the stream's frames, so
+  that a frame that was lost is an error and never a silent truncation.
+- Hello, from an engine: where it takes calls. Load, from an engine: its load at one moment,
+  the same to every router that subscribed.
 - Told, from another router: its part of every pool (core/exchange.py).
 
-Every router process makes a CURVE key pair when it starts. Its public key travels only in
-Serve calls, so it is also what lets a sender in; a restarted router on the same port has
-another key and never hears the frames of its predecessor's streams.
+Every process makes a CURVE key pair when it starts. Its public key travels only in Serve
+calls and on the channel itself, so it is also what lets a sender in; a restarted router on
+the same port has another key and never hears the frames of its predecessor's streams.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import msgspec
 
 from serve_app.core.exchange import Digest
-from serve_app.core.types import ReplicaView
+from serve_app.core.types import ReplicaId, ReplicaView
+from serve_app.engine.address import Address, ReplyTo
+from serve_app.engine.api import Final, GenerateCall, Refusal
 
 # A non-streamed body travels as one frame. A message above this ends the connection, and
 # the streams on it with an error.
@@ -30,41 +32,54 @@ MAX_MESSAGE_BYTES = 256 * 1024 * 1024
 Record = tuple[int, int, bytes, tuple[int, ...]]
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
-    """A router's end of the channel: where it listens, and the key that lets a sender in."""
+class End(msgspec.Struct, array_like=True, frozen=True):
+    """How a stream ended: the engine's account, its refusal, or what went wrong there."""
 
-    endpoint: str
-    server_key: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class ReplyTo:
-    """Where the frames of one call go: a router's channel, and the stream's number on it."""
-
-    router: Address
     stream: int
+    final: Final | None = None
+    refusal: Refusal | None = None
+    error: str | None = None
 
 
-class Batch(msgspec.Struct, array_like=True, tag=0, frozen=True, gc=False):
-    """Frames: ``(stream, sequence, data, token_ids)`` each."""
+class Batch(msgspec.Struct, array_like=True, tag=0, frozen=True):
+    """Frames, ``(stream, sequence, data, token_ids)`` each, and endings that follow them."""
 
     records: list[Record]
+    ends: list[End] = []
 
 
-class Load(msgspec.Struct, array_like=True, tag=1, frozen=True):
+class Call(msgspec.Struct, array_like=True, tag=1, frozen=True):
+    """A request; its frames go to ``call.reply``."""
+
+    call: GenerateCall
+
+
+class Cancel(msgspec.Struct, array_like=True, tag=2, frozen=True):
+    """Nobody reads a stream any more."""
+
+    reply: ReplyTo
+
+
+class Hello(msgspec.Struct, array_like=True, tag=3, frozen=True):
+    """Where a replica takes calls."""
+
+    replica: ReplicaId
+    address: Address
+
+
+class Load(msgspec.Struct, array_like=True, tag=4, frozen=True):
     """An engine's load."""
 
     view: ReplicaView
 
 
-class Told(msgspec.Struct, array_like=True, tag=2, frozen=True):
+class Told(msgspec.Struct, array_like=True, tag=5, frozen=True):
     """What a router tells the others."""
 
     digest: Digest
 
 
-Message = Batch | Load | Told
+Message = Batch | Call | Cancel | Hello | Load | Told
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)

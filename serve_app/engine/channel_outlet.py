@@ -1,8 +1,8 @@
-"""One way out to one router: batched per turn of the event loop, sent without blocking.
+"""One way out to one process: batched per turn of the event loop, sent without blocking.
 
-While a router does not read, batches wait here up to a bound. Beyond it, when nothing could be
-sent for ``STALL_S``, or when the connection breaks, the outlet fails: what was under way may
-be lost, so every stream on it ends at once and its generation is aborted.
+While the other side does not read, messages wait here up to a bound. Beyond it, when nothing
+could be sent for ``STALL_S``, or when the connection breaks, the outlet fails: what was under
+way may be lost, so every stream on it ends at once and its generation is aborted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from contextlib import contextmanager
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from serve_app.engine.channel import Address, Batch, Record, pack
+from serve_app.engine.address import Address
+from serve_app.engine.channel import Batch, End, Record, pack
 
 BATCHES_IN_SOCKET = 256
 WAITING_BYTES_MAX = 32 * 1024 * 1024
@@ -35,16 +36,19 @@ _BROKEN = (
 
 
 class StreamLost(RuntimeError):
-    """The router of a stream does not take its frames."""
+    """The reader of a stream does not take its frames."""
 
 
 class Outlet:
-    """A connection to a router; on one event loop only."""
+    """A connection to a process; on one event loop only.
+
+    ``failed`` says why, once it has; then ``on_failed`` is called with it.
+    """
 
     def __init__(
         self,
         context: zmq.Context[zmq.Socket[bytes]],
-        router: Address,
+        target: Address,
         keys: tuple[bytes, bytes],
         clock: Callable[[], float],
     ) -> None:
@@ -56,16 +60,18 @@ class Outlet:
         socket.sndhwm = BATCHES_IN_SOCKET
         socket.heartbeat_ivl = HEARTBEAT_MS
         socket.heartbeat_timeout = HEARTBEAT_TIMEOUT_MS
-        socket.curve_serverkey = router.server_key
+        socket.curve_serverkey = target.server_key
         socket.curve_publickey, socket.curve_secretkey = keys
         self._monitor = socket.get_monitor_socket(_BROKEN | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._descriptor = int(self._monitor.getsockopt(zmq.FD))
         self._loop.add_reader(self._descriptor, self._look)
-        socket.connect(router.endpoint)
+        socket.connect(target.endpoint)
         self._connecting: asyncio.TimerHandle | None = self._loop.call_later(
-            CONNECT_S, self._fail, f"the router was not reached within {CONNECT_S:g} seconds"
+            CONNECT_S, self._fail, f"it was not reached within {CONNECT_S:g} seconds"
         )
         self._records: list[Record] = []
+        self._ends: list[End] = []
+        self._flushing = False
         self._waiting: deque[bytes] = deque()
         self._waiting_bytes = 0
         self._stalled_at_s: float | None = None
@@ -74,6 +80,7 @@ class Outlet:
         self._used_at_s = clock()
         self.subscribers = 0
         self.failed: str | None = None
+        self.on_failed: Callable[[str], None] | None = None
         # Events may have come before the reader was there.
         self._loop.call_soon(self._look)
 
@@ -87,39 +94,50 @@ class Outlet:
     def streaming(self) -> Iterator[None]:
         """Send a stream within; the running task is interrupted when the outlet fails.
 
-        The outlet has not failed yet.
-
         Raises:
             StreamLost: the outlet failed.
         """
         task = asyncio.current_task()
         assert task is not None
-        assert self.failed is None, "streams begin on outlets that work"
+        self._lost()
         self._tasks.add(task)
         try:
             yield
         except asyncio.CancelledError:
-            reason = self._reason()
-            if reason is None:
-                raise
-            task.uncancel()
-            raise StreamLost(reason) from None
+            if self.failed is not None:
+                task.uncancel()
+            self._lost()
+            raise
         finally:
             self._tasks.discard(task)
             self._used_at_s = self._clock()
 
     def write(self, record: Record) -> None:
-        """Add a record to this turn's batch."""
-        if not self._records:
-            self._loop.call_soon(self._flush)
+        """Add a frame to this turn's batch."""
         self._records.append(record)
+        if not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self._flush)
+
+    def end(self, end: End) -> None:
+        """Add a stream's ending to this turn's batch, behind its frames."""
+        self._ends.append(end)
+        if not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self._flush)
+
+    def send(self, message: bytes) -> None:
+        """Send a message by itself, in order with others like it."""
+        self._used_at_s = self._clock()
+        if self.failed is None and (self._waiting or not self._try(message)):
+            self._wait(message)
 
     def tell(self, message: bytes) -> bool:
         """Send a message that only counts now; return False if the router does not read."""
         self._used_at_s = self._clock()
         if self.failed is not None or self._waiting:
             return False
-        return self._send(message)
+        return self._try(message)
 
     def close(self) -> None:
         """Close the socket; what was not sent is dropped."""
@@ -133,9 +151,12 @@ class Outlet:
         self._socket.close(linger=0)
         self._waiting.clear()
         self._records.clear()
+        self._ends.clear()
 
-    def _reason(self) -> str | None:
-        return self.failed
+    def _lost(self) -> None:
+        """Raise StreamLost if the outlet has failed."""
+        if self.failed is not None:
+            raise StreamLost(self.failed)
 
     def _look(self) -> None:
         """Take what ZeroMQ says of the connection."""
@@ -149,17 +170,18 @@ class Outlet:
                     self._connecting.cancel()
                     self._connecting = None
             elif event & _BROKEN:
-                self._fail("the connection to the router broke")
+                self._fail("the connection broke")
 
     def _flush(self) -> None:
         if self._socket.closed:
             return
-        records, self._records = self._records, []
-        message = pack(Batch(records))
-        if self._waiting or not self._send(message):
+        self._flushing = False
+        message = pack(Batch(self._records, self._ends))
+        self._records, self._ends = [], []
+        if self._waiting or not self._try(message):
             self._wait(message)
 
-    def _send(self, message: bytes) -> bool:
+    def _try(self, message: bytes) -> bool:
         try:
             self._socket.send(message, zmq.NOBLOCK)
         except zmq.Again:
@@ -170,7 +192,7 @@ class Outlet:
         self._waiting.append(message)
         self._waiting_bytes += len(message)
         if self._waiting_bytes > WAITING_BYTES_MAX:
-            self._fail(f"the router left {self._waiting_bytes} bytes unread")
+            self._fail(f"it left {self._waiting_bytes} bytes unread")
         elif self._retry is None:
             self._stalled_at_s = self._clock()
             self._retry = self._loop.call_later(RETRY_S, self._try_again)
@@ -178,10 +200,10 @@ class Outlet:
     def _try_again(self) -> None:
         self._retry = None
         while self._waiting:
-            if not self._send(self._waiting[0]):
+            if not self._try(self._waiting[0]):
                 assert self._stalled_at_s is not None
                 if self._clock() - self._stalled_at_s > STALL_S:
-                    self._fail(f"the router took nothing for {STALL_S:g} seconds")
+                    self._fail(f"it took nothing for {STALL_S:g} seconds")
                 else:
                     self._retry = self._loop.call_later(RETRY_S, self._try_again)
                 return
@@ -197,3 +219,5 @@ class Outlet:
         self.close()
         for task in self._tasks:
             task.cancel()
+        if self.on_failed is not None:
+            self.on_failed(reason)

@@ -11,9 +11,8 @@ from collections.abc import AsyncGenerator
 
 from serve_app.core.types import ReplicaView
 from serve_app.engine.api import Engine, EngineDead, WatchCall
-from serve_app.engine.channel import Load
+from serve_app.engine.channel_engine import EngineChannel
 from serve_app.engine.channel_outlet import StreamLost
-from serve_app.engine.channel_sender import ChannelSender
 
 # While frames flow, the load goes out with them: this many times a period at most.
 TIMES_A_PERIOD = 5
@@ -22,9 +21,9 @@ TIMES_A_PERIOD = 5
 class LoadPublisher:
     """Takes a snapshot every period, sooner while frames flow, as one owned task."""
 
-    def __init__(self, engine: Engine, sender: ChannelSender, period_s: float) -> None:
+    def __init__(self, engine: Engine, channel: EngineChannel, period_s: float) -> None:
         self._engine = engine
-        self._sender = sender
+        self._channel = channel
         self._period_s = period_s
         self._view: ReplicaView | None = None
         self._task: asyncio.Task[None] | None = None
@@ -49,7 +48,7 @@ class LoadPublisher:
             StreamLost: the router is not reached.
         """
         assert call.router is not None
-        with self._sender.subscribed(call.router) as outlet:
+        with self._channel.subscribed(call.router) as outlet:
             while outlet.failed is None:
                 await self._engine.check_health()
                 await asyncio.sleep(self._period_s)
@@ -72,8 +71,8 @@ class LoadPublisher:
         quiet_ticks, frames = 0, 0
         while True:
             quiet_ticks += 1
-            if quiet_ticks >= TIMES_A_PERIOD or self._sender.frames != frames:
-                quiet_ticks, frames = 0, self._sender.frames
+            if quiet_ticks >= TIMES_A_PERIOD or self._channel.frames != frames:
+                quiet_ticks, frames = 0, self._channel.frames
                 await self._tell()
             await asyncio.sleep(tick_s)
 
@@ -83,4 +82,4 @@ class LoadPublisher:
         except EngineDead:
             return  # Who attends is told so.
         self._view = self._engine.snapshot()
-        self._sender.broadcast(Load(self._view))
+        self._channel.broadcast(self._view)

@@ -24,14 +24,12 @@ from serve_app.core.types import Outcome, PoolName, ReplicaId, ReplicaView
 from serve_app.engine.api import (
     Engine,
     EngineInfo,
-    Final,
     GenerateCall,
     GenerateItem,
     Metered,
-    Refusal,
     WatchCall,
 )
-from serve_app.engine.channel_sender import ChannelSender
+from serve_app.engine.channel_engine import EngineChannel
 from serve_app.engine.load_publisher import LoadPublisher
 from serve_app.telemetry.exposition import Family, render_families
 from serve_app.telemetry.logs import configure, process_stderr
@@ -69,11 +67,11 @@ class EngineReplica:
         # The default registry, since vLLM registers its own metrics there.
         self._metrics = EngineMetrics(REGISTRY)
         self._metrics.build_info.labels(__version__, ray.__version__, "engine").set(1)
-        self._sender = ChannelSender()
         self._engine = build_engine(self._args, self._replica)
         self._engine.on_metered(self._record)
         self._metrics.engine_started(await self._start_engine())
-        self._load = LoadPublisher(self._engine, self._sender, self._args.snapshot_period_s)
+        self._channel = self._open_channel()
+        self._load = LoadPublisher(self._engine, self._channel, self._args.snapshot_period_s)
         self._load.start()
         self._uplink = Uplink(
             HandleControlLink(self._args.control.app),
@@ -92,11 +90,6 @@ class EngineReplica:
             async for item in items:
                 yield item
 
-    async def deliver(self, call: GenerateCall) -> Final | Refusal:
-        """Run one request; its frames go by the token channel to ``call.reply``."""
-        assert call.reply is not None
-        return await self._sender.deliver(self._engine.generate(call), call.reply)
-
     async def watch(self, call: WatchCall) -> AsyncGenerator[ReplicaView, None]:
         """Yield this replica's load until the router goes away; see LoadPublisher."""
         async with aclosing(self._load.watch()) as views:
@@ -113,8 +106,8 @@ class EngineReplica:
 
     async def __del__(self) -> None:
         await self._load.stop()
+        await self._channel.close()
         await self._engine.stop()
-        self._sender.close()
         await self._uplink.stop()
 
     async def _start_engine(self) -> EngineInfo:
@@ -130,6 +123,17 @@ class EngineReplica:
         started = {"stages_s": info.stages_s, "kv_tokens": info.kv_tokens_capacity}
         logger.info("engine started", extra={"pool": pool, "slots": info.slots, **started})
         return info
+
+    def _open_channel(self) -> EngineChannel:
+        """Take calls from routers: as many as Serve would let through."""
+        first, last = self._args.channel_ports
+        return EngineChannel(
+            self._replica,
+            ray.util.get_node_ip_address(),
+            range(first, last + 1),
+            self._engine.generate,
+            calls_max=self._args.calls_max,
+        )
 
     def _record(self, metered: Metered) -> None:
         self._metrics.engine_metered(metered)

@@ -1,8 +1,8 @@
 """How a router reaches an engine replica: one stream of items per call.
 
-Everything above sees only ``Transport``. ``ChannelTransport`` makes a plain Serve call per
-request and takes its frames from the token channel; ``HandleTransport`` streams them
-through the Serve handle, which costs several times as much per token.
+Everything above sees only ``Transport``. ``ChannelTransport`` sends calls and takes frames by
+the token channel; ``HandleTransport`` streams both through the Serve handle, which costs
+several times as much per request and per token.
 """
 
 from __future__ import annotations
@@ -23,10 +23,8 @@ from serve_app.engine.api import (
     Refusal,
     WatchCall,
 )
-from serve_app.engine.channel_receiver import ChannelReceiver, Inflow, LoadFeed
-
-# How long frames may take that were sent before their call's result.
-LATE_FRAMES_S = 5.0
+from serve_app.engine.channel_inflow import Line
+from serve_app.engine.channel_router import RouterChannel
 
 
 class Transport(Protocol):
@@ -80,13 +78,17 @@ class HandleTransport:
 
 
 class ChannelTransport:
-    """Frames by the token channel, everything else by the handle."""
+    """Everything by the token channel, for as long as a Serve call to the replica is open.
 
-    def __init__(self, handle: Any, receiver: ChannelReceiver) -> None:
-        """``handle`` is a DeploymentHandle; its option variants are built once, here."""
-        self._deliver = handle.options(method_name="deliver")
+    That call tells when the replica is lost, and keeps Serve from stopping it while streams
+    of this router run there.
+    """
+
+    def __init__(self, handle: Any, channel: RouterChannel) -> None:
+        """``handle`` is a DeploymentHandle; its option variant is built once, here."""
         self._attend = handle.options(method_name="attend")
-        self._receiver = receiver
+        self._channel = channel
+        self._lingering: set[asyncio.Task[None]] = set()
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[GenerateItem, None]:
         """See Transport.
@@ -94,10 +96,7 @@ class ChannelTransport:
         Raises:
             ReaderTooSlow: the reader left too much unread; the call was cancelled.
         """
-        inflow = self._receiver.open()
-        response = self._deliver.remote(replace(call, reply=inflow.reply))
-        inflow.on_overflow = response.cancel
-        ending = asyncio.create_task(_end(inflow, response))
+        inflow = self._channel.call(call)
         try:
             while True:
                 item = await inflow.take()
@@ -105,52 +104,43 @@ class ChannelTransport:
                 if not isinstance(item, Frame):
                     return
         finally:
-            self._receiver.forget(inflow)
-            # Cancelling the task that waits for a response cancels its call.
-            if not ending.done():
-                response.cancel()
-                ending.cancel()
+            self._channel.leave(inflow)
 
     async def watch(self, call: WatchCall) -> AsyncGenerator[ReplicaView, None]:
-        """See Transport. One call stays open while the load arrives beside it."""
-        feed = self._receiver.follow(call.target)
-        response = self._attend.remote(replace(call, router=self._receiver.address))
-        attending = asyncio.create_task(_attend(feed, response))
+        """See Transport. Streams that are open when the watch ends may run to their end."""
+        line = self._channel.open_line(call.target)
+        response = self._attend.remote(replace(call, router=self._channel.address))
+        attending = asyncio.create_task(_attend(line, response))
         try:
             while True:
-                yield await feed.take()
+                yield await line.take()
         finally:
-            self._receiver.unfollow(call.target, feed)
-            if not attending.done():
-                response.cancel()
-                attending.cancel()
+            self._channel.close_line(call.target, line)
+            lingering = asyncio.create_task(_let_go(line, attending))
+            self._lingering.add(lingering)
+            lingering.add_done_callback(self._lingering.discard)
 
 
-async def _attend(feed: LoadFeed, response: Any) -> None:
-    """Tell a feed that its call ended: the replica, or the way to it, is lost."""
+async def _attend(line: Line, response: Any) -> None:
+    """Keep the call to a replica open; its end means that the replica is lost."""
     try:
         await response
     except asyncio.CancelledError:
-        feed.fail(EngineDead("the subscription was cancelled"))
+        response.cancel()
+        line.fail(EngineDead("the subscription was cancelled"))
         raise
     except Exception as error:  # noqa: BLE001  # Ray's errors have no common base
-        feed.fail(_dead(error))
+        line.fail(_dead(error))
     else:
-        feed.fail(EngineDead("the replica stopped reporting its load"))
+        line.fail(EngineDead("the replica stopped reporting its load"))
 
 
-async def _end(inflow: Inflow, response: Any) -> None:
-    """Tell a stream how its call ended, and how many frames it should have."""
-    try:
-        inflow.end(await response)
-        if inflow.lacks:
-            await asyncio.sleep(LATE_FRAMES_S)
-            inflow.fail_if_lacking()
-    except asyncio.CancelledError:
-        inflow.fail(EngineDead("the call was cancelled"))
-        raise
-    except Exception as error:  # noqa: BLE001  # Ray's errors have no common base
-        inflow.fail(_dead(error))
+async def _let_go(line: Line, attending: asyncio.Task[None]) -> None:
+    """End the call to a replica once no stream of it is open, or it has ended by itself."""
+    idle = asyncio.create_task(line.idle.wait())
+    await asyncio.wait([idle, attending], return_when=asyncio.FIRST_COMPLETED)
+    idle.cancel()
+    attending.cancel()
 
 
 def _dead(error: Exception) -> EngineDead:

@@ -24,7 +24,7 @@ from serve_app.core.types import (
     TenantId,
     Ticket,
 )
-from serve_app.engine.channel_receiver import ChannelReceiver
+from serve_app.engine.channel_router import RouterChannel
 from serve_app.gate import Gate
 from serve_app.peers import Peers
 
@@ -41,13 +41,13 @@ class Router:
         self.name = name
         self.core = Controller(router=RouterId(name))
         self.gate = Gate(self.core, time.monotonic, lambda notice: None)
-        self.receiver = ChannelReceiver("127.0.0.1", PORTS, 4096)
-        self.peers = Peers(self.gate, self.receiver)
+        self.channel = RouterChannel("127.0.0.1", PORTS, 4096)
+        self.peers = Peers(self.gate, self.channel)
         self.gate.configure({POOL: PoolPolicy(max_concurrency_per_replica=SLOTS)})
 
     @property
     def address(self) -> tuple[str, bytes]:
-        return (self.receiver.address.endpoint, self.receiver.address.server_key)
+        return (self.channel.address.endpoint, self.channel.address.server_key)
 
     def observe(self, sequence: int, running: int) -> None:
         view = ReplicaView(ReplicaId("r1"), POOL, sequence, SLOTS, running, 0, 0.0, 100_000)
@@ -58,7 +58,7 @@ class Router:
 
     async def close(self) -> None:
         await self.peers.stop()
-        self.receiver.close()
+        self.channel.close()
         self.gate.close()
 
 

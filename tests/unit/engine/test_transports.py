@@ -22,7 +22,8 @@ from serve_app.core.types import (
     TenantId,
     Usage,
 )
-from serve_app.engine import channel_outlet, channel_receiver
+from serve_app.engine import channel_inlet, channel_outlet
+from serve_app.engine.address import Address, ReplyTo
 from serve_app.engine.api import (
     Endpoint,
     EngineDead,
@@ -35,10 +36,9 @@ from serve_app.engine.api import (
     Refusal,
     WatchCall,
 )
-from serve_app.engine.channel import Batch, Load, ReplyTo, Told, pack, unpack
-from serve_app.engine.channel_outlet import StreamLost
-from serve_app.engine.channel_receiver import ChannelReceiver
-from serve_app.engine.channel_sender import ChannelSender
+from serve_app.engine.channel import Batch, Call, End, Hello, Load, pack, unpack
+from serve_app.engine.channel_engine import EngineChannel
+from serve_app.engine.channel_router import RouterChannel
 from serve_app.engine.load_publisher import LoadPublisher
 from serve_app.engine.transport import ChannelTransport, HandleTransport, Transport
 
@@ -64,8 +64,12 @@ def call(name: str = "q") -> GenerateCall:
         tenant="t",
         cache_salt="s",
         priority_class=PriorityClass.STANDARD,
-        target=ReplicaId("r1"),
+        target=R1,
     )
+
+
+R1 = ReplicaId("r1")
+CALLS_MAX = 100
 
 
 @dataclass
@@ -73,16 +77,18 @@ class Replica:
     """An engine replica whose engine plays ``script``; ``pause`` is awaited before each item."""
 
     script: Callable[[GenerateCall], Sequence[GenerateItem | Exception]]
-    sender: ChannelSender
     pause: Callable[[], Any] = field(default=lambda: asyncio.sleep(0))
     closed: int = 0
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     snapshots: int = 0
     dead: bool = False
+    attending: int = 0
 
     def __post_init__(self) -> None:
         engine: Any = self
-        self.load = LoadPublisher(engine, self.sender, period_s=0.01)
+        self.channel = EngineChannel(R1, "127.0.0.1", PORTS, self.generate, CALLS_MAX)
+        self.load = LoadPublisher(engine, self.channel, period_s=0.01)
+        self.load.start()
 
     async def generate(self, request: GenerateCall) -> AsyncGenerator[GenerateItem, None]:
         try:
@@ -95,12 +101,12 @@ class Replica:
             self.closed += 1
             self.ended.set()
 
-    async def deliver(self, request: GenerateCall) -> Final | Refusal:
-        assert request.reply is not None
-        return await self.sender.deliver(self.generate(request), request.reply)
-
     async def attend(self, request: WatchCall) -> None:
-        await self.load.attend(request)
+        self.attending += 1
+        try:
+            await self.load.attend(request)
+        finally:
+            self.attending -= 1
 
     async def watch(self, request: WatchCall) -> AsyncGenerator[ReplicaView, None]:
         async with aclosing(self.load.watch()) as views:
@@ -109,11 +115,15 @@ class Replica:
 
     def snapshot(self) -> ReplicaView:
         self.snapshots += 1
-        return ReplicaView(ReplicaId("r1"), PoolName("chat"), self.snapshots, 8, 2, 0, 0.5, 4096)
+        return ReplicaView(R1, PoolName("chat"), self.snapshots, 8, 2, 0, 0.5, 4096)
 
     async def check_health(self) -> None:
         if self.dead:
             raise EngineDead("the engine died")
+
+    async def close(self) -> None:
+        await self.load.stop()
+        await self.channel.close()
 
 
 class LocalHandle:
@@ -171,18 +181,31 @@ class LocalStream:
 
 
 class Case:
-    """A replica, and a router's transport to it."""
+    """A replica, and a router's transport to it, which follows the replica's load."""
 
     def __init__(self, kind: str) -> None:
-        self.sender = ChannelSender()
-        self.receiver = ChannelReceiver("127.0.0.1", PORTS, BUFFER_BYTES)
-        self.replica = Replica(lambda _: [], self.sender)
+        self.router = RouterChannel("127.0.0.1", PORTS, BUFFER_BYTES)
+        self.replica = Replica(lambda _: [])
         handle = LocalHandle(self.replica)
         self.transport: Transport = (
-            ChannelTransport(handle, self.receiver)
-            if kind == "channel"
-            else HandleTransport(handle)
+            ChannelTransport(handle, self.router) if kind == "channel" else HandleTransport(handle)
         )
+        self.views: list[ReplicaView] = []
+        self.following: asyncio.Task[None] | None = None
+
+    async def connect(self) -> None:
+        """Follow the replica's load; return once some has come."""
+        known = asyncio.Event()
+
+        async def follow() -> None:
+            async with aclosing(self.transport.watch(WatchCall(R1))) as views:
+                async for view in views:
+                    self.views.append(view)
+                    known.set()
+
+        self.following = asyncio.create_task(follow())
+        async with asyncio.timeout(WAIT_S):
+            await known.wait()
 
     def plays(self, *items: GenerateItem | Exception) -> None:
         self.replica.script = lambda _: items
@@ -191,15 +214,21 @@ class Case:
         async with asyncio.timeout(WAIT_S), aclosing(self.transport.generate(call(name))) as items:
             return [item async for item in items]
 
+    async def unfollow(self) -> None:
+        if self.following is not None:
+            self.following.cancel()
+            await asyncio.gather(self.following, return_exceptions=True)
+
     async def close(self) -> None:
-        await self.replica.load.stop()
-        self.sender.close()
-        self.receiver.close()
+        await self.unfollow()
+        await self.replica.close()
+        self.router.close()
 
 
 @pytest_asyncio.fixture(params=["channel", "handle"])
 async def case(request: pytest.FixtureRequest) -> AsyncIterator[Case]:
     made = Case(request.param)
+    await made.connect()
     yield made
     await made.close()
 
@@ -207,6 +236,7 @@ async def case(request: pytest.FixtureRequest) -> AsyncIterator[Case]:
 @pytest_asyncio.fixture
 async def channel() -> AsyncIterator[Case]:
     made = Case("channel")
+    await made.connect()
     yield made
     await made.close()
 
@@ -260,10 +290,7 @@ async def test_any_failure_of_the_call_means_a_dead_replica(case: Case) -> None:
         await case.read()
 
 
-async def test_an_account_that_counts_more_frames_than_came_is_an_error(
-    case: Case, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("serve_app.engine.transport.LATE_FRAMES_S", 0.01)
+async def test_an_account_that_counts_more_frames_than_came_is_an_error(case: Case) -> None:
     case.plays(*frames(2), final(3))
     with pytest.raises(EngineDead, match="frames arrived"):
         await case.read()
@@ -354,70 +381,121 @@ async def test_one_large_frame_may_pass_an_empty_buffer(channel: Case) -> None:
 
 async def test_what_is_no_message_is_dropped_and_the_rest_goes_on(channel: Case) -> None:
     for noise in (b"", b"\x00", b"\xc1", b"\x81\x01\x02", b"\x92\x63\x90"):
-        channel.receiver._sort(noise)
+        channel.router._inlet.take(noise)
+        channel.replica.channel._inlet.take(noise)
     with pytest.raises(ValueError, match="no message of the token channel"):
         unpack(b"\x01")
     channel.plays(*frames(2), final(2))
     assert len(await channel.read()) >= 2
 
 
-async def test_nobody_without_the_routers_key_gets_in(channel: Case) -> None:
-    inflow = channel.receiver.open()
+async def test_nobody_without_the_key_gets_in(channel: Case) -> None:
     context = zmq.Context()
-    socket = context.socket(zmq.PUSH)
-    socket.connect(inflow.reply.router.endpoint)
-    socket.send(pack(Batch([(inflow.reply.stream, 0, b"data: forged\n\n", ())])))
+    for address in (channel.router.address, channel.replica.channel.address):
+        socket = context.socket(zmq.PUSH)
+        socket.connect(address.endpoint)
+        for stream in range(20):
+            socket.send(pack(Batch([(stream, 0, b"data: forged\n\n", ())])))
+            reply = ReplyTo(channel.router.address, 1000 + stream)
+            socket.send(pack(Call(replace(call(), reply=reply))))
     channel.plays(*frames(3), final(3))
-    await channel.read()
-    assert inflow._arrived == 0
+    assert text(await channel.read()) == text(frames(3))
+    assert channel.replica.closed == 1
     context.destroy(linger=0)
 
 
-async def test_two_routers_on_one_machine_take_different_ports(channel: Case) -> None:
-    second = ChannelReceiver("127.0.0.1", PORTS, BUFFER_BYTES)
-    assert second.address.endpoint != channel.receiver.address.endpoint
+async def test_two_processes_on_one_machine_take_different_ports(channel: Case) -> None:
+    second = RouterChannel("127.0.0.1", PORTS, BUFFER_BYTES)
+    endpoints = {
+        each.address.endpoint for each in (second, channel.router, channel.replica.channel)
+    }
+    assert len(endpoints) == 3
     taken = int(second.address.endpoint.rpartition(":")[2])
     with pytest.raises(OSError, match=r"channel\.ports"):
-        ChannelReceiver("127.0.0.1", range(taken, taken + 1), BUFFER_BYTES)
+        RouterChannel("127.0.0.1", range(taken, taken + 1), BUFFER_BYTES)
     second.close()
 
 
 async def test_the_load_arrives_for_as_long_as_it_is_watched(case: Case) -> None:
-    case.replica.load.start()
     async with asyncio.timeout(WAIT_S):
-        async with aclosing(case.transport.watch(WatchCall(ReplicaId("r1")))) as views:
+        async with aclosing(case.transport.watch(WatchCall(R1))) as views:
             seen = [await anext(views) for _ in range(5)]
-        sequences = [view.sequence for view in seen]
-        assert sequences == sorted(sequences)
-        assert seen[0] == ReplicaView(
-            ReplicaId("r1"), PoolName("chat"), seen[0].sequence, 8, 2, 0, 0.5, 4096
-        )
+    sequences = [view.sequence for view in seen]
+    assert sequences == sorted(sequences)
+    number = seen[0].sequence
+    assert seen[0] == ReplicaView(R1, PoolName("chat"), number, 8, 2, 0, 0.5, 4096)
 
 
 async def test_a_watched_engine_that_dies_is_told_as_dead(case: Case) -> None:
-    case.replica.load.start()
+    case.replica.dead = True
+    assert case.following is not None
     async with asyncio.timeout(WAIT_S):
-        async with aclosing(case.transport.watch(WatchCall(ReplicaId("r1")))) as views:
-            await anext(views)
-            case.replica.dead = True
-            with pytest.raises(EngineDead, match="the engine died"):
-                _ = [view async for view in views]
+        with pytest.raises(EngineDead, match="the engine died"):
+            await case.following
+
+
+async def test_the_streams_of_a_replica_that_is_lost_end_at_once(channel: Case) -> None:
+    async def never() -> None:
+        await asyncio.Event().wait()
+
+    channel.replica.pause = never
+    channel.plays(*frames(1))
+    reading = asyncio.create_task(channel.read())
+    async with asyncio.timeout(WAIT_S):
+        while not channel.replica.channel.open_calls:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        channel.replica.dead = True
+        with pytest.raises(EngineDead, match="the engine died"):
+            await reading
+    with pytest.raises(EngineDead, match="left the pool"):
+        await channel.read()
+
+
+async def test_a_replica_that_leaves_keeps_its_streams_to_their_end(channel: Case) -> None:
+    """Serve stops a replica once no call to it is open, so ours stays open that long."""
+    go_on = asyncio.Event()
+    channel.replica.pause = go_on.wait
+    channel.plays(*frames(3), final(3))
+    reading = asyncio.create_task(channel.read())
+    async with asyncio.timeout(WAIT_S):
+        while not channel.replica.channel.open_calls:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        await channel.unfollow()
+        with pytest.raises(EngineDead, match="left the pool"):
+            await channel.read("late")
+        assert channel.replica.attending == 1
+        go_on.set()
+        assert text(await reading) == text(frames(3))
+        while channel.replica.attending:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def test_a_replica_takes_so_many_calls_at_once_and_turns_others_away(
+    channel: Case,
+) -> None:
+    channel.replica.channel._calls_max = 1
+    go_on = asyncio.Event()
+    channel.replica.pause = go_on.wait
+    channel.plays(*frames(1), final(1))
+    first = asyncio.create_task(channel.read("first"))
+    async with asyncio.timeout(WAIT_S):
+        while not channel.replica.channel.open_calls:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        with pytest.raises(EngineDead, match="runs 1 calls already"):
+            await channel.read("second")
+        go_on.set()
+        assert len(await first) == 2
 
 
 async def test_two_routers_see_the_same_snapshots(channel: Case) -> None:
     """They divide what one snapshot shows free, so it must be one."""
-    second = ChannelReceiver("127.0.0.1", PORTS, BUFFER_BYTES)
-    channel.replica.load.start()
-    both = [channel.transport, ChannelTransport(LocalHandle(channel.replica), second)]
-
-    async def sequences(transport: Transport) -> set[int]:
-        async with aclosing(transport.watch(WatchCall(ReplicaId("r1")))) as views:
-            return {(await anext(views)).sequence for _ in range(20)}
-
-    async with asyncio.timeout(WAIT_S):
-        seen = await asyncio.gather(*map(sequences, both))
+    second = RouterChannel("127.0.0.1", PORTS, BUFFER_BYTES)
+    transport = ChannelTransport(LocalHandle(channel.replica), second)
+    async with asyncio.timeout(WAIT_S), aclosing(transport.watch(WatchCall(R1))) as views:
+        seen = {(await anext(views)).sequence for _ in range(20)}
+        await anext(views)
+    assert len(seen & {view.sequence for view in channel.views}) >= 15
     second.close()
-    assert len(seen[0] & seen[1]) >= 10
 
 
 async def test_a_router_that_ends_frees_its_generations_at_once(channel: Case) -> None:
@@ -430,47 +508,30 @@ async def test_a_router_that_ends_frees_its_generations_at_once(channel: Case) -
 
     channel.replica.pause = pause
     channel.plays(*frames(2), final(2))
-    doomed = ChannelReceiver("127.0.0.1", PORTS, BUFFER_BYTES)
-    inflow = doomed.open()
-    delivering = asyncio.create_task(
-        channel.sender.deliver(channel.replica.generate(call()), inflow.reply)
-    )
+    stream = channel.transport.generate(call())
     async with asyncio.timeout(WAIT_S):
-        await inflow.take()
-        doomed.close()
-        with pytest.raises(StreamLost, match="broke"):
-            await delivering
-    assert channel.replica.closed == 1
+        await anext(stream)
+        channel.router.close()
+        await channel.replica.ended.wait()
+        while channel.replica.channel.open_calls:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
 
-async def test_a_router_that_is_never_reached_ends_its_streams(
+async def test_a_router_that_is_never_reached_holds_no_generation(
     channel: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(channel_outlet, "CONNECT_S", 0.05)
-    nobody = ChannelReceiver("127.0.0.1", PORTS, BUFFER_BYTES)
+    nobody = RouterChannel("127.0.0.1", PORTS, BUFFER_BYTES)
     nobody.close()
 
-    async def pause() -> None:
+    async def never() -> None:
         await asyncio.Event().wait()
 
-    channel.replica.pause = pause
+    channel.replica.pause = never
     channel.plays(*frames(1))
-    generation = channel.replica.generate(call())
+    channel.replica.channel._begin(replace(call(), reply=ReplyTo(nobody.address, 0)))
     async with asyncio.timeout(WAIT_S):
-        with pytest.raises(StreamLost, match="not reached"):
-            await channel.sender.deliver(generation, ReplyTo(nobody.address, 0))
-
-
-async def test_a_cancelled_call_stays_cancelled(channel: Case) -> None:
-    channel.plays(*frames(100_000))
-    inflow = channel.receiver.open()
-    delivering = asyncio.create_task(
-        channel.sender.deliver(channel.replica.generate(call()), inflow.reply)
-    )
-    await asyncio.sleep(0)
-    delivering.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await delivering
+        await channel.replica.ended.wait()
 
 
 class Wire:
@@ -510,49 +571,56 @@ class Wire:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-async def test_a_cut_connection_ends_its_streams_with_an_error_and_serves_later_ones(
-    channel: Case,
-) -> None:
-    wire = Wire(channel.receiver.address.endpoint)
-    channel.receiver.address = replace(channel.receiver.address, endpoint=await wire.start())
+@pytest.mark.parametrize("way", ["to the router", "to the engine"])
+async def test_a_cut_connection_ends_its_streams_and_serves_later_ones(way: str) -> None:
+    """Whichever way is cut: no stream hangs, no generation goes on for nobody."""
+    case = Case("channel")
+    inlet = case.router._inlet if way == "to the router" else case.replica.channel._inlet
+    wire = Wire(inlet.address.endpoint)
+    inlet.address = replace(inlet.address, endpoint=await wire.start())
+    await case.connect()
     played = iter(range(5))
 
     async def pause() -> None:
         if next(played, None) is None:
             await asyncio.Event().wait()
 
-    channel.replica.pause = pause
-    channel.plays(*frames(20), final(20))
+    case.replica.pause = pause
+    case.plays(*frames(20), final(20))
     async with asyncio.timeout(WAIT_S):
-        async with aclosing(channel.transport.generate(call())) as items:
+        async with aclosing(case.transport.generate(call())) as items:
             await anext(items)
             wire.cut()
-            with pytest.raises(EngineDead, match="StreamLost: the connection to the router broke"):
+            with pytest.raises(EngineDead, match="the connection broke"):
                 _ = [item async for item in items]
-        await channel.replica.ended.wait()
-        channel.replica.pause = lambda: asyncio.sleep(0)
-        assert text(await channel.read()) == text(frames(20))
+        await case.replica.ended.wait()
+        case.replica.pause = lambda: asyncio.sleep(0)
+        if way == "to the router":  # The subscription is lost with it; the fleet renews it.
+            await case.unfollow()
+            await case.connect()
+        assert text(await case.read()) == text(frames(20))
+        while case.replica.channel.open_calls:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await case.close()
     await wire.close()
 
 
 async def test_a_message_above_the_bound_ends_its_streams_with_an_error_and_no_others(
-    channel: Case, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(channel_receiver, "MAX_MESSAGE_BYTES", 100_000)
-    monkeypatch.setattr("serve_app.engine.transport.LATE_FRAMES_S", 0.2)
-    receiver = ChannelReceiver("127.0.0.1", PORTS, 10_000_000)
-    transport = ChannelTransport(LocalHandle(channel.replica), receiver)
+    monkeypatch.setattr(channel_inlet, "MAX_MESSAGE_BYTES", 100_000)
+    case = Case("channel")
+    await case.connect()
     large = [Frame(0, b"x" * 200_000, (1,)), final(1)]
-    channel.replica.script = lambda request: (
+    case.replica.script = lambda request: (
         large if request.request_id == "large" else [*frames(3), final(3)]
     )
-    async with asyncio.timeout(WAIT_S):
-        with pytest.raises(EngineDead, match=r"broke|arrived"):
-            async with aclosing(transport.generate(call("large"))) as items:
-                _ = [item async for item in items]
-        async with aclosing(transport.generate(call("small"))) as items:
-            assert text([item async for item in items]) == text(frames(3))
-    receiver.close()
+    with pytest.raises(EngineDead, match="the connection broke"):
+        await case.read("large")
+    await case.unfollow()
+    await case.connect()
+    assert text(await case.read("small")) == text(frames(3))
+    await case.close()
 
 
 async def test_what_routers_tell_each_other_arrives_as_it_was(channel: Case) -> None:
@@ -565,16 +633,21 @@ async def test_what_routers_tell_each_other_arrives_as_it_was(channel: Case) -> 
     )
     digest = Digest(RouterId("a"), 7, {PoolName("chat"): part})
     heard: asyncio.Future[Digest] = asyncio.get_running_loop().create_future()
-    channel.receiver.on_told = heard.set_result
-    assert channel.sender.tell(channel.receiver.address, pack(Told(digest)))
+    channel.router.on_told = heard.set_result
+    channel.router.tell(channel.router.address, digest)
     async with asyncio.timeout(WAIT_S):
         assert await heard == digest
 
 
-def test_a_load_travels_unchanged() -> None:
-    view = ReplicaView(
-        ReplicaId("r"), PoolName("p"), 3, 8, 1, 2, 0, 100, 5, (1, 2, 3), 9, ("a",), True
-    )
-    message = unpack(pack(Load(view)))
-    assert isinstance(message, Load)
-    assert message.view == view
+def test_messages_travel_unchanged() -> None:
+    view = ReplicaView(R1, PoolName("p"), 3, 8, 1, 2, 0, 100, 5, (1, 2, 3), 9, ("a",), True)
+    address = Address("tcp://127.0.0.1:1", b"key")
+    asked = replace(call(), reply=ReplyTo(address, 7), resume_token_ids=(1, 2), max_tokens=3)
+    refusal = Refusal(400, "too long", param="messages")
+    for message in (
+        Load(view),
+        Hello(R1, address),
+        Call(asked),
+        Batch([(1, 2, b"x", (3,))], [End(1, final(3)), End(2, refusal=refusal), End(3, error="e")]),
+    ):
+        assert unpack(pack(message)) == message

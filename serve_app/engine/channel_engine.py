@@ -1,0 +1,122 @@
+"""The engine's end of the token channel: calls in, frames out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
+
+from serve_app.core.types import ReplicaId, ReplicaView
+from serve_app.engine.address import Address, ReplyTo
+from serve_app.engine.api import EngineDead, Final, Frame, GenerateCall, GenerateItem
+from serve_app.engine.channel import Call, Cancel, End, Hello, Load, Message, pack
+from serve_app.engine.channel_inlet import Inlet
+from serve_app.engine.channel_outlet import Outlet, StreamLost
+from serve_app.engine.channel_sender import ChannelSender
+
+logger = logging.getLogger("headrace.channel")
+
+Generate = Callable[[GenerateCall], AsyncGenerator[GenerateItem, None]]
+
+
+class EngineChannel:
+    """Runs the calls that routers send to one engine replica; on its event loop only.
+
+    ``frames`` counts the frames that were handed over for sending.
+    """
+
+    def __init__(
+        self, replica: ReplicaId, host: str, ports: range, generate: Generate, calls_max: int
+    ) -> None:
+        """Bind a free port of ``ports``; more than ``calls_max`` calls at once are turned away.
+
+        Raises:
+            OSError: no port of the range is free.
+        """
+        self._replica = replica
+        self._generate = generate
+        self._calls_max = calls_max
+        self._sender = ChannelSender()
+        self._tasks: dict[ReplyTo, asyncio.Task[None]] = {}
+        self._inlet = Inlet(host, ports, self._take)
+        self.frames = 0
+
+    @property
+    def address(self) -> Address:
+        """Where routers send calls."""
+        return self._inlet.address
+
+    @property
+    def open_calls(self) -> int:
+        """How many calls are running."""
+        return len(self._tasks)
+
+    @contextmanager
+    def subscribed(self, router: Address) -> Iterator[Outlet]:
+        """Have a router hear the load within; look whether the outlet to it has failed."""
+        with self._sender.subscribed(router) as outlet:
+            outlet.tell(pack(Hello(self._replica, self.address)))
+            yield outlet
+
+    def broadcast(self, view: ReplicaView) -> None:
+        """Send the load to every router that subscribed; one that does not read misses it."""
+        self._sender.broadcast(pack(Load(view)))
+
+    async def close(self) -> None:
+        """End every call, and the sockets."""
+        self._inlet.close()
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._sender.close()
+
+    def _take(self, message: Message) -> None:
+        if isinstance(message, Call):
+            self._begin(message.call)
+        elif isinstance(message, Cancel):
+            task = self._tasks.get(message.reply)
+            if task is not None:
+                task.cancel()
+
+    def _begin(self, call: GenerateCall) -> None:
+        reply = call.reply
+        if reply is None or reply in self._tasks:
+            logger.error("a call without a stream of its own was dropped: %s", call.request_id)
+            return
+        outlet = self._sender.outlet(reply.router)
+        if len(self._tasks) >= self._calls_max:
+            full = f"the replica runs {self._calls_max} calls already"
+            outlet.end(End(reply.stream, error=full))
+            return
+        task = asyncio.get_running_loop().create_task(self._run(call, reply, outlet))
+        self._tasks[reply] = task
+        task.add_done_callback(lambda _: self._tasks.pop(reply, None))
+
+    async def _run(self, call: GenerateCall, reply: ReplyTo, outlet: Outlet) -> None:
+        """Send every frame of a generation and how it ended, unless nobody reads it."""
+        try:
+            with outlet.streaming():
+                outlet.end(await self._deliver(call, reply, outlet))
+        except StreamLost as error:
+            logger.info("a stream's router is gone: %s", error)
+        except EngineDead as error:
+            outlet.end(End(reply.stream, error=str(error)))
+        except Exception as error:
+            logger.exception("a generation failed")
+            told = f"{type(error).__name__}: {str(error).splitlines()[0]:.200}"
+            outlet.end(End(reply.stream, error=told))
+
+    async def _deliver(self, call: GenerateCall, reply: ReplyTo, outlet: Outlet) -> End:
+        stream = reply.stream
+        async with aclosing(self._generate(call)) as items:
+            async for item in items:
+                if isinstance(item, Frame):
+                    outlet.write((stream, item.sequence, item.data, item.token_ids))
+                    self.frames += 1
+                elif isinstance(item, Final):
+                    return End(stream, final=item)
+                else:
+                    return End(stream, refusal=item)
+        return End(stream, error="the engine ended a generation without its last item")

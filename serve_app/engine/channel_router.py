@@ -1,0 +1,131 @@
+"""The router's end of the token channel: calls out, frames and loads in, sorted."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+
+from serve_app.core.exchange import Digest
+from serve_app.core.types import ReplicaId
+from serve_app.engine.address import Address, ReplyTo
+from serve_app.engine.api import EngineDead, GenerateCall
+from serve_app.engine.channel import Batch, Call, Cancel, End, Hello, Load, Message, Told, pack
+from serve_app.engine.channel_inflow import Inflow, Line
+from serve_app.engine.channel_inlet import Inlet
+from serve_app.engine.channel_sender import ChannelSender
+
+
+class RouterChannel:
+    """One router's way to every engine replica and to the other routers; on its loop only.
+
+    ``on_told`` is called with what another router tells. ``strays`` counts frames of streams
+    that nobody reads any more.
+    """
+
+    def __init__(self, host: str, ports: range, stream_buffer_bytes: int) -> None:
+        """Bind a free port of ``ports``; ``stream_buffer_bytes`` bounds what waits for a client.
+
+        Raises:
+            OSError: no port of the range is free.
+        """
+        self._inlet = Inlet(host, ports, self._take)
+        self._sender = ChannelSender()
+        self._buffer_bytes = stream_buffer_bytes
+        self._numbers = itertools.count()
+        self._streams: dict[int, Inflow] = {}
+        self._lines: dict[ReplicaId, Line] = {}
+        self.on_told: Callable[[Digest], None] = _ignore
+        self.strays = 0
+
+    @property
+    def address(self) -> Address:
+        """Where others reach this router."""
+        return self._inlet.address
+
+    def open_line(self, replica: ReplicaId) -> Line:
+        """Begin to hear of a replica; it learns of us by a Serve call."""
+        line = self._lines[replica] = Line()
+        return line
+
+    def close_line(self, replica: ReplicaId, line: Line) -> None:
+        """Send a replica no more calls; what is open may end."""
+        if self._lines.get(replica) is line:
+            del self._lines[replica]
+
+    def call(self, call: GenerateCall) -> Inflow:
+        """Send a request to ``call.target``; return its stream, to be closed by ``leave``.
+
+        Raises:
+            EngineDead: that replica is not reached.
+        """
+        assert call.target is not None, "core names the replica"
+        line = self._lines.get(call.target)
+        if line is None or line.address is None or line.error is not None:
+            raise EngineDead("the chosen replica has left the pool")
+        reply = ReplyTo(self.address, next(self._numbers))
+        inflow = Inflow(reply, line, self._buffer_bytes)
+        self._streams[reply.stream] = inflow
+        line.add(inflow)
+        outlet = self._sender.outlet(line.address)
+        # A call that was under way may be lost, and nobody would ever answer it.
+        outlet.on_failed = line.cut
+        outlet.send(pack(Call(replace(call, reply=reply))))
+        return inflow
+
+    def leave(self, inflow: Inflow) -> None:
+        """Drop what still arrives for a stream; one that has not ended is cancelled."""
+        if self._streams.pop(inflow.reply.stream, None) is None:
+            return
+        line = inflow.line
+        line.remove(inflow)
+        if not inflow.ended and line.error is None and line.address is not None:
+            self._sender.send(line.address, pack(Cancel(inflow.reply)))
+
+    def tell(self, router: Address, digest: Digest) -> None:
+        """Tell another router; one that does not read misses it."""
+        self._sender.tell(router, pack(Told(digest)))
+
+    def close(self) -> None:
+        """Stop sending and receiving."""
+        self._inlet.close()
+        self._sender.close()
+
+    def _take(self, message: Message) -> None:
+        if isinstance(message, Batch):
+            self._spread(message)
+        elif isinstance(message, Load):
+            line = self._lines.get(message.view.replica)
+            if line is not None and line.address is not None:
+                line.push(message.view)
+        elif isinstance(message, Hello):
+            line = self._lines.get(message.replica)
+            if line is not None:
+                line.address = message.address
+        elif isinstance(message, Told):
+            self.on_told(message.digest)
+
+    def _spread(self, batch: Batch) -> None:
+        streams = self._streams
+        for number, sequence, data, token_ids in batch.records:
+            inflow = streams.get(number)
+            if inflow is None:
+                self.strays += 1
+            else:
+                inflow.push(sequence, data, token_ids)
+        for end in batch.ends:
+            inflow = streams.get(end.stream)
+            if inflow is not None:
+                _end(inflow, end)
+
+
+def _end(inflow: Inflow, end: End) -> None:
+    result = end.final or end.refusal
+    if result is not None:
+        inflow.end(result)
+    else:
+        inflow.fail(EngineDead(end.error or "the engine ended a generation without a word"))
+
+
+def _ignore(digest: Digest) -> None:
+    """Do nothing with it."""
