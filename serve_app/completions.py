@@ -10,20 +10,18 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 from starlette.types import Receive, Scope, Send
 
+from serve_app.audit import Audit
+from serve_app.books import Books
 from serve_app.config import LimitSettings
 from serve_app.core.limits import Short
 from serve_app.core.types import (
     Outcome,
     PoolName,
-    PriorityClass,
     Reject,
     RejectReason,
-    ReplicaId,
-    RequestId,
 )
 from serve_app.engine.api import Endpoint
 from serve_app.engine.transport import Transport
@@ -37,12 +35,12 @@ from serve_app.errors import (
 )
 from serve_app.gate import Gate, Refused
 from serve_app.gateway.auth import authenticate, require_model
-from serve_app.gateway.edge import request_names
-from serve_app.gateway.http import ClientGone, read_body, require_json
+from serve_app.gateway.edge import request_names, server_send
+from serve_app.gateway.http import ClientGone, internal_error, read_body, require_json
 from serve_app.gateway.wire import ParsedRequest, parse_chat, parse_completions
 from serve_app.keys import KeyRecord, KeyTable
 from serve_app.limiter import RouterLimits
-from serve_app.relay import Delivery, Relay
+from serve_app.relay import Relay
 from serve_app.rules import Rules
 from serve_app.tickets import Prepared, Tickets, asked_class
 
@@ -62,31 +60,6 @@ _TOO_MANY = frozenset(
 )
 
 
-@dataclass(slots=True)
-class Audit:
-    """Everything the log and the metrics say of one request. Times are monotonic seconds."""
-
-    request_id: RequestId
-    endpoint: str
-    arrived_at_s: float
-    client_label: str | None = None
-    key: KeyRecord | None = None
-    model: str | None = None
-    pool: PoolName | None = None
-    asked_class: PriorityClass | None = None
-    served_class: PriorityClass | None = None
-    decision: str = "refused"
-    reason: str | None = None
-    replica: ReplicaId | None = None
-    queued_s: float | None = None
-    outcome: Outcome | None = None
-    degraded: str | None = None
-    rated: bool = False
-    status: int = 200
-    ended_at_s: float | None = None
-    delivery: Delivery = field(default_factory=Delivery)
-
-
 class Completions:
     """Serves chat and text completions. One per router, shared by all its requests."""
 
@@ -98,6 +71,7 @@ class Completions:
         tickets: Tickets,
         rates: RouterLimits,
         limits: LimitSettings,
+        books: Books,
         on_audit: Callable[[Audit], None],
         clock: Callable[[], float],
     ) -> None:
@@ -106,6 +80,7 @@ class Completions:
         self._tickets = tickets
         self._rates = rates
         self._limits = limits
+        self._books = books
         self._on_audit = on_audit
         self._clock = clock
         self.keys: KeyTable | None = None
@@ -126,7 +101,8 @@ class Completions:
     async def serve(self, endpoint: Endpoint, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; every path writes exactly one response and one audit."""
         audit = self._open_audit(endpoint, scope)
-        relay = Relay(send, [(b"x-headrace-request-id", audit.request_id.encode())], self._clock)
+        names = [(b"x-headrace-request-id", audit.request_id.encode())]
+        relay = Relay(send, names, self._clock, server_send(scope))
         audit.delivery = relay.delivery
         with self._closing(audit):
             try:
@@ -148,6 +124,9 @@ class Completions:
             except asyncio.CancelledError:
                 self._note_gone(audit)
                 raise
+            except Exception:
+                await self._fail(relay, audit, internal_error())
+                raise
 
     @staticmethod
     def _note_gone(audit: Audit) -> None:
@@ -162,6 +141,7 @@ class Completions:
     ) -> None:
         key = self.caller(scope)
         audit.key = key
+        self._books.check()
         require_json(scope)
         body = await read_body(scope, receive, self._limits.max_body_bytes)
         parsed = _PARSERS[endpoint](body, self._limits)
@@ -169,6 +149,7 @@ class Completions:
         prepared = await self._prepare(scope, parsed, audit, key)
         ticket, scopes = prepared.ticket, prepared.terms.scopes
         audit.pool, audit.served_class = ticket.pool, ticket.priority_class
+        audit.expected_prompt_tokens = prepared.prompt.expected_tokens
         wanted = (ticket.request_id, scopes, prepared.expected_tokens, prepared.upper_tokens)
         taken = self._rates.take(*wanted)
         if isinstance(taken, Short):
@@ -188,6 +169,7 @@ class Completions:
     ) -> Prepared:
         """Apply who asks and for what to a request that could be read."""
         audit.model = parsed.model
+        audit.user = parsed.user
         audit.asked_class = asked_class(parsed)
         require_model(key, parsed.model)
         terms = self.rules.terms(key, parsed.model, parsed.user)
@@ -213,12 +195,16 @@ class Completions:
             audit.decision = "dispatched"
             audit.queued_s = dispatch.queued_s
             audit.degraded = dispatch.degraded
+            audit.charge = charge = self._books.charge(audit, dispatch.pool)
+            relay.before_end = lambda: self._books.complete(audit, lease.replica)
             relay.describe(dispatch, prepared.ticket.priority_class)
             try:
                 await relay.run(
                     lease,
                     self._transport(dispatch.pool),
-                    lambda held: prepared.call(endpoint, held.dispatch),
+                    lambda held: prepared.call(
+                        endpoint, held.dispatch, charge, relay.delivery.attempts
+                    ),
                 )
                 audit.outcome = Outcome.COMPLETED
             finally:
@@ -247,6 +233,7 @@ class Completions:
             yield
         finally:
             audit.ended_at_s = self._clock()
+            self._books.close(audit)
             self._on_audit(audit)
 
     async def _fail(self, relay: Relay, audit: Audit, error: ApiError) -> None:

@@ -112,6 +112,20 @@ CHANNEL_PORTS = (21_000, 21_999)
 SPARE_CALLS = 64
 
 
+class JournalSettings(Strict):
+    """Where a node keeps usage records until the ledger has them."""
+
+    folder: str | None = Field(
+        None,
+        min_length=1,
+        description="The same for all processes of a node; beside the SQLite file if unset.",
+    )
+    segment_bytes: int = Field(4 * 2**20, ge=65_536, le=2**30, description="Size of its files.")
+    segments: int = Field(
+        256, ge=2, le=65_536, description="Files of one process at most; then new requests get 503."
+    )
+
+
 class PoolArgs(Strict):
     """Arguments of ``serve_app.app:pool``: one model pool, an application of its own."""
 
@@ -125,6 +139,7 @@ class PoolArgs(Strict):
     )
     drain_timeout_s: float = Field(600, ge=0)
     control: ControlLinkSettings = ControlLinkSettings()
+    journal: JournalSettings = JournalSettings()
 
     @property
     def calls_max(self) -> int:
@@ -136,8 +151,13 @@ class ControlArgs(Strict):
     """Arguments of ``serve_app.app:control``."""
 
     database: str = Field(
-        "sqlite:///.headrace/headrace.db", description="Where keys are kept (SQLAlchemy URL)."
+        "sqlite:///.headrace/headrace.db",
+        description="Where keys, usage and prices are kept (SQLAlchemy URL).",
     )
+    nodes: int = Field(
+        1, ge=1, le=100_000, description="Nodes the cluster may have; SQLite serves one."
+    )
+    journal: JournalSettings = JournalSettings()
     follow_period_s: float = Field(
         0.5, gt=0, le=10, description="How often a changed key table is looked for."
     )
@@ -184,6 +204,7 @@ class GatewayArgs(Strict):
     metrics_public: bool = Field(True, description="/metrics answers without a key.")
     control: ControlLinkSettings = ControlLinkSettings()
     channel: ChannelSettings = ChannelSettings()
+    journal: JournalSettings = JournalSettings()
 
 
 TenantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}$")]

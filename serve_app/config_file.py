@@ -32,6 +32,7 @@ from serve_app.config_rules import (
     POOL,
     Application,
     cross_problems,
+    journal_folder,
     warnings,
 )
 from serve_app.errors import ConfigError
@@ -125,6 +126,8 @@ def load(file: Path | str) -> ServeFile:
     if not problems:
         problems = cross_problems(applications)
     _raise_if_any(location, problems)
+    document = _with_journals(document, applications)
+    applications, _ = _applications(document)
     return ServeFile(location, document, tuple(applications), tuple(warnings(applications)))
 
 
@@ -160,6 +163,26 @@ def parse_port(text: str, where: str) -> int:
 def _raise_if_any(location: Path, problems: list[str]) -> None:
     if problems:
         raise ConfigError("\n".join(f"{location}: {line}" for line in dict.fromkeys(problems)))
+
+
+def _with_journals(document: dict[str, Any], applications: list[Application]) -> dict[str, Any]:
+    """Return the document with the folder of journals in each of our applications.
+
+    Two services in one folder must not find each other's journals, so that it goes by the
+    name of the database.
+    """
+    folder = journal_folder(applications)
+    entries = [
+        entry
+        if application.args is None
+        else {**entry, "args": _with_folder(entry.get("args") or {}, folder)}
+        for entry, application in zip(document["applications"], applications, strict=True)
+    ]
+    return {**document, "applications": entries}
+
+
+def _with_folder(args: dict[str, Any], folder: str) -> dict[str, Any]:
+    return {**args, "journal": {"folder": folder, **(args.get("journal") or {})}}
 
 
 class _Loader(yaml.SafeLoader):

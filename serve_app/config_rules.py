@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Final
 
 from serve_app.config import ControlArgs, GatewayArgs, PoolArgs, RouterConfig, VllmSettings
@@ -11,6 +12,7 @@ GATEWAY: Final = "serve_app.app:gateway"
 POOL: Final = "serve_app.app:pool"
 CONTROL: Final = "serve_app.app:control"
 POOL_PREFIX: Final = "pool-"
+DEFAULT_JOURNAL: Final = ".headrace/journal"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +80,37 @@ def _pool_problems(gateway: Application, pools: list[Application]) -> list[str]:
     return problems
 
 
+def journal_folder(applications: list[Application]) -> str:
+    """Return the folder of journals: the one that is set, or one beside the SQLite file."""
+    given = [a.args.journal.folder for a in applications if a.args is not None]
+    for folder in given:
+        if folder is not None:
+            return folder
+    for application in applications:
+        if isinstance(application.args, ControlArgs):
+            path = application.args.database.removeprefix("sqlite:///")
+            if path != application.args.database:
+                return str(PurePath(path).with_suffix(".journal"))
+    return DEFAULT_JOURNAL
+
+
 def _control_problems(control: Application, reporting: list[Application]) -> list[str]:
-    return [
+    args = control.args
+    assert isinstance(args, ControlArgs)
+    problems = []
+    if args.nodes > 1 and args.database.startswith("sqlite"):
+        problems.append(
+            f"{control.where}.args.database: SQLite is a file of one node and the cluster may "
+            f"have {args.nodes} (args.nodes); write postgresql+psycopg://user@host/name"
+        )
+    folder = journal_folder([control, *reporting])
+    problems += [
+        f"{application.where}.args.journal.folder: {application.args.journal.folder!r}, but "
+        f"{folder!r} elsewhere; the processes of a node must share one to find what another left"
+        for application in (control, *reporting)
+        if application.args is not None and application.args.journal.folder not in (None, folder)
+    ]
+    return problems + [
         f"{application.where}.args.control.app: there is no control application "
         f"{application.args.control.app!r}; it is named {control.name!r}"
         for application in reporting

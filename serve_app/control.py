@@ -20,15 +20,20 @@ from prometheus_client import CollectorRegistry
 from serve_app.config import ControlArgs
 from serve_app.core.slices import Bell, Message, Reply
 from serve_app.granter import GrantDesk
+from serve_app.journal import Sweeper
 from serve_app.keys import KeyRecord, KeyTable, KeyWish, bootstrap_record
 from serve_app.ledger.database import Database
 from serve_app.ledger.grants import GrantStore
+from serve_app.ledger.prices import PriceStore
 from serve_app.ledger.store import KeyStore
+from serve_app.ledger.usage import UsageLedger
+from serve_app.ledger.writer import LedgerWriter
 from serve_app.observer import describe_build
 from serve_app.telemetry.exposition import Family, merge, render_families
 from serve_app.telemetry.logs import configure, process_stderr
 from serve_app.telemetry.metrics import ControlMetrics
 from serve_app.telemetry.uplink import Heartbeat, Tables
+from serve_app.usage_log import journal_folder
 
 logger = logging.getLogger("headrace.control")
 
@@ -56,6 +61,13 @@ class Control:
         self._metrics = ControlMetrics(CollectorRegistry())
         describe_build(self._metrics, "control")
         self._table = await asyncio.to_thread(self._read_table)
+        self._price_store = PriceStore(database)
+        self._prices = await asyncio.to_thread(self._price_store.current)
+        self._ledger = UsageLedger(database, self._price_store)
+        self._writer = LedgerWriter(self._ledger)
+        # Journals of processes that died on this node, a router's or an engine's.
+        self._sweeper = Sweeper(journal_folder(self._args.journal), self.record_usage)
+        self._sweeper.start()
         self._grants = GrantDesk(GrantStore(database), time.monotonic, self._args.forget_after_s)
         await self._grants.begin()
         self._watch = asyncio.create_task(self._follow_store())
@@ -68,9 +80,17 @@ class Control:
         if beat.role == "router":
             self._grants.heard(beat.process)
         routers = self._routers() if beat.channel is not None else {}
-        if beat.keys_version is None or beat.keys_version == self._table.version:
-            return Tables(self._table.version, routers=routers)
-        return Tables(self._table.version, self._table.records, routers)
+        keys, prices = self._table, self._prices
+        return Tables(
+            keys.version,
+            None if beat.keys_version in (None, keys.version) else keys.records,
+            routers,
+            None if beat.prices_version in (None, prices.version) else prices,
+        )
+
+    async def record_usage(self, payloads: list[bytes]) -> None:
+        """Return when the ledger has committed every record in ``payloads``."""
+        await self._writer.write(payloads)
 
     async def exchange_slices(self, message: Message) -> Reply:
         """Give and take parts of limits; see core/slices.py."""
@@ -142,6 +162,8 @@ class Control:
                 version = await asyncio.to_thread(self._store.version)
                 if version != self._table.version:
                     await self._refresh()
+                if await asyncio.to_thread(self._price_store.version) != self._prices.version:
+                    self._prices = await asyncio.to_thread(self._price_store.current)
                 await self._grants.follow()
             except asyncio.CancelledError:
                 raise

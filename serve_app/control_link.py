@@ -40,6 +40,10 @@ class HandleControlLink:
         bell: Bell = await self._handle.slices_bell.remote(router)
         return bell
 
+    async def record_usage(self, payloads: list[bytes]) -> None:
+        """Return when the ledger has committed every record in ``payloads``."""
+        await self._handle.record_usage.remote(payloads)
+
     async def scrape(self) -> bytes:
         """Return the application's metrics as Prometheus text."""
         text: bytes = await self._handle.scrape.remote()

@@ -13,11 +13,10 @@ import ray
 from prometheus_client import CollectorRegistry
 
 from serve_app import __version__
-from serve_app.completions import Audit
+from serve_app.audit import Audit, since, token_interval_s
 from serve_app.core.limits import Refused
 from serve_app.core.types import Notice, Outcome, PoolName, PriorityClass
 from serve_app.gate import Gate
-from serve_app.relay import Delivery
 from serve_app.telemetry.exposition import Family, render_families
 from serve_app.telemetry.logs import RequestLine, RequestLog
 from serve_app.telemetry.metrics import NO_POOL, ProcessMetrics, RouterMetrics, class_label
@@ -112,10 +111,10 @@ class RouterObserver:
         delivery, metrics = audit.delivery, self.metrics
         if audit.queued_s is not None:
             metrics.queue_wait_seconds.labels(pool, class_).observe(audit.queued_s)
-        ttft_s = _since(audit.arrived_at_s, delivery.first_byte_at_s)
+        ttft_s = since(audit.arrived_at_s, delivery.first_byte_at_s)
         if ttft_s is not None and delivery.streamed:
             metrics.time_to_first_token_seconds.labels(pool, class_).observe(ttft_s)
-        duration_s = _since(audit.arrived_at_s, audit.ended_at_s)
+        duration_s = since(audit.arrived_at_s, audit.ended_at_s)
         if audit.outcome is Outcome.COMPLETED and duration_s is not None:
             metrics.request_duration_seconds.labels(pool, class_).observe(duration_s)
             interval_s = token_interval_s(delivery)
@@ -150,22 +149,10 @@ def request_line(audit: Audit, ended_wall_s: float) -> RequestLine:
         cached_input_tokens=usage.cached_prompt_tokens if usage else None,
         output_tokens=usage.completion_tokens if usage else delivery.output_tokens,
         queue_wait_s=audit.queued_s,
-        time_to_first_token_s=_since(audit.arrived_at_s, delivery.first_byte_at_s),
+        time_to_first_token_s=since(audit.arrived_at_s, delivery.first_byte_at_s),
         time_per_output_token_s=token_interval_s(delivery),
-        duration_s=_since(audit.arrived_at_s, audit.ended_at_s),
+        duration_s=since(audit.arrived_at_s, audit.ended_at_s),
     )
-
-
-def token_interval_s(delivery: Delivery) -> float | None:
-    """Return the mean time between output tokens of a stream, None if it had no two."""
-    spread_s = _since(delivery.first_byte_at_s, delivery.last_byte_at_s)
-    if spread_s is None or not delivery.streamed or delivery.output_tokens < 2:
-        return None
-    return spread_s / (delivery.output_tokens - 1)
-
-
-def _since(start_s: float | None, at_s: float | None) -> float | None:
-    return None if start_s is None or at_s is None else at_s - start_s
 
 
 def describe_build(metrics: ProcessMetrics, role: str) -> None:

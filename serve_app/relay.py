@@ -7,7 +7,7 @@ event ends the stream.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
@@ -60,16 +60,25 @@ class Delivery:
 
 
 class Relay:
-    """Carries one dispatched request's output to its client."""
+    """Carries one dispatched request's output to its client.
+
+    ``before_end`` is awaited when all but what ends the response is out.
+    """
 
     def __init__(
-        self, send: Send, headers: Iterable[tuple[bytes, bytes]], clock: Callable[[], float]
+        self,
+        send: Send,
+        headers: Iterable[tuple[bytes, bytes]],
+        clock: Callable[[], float],
+        send_middle: Send | None = None,
     ) -> None:
+        """``send_middle`` is for what neither begins nor ends a stream; see StreamSender."""
         self._send = send
         self._headers: Headers = list(headers)
         self._clock = clock
-        self.stream = StreamSender(send, self._headers)
+        self.stream = StreamSender(send, self._headers, send_middle)
         self.delivery = Delivery()
+        self.before_end: Callable[[], Awaitable[None]] | None = None
         self._answered = False
         self._tier: bytes | None = None
 
@@ -144,6 +153,8 @@ class Relay:
         self.delivery.usage = final.usage
         self.delivery.finish_reason = final.finish_reason
         lease.settle(final.usage)
+        if self.before_end is not None:
+            await self.before_end()
         await self._deliver(lease, closing, streamed=call.stream)
         if call.stream:
             await self.stream.finish()

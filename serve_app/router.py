@@ -6,6 +6,7 @@ aliases come by ``reconfigure`` and change in place.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import random
@@ -17,8 +18,10 @@ import ray
 from ray import serve
 from starlette.applications import Starlette
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from serve_app import ray_env
+from serve_app.books import Books
 from serve_app.completions import Completions
 from serve_app.config import ChannelSettings, GatewayArgs, RouterConfig
 from serve_app.control_link import HandleControlLink
@@ -33,6 +36,7 @@ from serve_app.engine.transport import ChannelTransport, HandleTransport, Transp
 from serve_app.fleet import Fleet
 from serve_app.gate import Gate
 from serve_app.gateway.admin import KeyAdministration
+from serve_app.gateway.front import Front
 from serve_app.gateway.http import exception_handlers
 from serve_app.keys import KeyTable
 from serve_app.limiter import RouterLimits
@@ -46,6 +50,7 @@ from serve_app.telemetry.logs import RequestLog, configure, process_stderr
 from serve_app.telemetry.uplink import Heartbeat, Tables, Uplink
 from serve_app.tickets import Tickets
 from serve_app.token_counts import TokenCounter
+from serve_app.usage_log import UsageLog
 
 logger = logging.getLogger("headrace.router")
 
@@ -78,12 +83,19 @@ class Router:
         )
         self._slices = SlicesLink(self._name, self._control, time.monotonic)
         self._rates = RouterLimits(time.monotonic, self._observer.rate_limited, self._slices)
+        self._usage = UsageLog(
+            self._args.journal, f"router-{self._name}", self._control.record_usage
+        )
+        self._books = Books(
+            self._usage, time.monotonic, self._observer.metrics.usage_durable_seconds.observe
+        )
         self._completions = Completions(
             gate=self._gate,
             transport=self._fleet.transport,
             tickets=self._tickets,
             rates=self._rates,
             limits=self._args.limits,
+            books=self._books,
             on_audit=self._observer.audit,
             clock=time.monotonic,
         )
@@ -101,6 +113,7 @@ class Router:
         self._fleet.start()
         self._uplink.start()
         self._slices.start()
+        self._usage.start()
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """Take new pools and aliases; nothing in flight is touched.
@@ -121,7 +134,7 @@ class Router:
             self._observer.metrics.forget_pool(PoolName(name))
         self._config = config
 
-    def __serve_build_asgi_app__(self) -> Starlette:
+    def __serve_build_asgi_app__(self) -> ASGIApp:
         """Build the HTTP application; Serve calls this once, after the constructor."""
         operations = Operations(
             completions=self._completions,
@@ -131,12 +144,13 @@ class Router:
             started_at_s=time.time(),
         )
         administration = KeyAdministration(self._completions.caller, self._control)
-        chat = self._completions.endpoint(Endpoint.CHAT)
-        completions = self._completions.endpoint(Endpoint.COMPLETIONS)
+        posts: dict[str, ASGIApp] = {
+            "/v1/chat/completions": self._completions.endpoint(Endpoint.CHAT),
+            "/v1/completions": self._completions.endpoint(Endpoint.COMPLETIONS),
+        }
         application = Starlette(
             routes=[
-                Route("/v1/chat/completions", chat, methods=["POST"]),
-                Route("/v1/completions", completions, methods=["POST"]),
+                *(Route(path, endpoint, methods=["POST"]) for path, endpoint in posts.items()),
                 Route("/v1/models", operations.models, methods=["GET"]),
                 Route("/v1/models/{name:path}", operations.model, methods=["GET"]),
                 Route("/health", operations.health, methods=["GET"]),
@@ -148,7 +162,10 @@ class Router:
         )
         # A redirected POST would have to send its body twice; an unknown path is a 404.
         application.router.redirect_slashes = False
-        return application
+        # What the process is made of by now stays: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        return Front(posts, application)
 
     async def check_health(self) -> None:
         """Serve's probe; answering at all is the check."""
@@ -161,6 +178,7 @@ class Router:
         self._channel.close()
         self._gate.close()
         self._counter.close()
+        await self._usage.stop()
 
     def _connect(self, pool: PoolName) -> Transport:
         """Return a transport to a pool's engines, which need not be deployed yet."""
@@ -190,6 +208,8 @@ class Router:
             role="router",
             keys_version=version,
             channel=(address.endpoint, address.server_key),
+            # Keys and prices come together: nobody is served before there are both.
+            prices_version=-1 if keys is None else self._books.prices.version,
         )
 
     def _families(self) -> Mapping[str, Family]:
@@ -197,10 +217,13 @@ class Router:
             pool = PoolName(name)
             self._observer.pool(pool, self._gate, self._tickets.error_ratio(pool))
         self._observer.metrics.router_peers.set(self._peers.count)
+        self._observer.metrics.usage_backlog.set(self._usage.backlog)
         return self._observer.families()
 
     def _take_tables(self, tables: Tables) -> None:
         self._peers.know(tables.routers)
+        if tables.prices is not None:
+            self._books.prices = tables.prices
         if tables.keys is not None:
             self._completions.keys = KeyTable(tables.keys, tables.keys_version)
 

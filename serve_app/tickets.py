@@ -24,6 +24,7 @@ from serve_app.gateway.wire import ParsedRequest, ServiceTier
 from serve_app.keys import KeyRecord
 from serve_app.rules import PoolRule, Rules, Terms
 from serve_app.token_counts import TokenCounter
+from serve_app.usage import Charge
 
 TEMPLATE_TOKENS = 32
 # Beyond this a prompt is no text (inline media, runs of one character): nothing to learn.
@@ -75,8 +76,13 @@ class Prepared:
         """The same with the prompt's upper bound."""
         return self.prompt.upper_tokens + self.expected_output
 
-    def call(self, endpoint: Endpoint, dispatch: Dispatch) -> GenerateCall:
-        """Return the engine's call, with the place and the cap that the core decided on."""
+    def call(
+        self, endpoint: Endpoint, dispatch: Dispatch, charge: Charge | None = None, attempt: int = 1
+    ) -> GenerateCall:
+        """Return the engine's call, with the place and the cap that the core decided on.
+
+        ``charge`` and ``attempt`` are for the engine's own record of what it generated.
+        """
         first, *others = dispatch.replicas
         ticket, parsed = self.ticket, self.parsed
         caps = [] if self.output_cap is None else [self.output_cap]
@@ -93,6 +99,8 @@ class Prepared:
             target=first,
             fallbacks=tuple(others),
             max_tokens=min(caps, default=None),
+            charge=charge,
+            attempt=attempt,
         )
 
 

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from serve_app.core.types import Outcome, PriorityClass, ReplicaId, ReplicaView, RequestId, Usage
 from serve_app.engine.address import Address, ReplyTo
+from serve_app.usage import Charge
 
 STREAM_END = b"data: [DONE]\n\n"
 
@@ -38,6 +39,7 @@ class GenerateCall:
     ``resume_token_ids`` are tokens already delivered by another replica, to continue
     from; an engine that cannot do so answers with a Refusal.
     ``reply`` is where frames go that do not come back through the call itself.
+    ``charge`` says who pays, for the engine's own record of this ``attempt``, counted from 1.
     """
 
     request_id: RequestId
@@ -52,6 +54,8 @@ class GenerateCall:
     max_tokens: int | None = None
     resume_token_ids: tuple[int, ...] = ()
     reply: ReplyTo | None = None
+    charge: Charge | None = None
+    attempt: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +160,8 @@ class Metered:
     usage: Usage
     outcome: Outcome
     timings: EngineTimings
+    charge: Charge | None = None
+    attempt: int = 1
 
 
 class Engine(Protocol):

@@ -132,6 +132,8 @@ class RequestMeter:
             usage=self.usage,
             outcome=outcome,
             timings=self.timings(now_s),
+            charge=self._call.charge,
+            attempt=self._call.attempt,
         )
         for listener in listeners:
             listener(metered)

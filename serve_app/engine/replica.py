@@ -35,6 +35,8 @@ from serve_app.telemetry.exposition import Family, render_families
 from serve_app.telemetry.logs import configure, process_stderr
 from serve_app.telemetry.metrics import EngineMetrics
 from serve_app.telemetry.uplink import Heartbeat, Uplink
+from serve_app.usage import Charge, UsageRecord, Witness
+from serve_app.usage_log import UsageLog
 
 logger = logging.getLogger("headrace.engine")
 
@@ -68,13 +70,15 @@ class EngineReplica:
         self._metrics = EngineMetrics(REGISTRY)
         self._metrics.build_info.labels(__version__, ray.__version__, "engine").set(1)
         self._engine = build_engine(self._args, self._replica)
+        link = HandleControlLink(self._args.control.app)
+        self._usage = UsageLog(self._args.journal, f"engine-{self._replica}", link.record_usage)
         self._engine.on_metered(self._record)
         self._metrics.engine_started(await self._start_engine())
         self._channel = self._open_channel()
         self._load = LoadPublisher(self._engine, self._channel, self._args.snapshot_period_s)
         self._load.start()
         self._uplink = Uplink(
-            HandleControlLink(self._args.control.app),
+            link,
             beat=self._beat,
             families=self._families,
             heartbeat_period_s=self._args.control.heartbeat_period_s,
@@ -83,6 +87,7 @@ class EngineReplica:
             clock=time.monotonic,
         )
         self._uplink.start()
+        self._usage.start()
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[GenerateItem, None]:
         """Run one request on this replica's engine; see Engine.generate."""
@@ -109,6 +114,7 @@ class EngineReplica:
         await self._channel.close()
         await self._engine.stop()
         await self._uplink.stop()
+        await self._usage.stop()
 
     async def _start_engine(self) -> EngineInfo:
         """Start the engine, saying in the log what comes of it: Serve says it late and long."""
@@ -137,6 +143,8 @@ class EngineReplica:
 
     def _record(self, metered: Metered) -> None:
         self._metrics.engine_metered(metered)
+        if metered.charge is not None:
+            self._usage.note(self._witness(metered, metered.charge))
         if metered.outcome is not Outcome.COMPLETED:
             # The engine's word on what it generated for nobody, and on when it stopped.
             logger.info(
@@ -147,6 +155,25 @@ class EngineReplica:
                     "generated_tokens": metered.usage.completion_tokens,
                 },
             )
+
+    def _witness(self, metered: Metered, charge: Charge) -> UsageRecord:
+        """Return this engine's own account of what it generated."""
+        usage, timings = metered.usage, metered.timings
+        return UsageRecord(
+            charge=charge,
+            witness=Witness.ENGINE,
+            attempt=metered.attempt,
+            outcome=metered.outcome.value,
+            ended_at_s=time.time(),
+            prompt_tokens=usage.prompt_tokens,
+            cached_prompt_tokens=usage.cached_prompt_tokens,
+            output_tokens=usage.completion_tokens,
+            replica=self._replica,
+            queued_s=timings.queued_s,
+            first_token_s=timings.first_token_s,
+            duration_s=timings.total_s,
+            engine_s=usage.engine_s,
+        )
 
     def _beat(self) -> Heartbeat:
         return Heartbeat(process=self._replica, role="engine", pool=self._args.name)

@@ -257,6 +257,8 @@ class SimEngine:
             usage=generation.usage(),
             outcome=outcome,
             timings=self._timings(generation),
+            charge=generation.call.charge,
+            attempt=generation.call.attempt,
         )
         for listener in self._listeners:
             listener(metered)

@@ -78,6 +78,11 @@ class ProcessMetrics:
             "Time since this process last reached Control.",
             registry=registry,
         )
+        self.usage_backlog = Gauge(
+            "headrace_usage_backlog",
+            "Usage records of this process that the ledger has not committed yet.",
+            registry=registry,
+        )
 
 
 class RouterMetrics(ProcessMetrics):
@@ -85,6 +90,12 @@ class RouterMetrics(ProcessMetrics):
 
     def __init__(self, registry: CollectorRegistry) -> None:
         super().__init__(registry)
+        self.usage_durable_seconds = Histogram(
+            "headrace_usage_durable_seconds",
+            "How long the end of a completed response waited for its usage to be on the disk.",
+            buckets=LOOP_LAG_BUCKETS_S,
+            registry=registry,
+        )
         self._declare_requests()
         self._declare_load()
         self.policies = PolicyMetrics(registry)

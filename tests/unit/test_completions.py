@@ -9,10 +9,13 @@ from typing import Any
 import orjson
 import pytest
 
-from serve_app.completions import Audit, Completions
+from serve_app.audit import Audit
+from serve_app.books import Books
+from serve_app.completions import Completions
 from serve_app.config import LimitSettings, RouterConfig
 from serve_app.core.controller import Controller
 from serve_app.core.limits import Refused as LimitRefused
+from serve_app.core.pricing import PriceBook
 from serve_app.core.types import (
     KeyId,
     Outcome,
@@ -26,6 +29,7 @@ from serve_app.core.types import (
 )
 from serve_app.engine.api import (
     Endpoint,
+    EngineDead,
     EngineTimings,
     Final,
     Frame,
@@ -33,12 +37,14 @@ from serve_app.engine.api import (
     GenerateItem,
     WatchCall,
 )
+from serve_app.errors import JournalUnavailable
 from serve_app.gate import Gate
 from serve_app.keys import KeyRecord, KeyTable, digest_of
 from serve_app.limiter import RouterLimits
 from serve_app.rules import Rules
 from serve_app.tickets import Tickets
 from serve_app.token_counts import TokenCounter
+from serve_app.usage import UsageRecord, Witness
 
 SECRET = "a-test-key-of-this-file"
 LIMITS = LimitSettings()
@@ -66,18 +72,47 @@ class Engines:
         self.calls: list[GenerateCall] = []
         self.called = asyncio.Event()
         self.held: asyncio.Event | None = None
+        self.dies = False
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[GenerateItem, None]:
         self.calls.append(call)
         self.called.set()
         if self.held is not None:
             await self.held.wait()
+        if self.dies:
+            yield Frame(0, b'data: {"id":"x"}\n\n', (7,))
+            raise EngineDead("gone")
         data = b'data: {"id":"x"}\n\ndata: [DONE]\n\n' if call.stream else b'{"id":"x"}'
         yield Frame(0, data, (7,))
         yield Final(Usage(40, 0, 1), EngineTimings(), frames=1, finish_reason="stop")
 
     def watch(self, call: WatchCall) -> AsyncGenerator[ReplicaView, None]:
         raise AssertionError("nothing is watched here")
+
+
+class Writer:
+    """Keeps the router's records; ``refuses`` and ``held`` stand for a disk in trouble."""
+
+    def __init__(self) -> None:
+        self.records: list[UsageRecord] = []
+        self.refuses = self.fails = False
+        self.held: asyncio.Event | None = None
+        self.asked = asyncio.Event()
+
+    def check(self) -> None:
+        if self.refuses:
+            raise JournalUnavailable("no room")
+
+    async def append(self, record: UsageRecord) -> None:
+        self.asked.set()
+        if self.held is not None:
+            await self.held.wait()
+        if self.fails:
+            raise JournalUnavailable("no disk")
+        self.records.append(record)
+
+    def note(self, record: UsageRecord) -> None:
+        self.records.append(record)
 
 
 class Site:
@@ -94,12 +129,15 @@ class Site:
         self.load("big", 0.0)
         self.load("small", 0.0)
         self.rates = RouterLimits(self.clock, self.over.append)
+        self.writer = Writer()
+        self.books = Books(self.writer, self.clock)
         self.completions = Completions(
             gate=self.gate,
             transport=self.engines.__getitem__,
             tickets=Tickets(self.gate, TokenCounter(), LIMITS, lambda exact: None),
             rates=self.rates,
             limits=LIMITS,
+            books=self.books,
             on_audit=self.audits.append,
             clock=self.clock,
         )
@@ -134,11 +172,15 @@ class Site:
         self.gate.observe(view)
 
     async def ask(
-        self, body: dict[str, Any] | bytes, secret: str = SECRET, session: bytes | None = None
+        self,
+        body: dict[str, Any] | bytes,
+        secret: str = SECRET,
+        session: bytes | None = None,
+        answer: Answer | None = None,
     ) -> Answer:
         """Post to chat completions."""
         data = body if isinstance(body, bytes) else orjson.dumps(body)
-        answer = Answer()
+        answer = answer or Answer()
 
         async def receive() -> Any:
             return {"type": "http.request", "body": data, "more_body": False}
@@ -148,6 +190,7 @@ class Site:
             "headers": [
                 (b"authorization", b"Bearer " + secret.encode()),
                 (b"content-type", b"application/json"),
+                (b"x-request-id", b"label-1"),
                 *([] if session is None else [(b"x-headrace-session", session)]),
             ],
         }
@@ -290,3 +333,106 @@ async def test_a_session_header_of_sensible_length_reaches_routing(
     monkeypatch.setattr(site.gate, "place", spy)
     assert (await site.ask(question(), session=header)).status == 200
     assert [ticket.session for ticket in placed] == [session]
+
+
+# The books.
+
+
+async def test_a_completed_response_is_written_down_once_with_the_engines_count() -> None:
+    site = Site()
+    site.books.prices = PriceBook(7)
+    answer = await site.ask(question(user="ann"))
+    [record] = site.writer.records
+    charge = record.charge
+    assert (record.witness, record.attempt, record.outcome) == (Witness.ROUTER, 1, "completed")
+    assert (record.prompt_tokens, record.output_tokens, record.exact) == (40, 1, True)
+    assert (charge.tenant, charge.key, charge.user, charge.model) == ("t", "k", "ann", "m")
+    assert (charge.pool, charge.price_version, charge.endpoint) == ("big", 7, "chat")
+    assert charge.request_id == answer.headers["x-headrace-request-id"]
+    assert charge.client_label == "label-1"
+    assert (record.replica, record.finish_reason) == ("big-1", "stop")
+    # The engine is told who pays and which attempt it is, for a record of its own.
+    [call] = site.engines[PoolName("big")].calls
+    assert (call.charge, call.attempt) == (charge, 1)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_the_end_of_a_response_waits_until_it_is_written_down(stream: bool) -> None:
+    site, answer = Site(), Answer()
+    site.writer.held = asyncio.Event()
+    task = asyncio.create_task(site.ask(question(stream=stream), answer=answer))
+    await site.writer.asked.wait()
+    assert b"[DONE]" not in answer.body
+    assert (answer.body != b"") == stream, "only the end waits"
+    site.writer.held.set()
+    await task
+    assert answer.body.endswith(b"[DONE]\n\n" if stream else b"}")
+    assert len(site.writer.records) == 1
+
+
+async def test_a_client_that_leaves_while_the_record_is_written_is_billed_once() -> None:
+    site = Site()
+    site.writer.held = asyncio.Event()
+    task = asyncio.create_task(site.ask(question()))
+    await site.writer.asked.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    # The record was handed over before: it is the journal's to write.
+    assert site.writer.records == []
+    assert site.audits[0].outcome is Outcome.COMPLETED
+
+
+async def test_a_client_that_leaves_is_written_down_with_what_it_got() -> None:
+    site = Site()
+    engines = site.engines[PoolName("big")]
+    engines.held = asyncio.Event()
+    task = asyncio.create_task(site.ask(question()))
+    await engines.called.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    [record] = site.writer.records
+    assert (record.outcome, record.billable, record.exact) == ("cancelled", True, False)
+    assert (record.prompt_tokens, record.output_tokens) == (0, 0)
+
+
+async def test_a_response_that_our_engine_cut_off_is_written_down_and_not_billed() -> None:
+    site = Site()
+    site.engines[PoolName("big")].dies = True
+    await site.ask(question(stream=True))
+    [record] = site.writer.records
+    assert (record.outcome, record.reason) == ("failed", "engine_error")
+    assert (record.billable, record.output_tokens) == (False, 1)
+
+
+async def test_what_no_engine_saw_is_not_in_the_books() -> None:
+    site = Site()
+    await site.ask(b"{")
+    await site.ask(question(model="nowhere"))
+    await site.ask(question(), secret="not-a-key-of-ours")
+    assert site.writer.records == []
+
+
+async def test_nothing_begins_while_its_end_could_not_be_written_down() -> None:
+    site = Site()
+    site.writer.refuses = True
+    answer = await site.ask(question())
+    assert (answer.status, answer.code) == (503, "usage_unavailable")
+    assert "retry-after" in answer.headers
+    assert not site.engines[PoolName("big")].calls
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_response_that_cannot_be_written_down_does_not_end_as_complete(
+    stream: bool,
+) -> None:
+    site = Site()
+    site.writer.fails = True
+    answer = await site.ask(question(stream=stream))
+    assert b"[DONE]" not in answer.body
+    assert b"usage_unavailable" in answer.body
+    assert answer.status == (200 if stream else 503)
+    # It is noted as failed, should the disk come back.
+    [record] = site.writer.records
+    assert (record.outcome, record.billable) == ("failed", False)

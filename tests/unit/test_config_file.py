@@ -463,3 +463,38 @@ def test_a_wrong_limit_is_named_with_its_path(
     content = document()
     content["applications"][2]["deployments"][0]["user_config"].update(change)
     assert problems(tmp_path, content) == [f"applications[2].deployments[0].user_config.{line}"]
+
+
+def test_sqlite_is_refused_where_the_cluster_has_several_nodes(tmp_path: Path) -> None:
+    several = document()
+    several["applications"][0]["args"] = {"nodes": 2}
+    [line] = problems(tmp_path, several)
+    assert line.startswith("applications[0].args.database: SQLite is a file of one node")
+    assert "postgresql+psycopg://" in line
+    several["applications"][0]["args"]["database"] = "postgresql+psycopg://ann@db/headrace"
+    assert loaded(tmp_path, several).control.nodes == 2
+
+
+def test_the_processes_of_a_node_share_a_folder_of_journals(tmp_path: Path) -> None:
+    """Named after the database: two services of one folder are two."""
+    shared = document()
+    shared["applications"][0]["args"] = {"database": "sqlite:////srv/books.db"}
+    file = loaded(tmp_path, shared)
+    assert {a.args.journal.folder for a in file.applications if a.args} == {"/srv/books.journal"}
+    assert all(
+        entry["args"]["journal"] == {"folder": "/srv/books.journal"}
+        for entry in file.document["applications"]
+    )
+    shared["applications"][0]["args"] = {"database": "postgresql+psycopg://db/headrace"}
+    shared["applications"][2]["args"] = {"journal": {"folder": "/var/own", "segments": 9}}
+    file = loaded(tmp_path, shared)
+    assert file.pools["sim"].journal.folder == file.control.journal.folder == "/var/own"
+    assert (file.gateway.journal.folder, file.gateway.journal.segments) == ("/var/own", 9)
+
+
+def test_journals_in_different_folders_are_refused(tmp_path: Path) -> None:
+    apart = document()
+    apart["applications"][0]["args"] = {"journal": {"folder": "/a"}}
+    apart["applications"][1]["args"]["journal"] = {"folder": "/b"}
+    [line] = problems(tmp_path, apart)
+    assert line.startswith("applications[1].args.journal.folder: '/b', but '/a' elsewhere")

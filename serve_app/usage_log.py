@@ -1,0 +1,99 @@
+"""A process's usage records: journalled here, sent on to the ledger, and let go then."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+from typing import Final, Protocol
+
+from serve_app.errors import JournalUnavailable
+from serve_app.journal import Journal, JournalSize, Shipper, Sink, Sweeper
+from serve_app.usage import UsageRecord, encode
+
+logger = logging.getLogger("headrace.usage")
+
+STOP_TIMEOUT_S: Final = 5.0
+# As config_rules.DEFAULT_JOURNAL, for a service that was not started by `headrace`.
+DEFAULT_FOLDER: Final = Path(".headrace/journal")
+
+
+class Settings(Protocol):
+    """Where and how large; see config.JournalSettings."""
+
+    @property
+    def folder(self) -> str | None: ...
+    @property
+    def segment_bytes(self) -> int: ...
+    @property
+    def segments(self) -> int: ...
+
+
+def journal_folder(settings: Settings) -> Path:
+    """Return the folder of this node's journals."""
+    return DEFAULT_FOLDER if settings.folder is None else Path(settings.folder)
+
+
+class UsageLog:
+    """One per process that witnesses usage. On its event loop only."""
+
+    def __init__(self, settings: Settings, name: str, sink: Sink) -> None:
+        """Keep a journal called ``name`` where it is set; ``sink`` commits to the ledger.
+
+        Raises:
+            JournalUnavailable: no journal can be kept there.
+        """
+        root = journal_folder(settings)
+        size = JournalSize(settings.segment_bytes, settings.segments)
+        self._journal = Journal(root, name, size)
+        self._sink = sink
+        self._shipper = Shipper(self._journal, sink)
+        self._sweeper = Sweeper(root, sink)
+
+    @property
+    def backlog(self) -> int:
+        """How many records are on this disk and not yet in the ledger."""
+        return self._journal.backlog
+
+    def start(self) -> None:
+        """Begin to send records on, and those of journals that others left here."""
+        self._shipper.start()
+        self._sweeper.start()
+
+    async def stop(self) -> None:
+        """End. What the ledger does not take in a few seconds stays on the disk."""
+        await self._sweeper.stop()
+        await self._shipper.stop(STOP_TIMEOUT_S)
+        await self._journal.close()
+
+    def check(self) -> None:
+        """Return if what begins now can be written down when it ends; never blocks.
+
+        Raises:
+            JournalUnavailable: there is room for what is under way only.
+        """
+        self._journal.check()
+
+    async def append(self, record: UsageRecord) -> None:
+        """Return when a record is durable: on this disk, or else in the ledger.
+
+        Raises:
+            JournalUnavailable: it is neither.
+        """
+        payload = encode(record)
+        try:
+            await self._journal.append(payload)
+        except JournalUnavailable:
+            try:
+                await self._sink([payload])
+            except Exception as error:
+                raise JournalUnavailable(f"neither journal nor ledger: {error}") from error
+
+    def note(self, record: UsageRecord) -> None:
+        """Have a record written soon; nobody waits for it."""
+        self._journal.submit(encode(record)).add_done_callback(_complain)
+
+
+def _complain(written: asyncio.Future[int]) -> None:
+    if not written.cancelled() and (error := written.exception()) is not None:
+        logger.error("a usage record is lost: %s", error)
