@@ -11,6 +11,7 @@ Serve applies this where RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH (configs/ray.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 
@@ -22,6 +23,7 @@ from serve_app.gateway.request_id import client_label, new_request_id
 
 SCOPE_REQUEST_ID = "headrace.request_id"
 SCOPE_CLIENT_LABEL = "headrace.client_label"
+SCOPE_SERVER_SEND = "headrace.server_send"
 
 MAX_LABEL_BYTES = 128
 
@@ -56,6 +58,7 @@ class EdgeHeaders:
             "headers": [*kept, (b"x-request-id", request_id.encode())],
             SCOPE_REQUEST_ID: request_id,
             SCOPE_CLIENT_LABEL: label,
+            SCOPE_SERVER_SEND: (send, asyncio.get_running_loop()),
         }
         names = [
             (b"x-request-id", (label or request_id).encode()),
@@ -87,6 +90,16 @@ def request_names(scope: Scope) -> tuple[RequestId, str | None]:
         return request_id, scope[SCOPE_CLIENT_LABEL]
     own = new_request_id(time.time_ns(), os.urandom(10))
     return own, client_label(scope["headers"], MAX_LABEL_BYTES)
+
+
+def server_send(scope: Scope) -> Send | None:
+    """Return the HTTP server's own ``send``, for the middle of a body.
+
+    None without the edge layer, and where the application runs on another loop. What begins
+    and what ends a response goes through every layer: Serve counts and names it there.
+    """
+    send, loop = scope.get(SCOPE_SERVER_SEND, (None, None))
+    return send if send is not None and loop is asyncio.get_running_loop() else None
 
 
 def _is_serves_own(name: bytes) -> bool:

@@ -125,8 +125,15 @@ class StreamSender:
     tried and an error is still a status. After it an error is the stream's last event.
     """
 
-    def __init__(self, send: Send, headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
+    def __init__(
+        self,
+        send: Send,
+        headers: Iterable[tuple[bytes, bytes]] = (),
+        send_middle: Send | None = None,
+    ) -> None:
+        """``send_middle`` is a shorter way for what neither begins nor ends the response."""
         self._send = send
+        self._send_middle = send_middle or send
         self._headers: Headers = [*_SSE, *headers]
         self.started = False
         self.ended = False
@@ -147,7 +154,10 @@ class StreamSender:
         if not self.started:
             await self._start()
         self.sent_bytes += len(data)
-        await _send(self._send, {"type": "http.response.body", "body": data, "more_body": True})
+        try:
+            await self._send_middle({"type": "http.response.body", "body": data, "more_body": True})
+        except OSError as error:
+            raise ClientGone from error
 
     async def finish(self) -> None:
         """End the stream after its last event."""
@@ -177,6 +187,11 @@ class StreamSender:
             self._send,
             {"type": "http.response.start", "status": 200, "headers": self._headers},
         )
+
+
+def internal_error() -> ApiError:
+    """Return the client's error for a bug of ours."""
+    return ApiError("The server failed on this request.", code="internal_error")
 
 
 def exception_handlers() -> dict[int | type[Exception], ExceptionHandler]:
@@ -210,7 +225,7 @@ async def _on_api_error(_request: Request, error: Exception) -> Response:
 
 async def _on_unexpected(_request: Request, _error: Exception) -> Response:
     """Answer for a bug. Starlette raises the exception again behind it, to be logged."""
-    return _response(ApiError("The server failed on this request.", code="internal_error"))
+    return _response(internal_error())
 
 
 def _response(error: ApiError, headers: dict[str, str] | None = None) -> Response:

@@ -436,3 +436,24 @@ async def test_a_response_that_cannot_be_written_down_does_not_end_as_complete(
     # It is noted as failed, should the disk come back.
     [record] = site.writer.records
     assert (record.outcome, record.billable) == ("failed", False)
+
+
+async def test_a_bug_of_ours_is_a_500_in_the_clients_shape_and_still_raised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    site = Site()
+    monkeypatch.setattr(site.gate, "place", lambda ticket: 1 / 0)
+    answer = Answer()
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": orjson.dumps(question()), "more_body": False}
+
+    headers = [
+        (b"authorization", b"Bearer " + SECRET.encode()),
+        (b"content-type", b"application/json"),
+    ]
+    scope = {"type": "http", "headers": headers}
+    with pytest.raises(ZeroDivisionError):
+        await site.completions.serve(Endpoint.CHAT, scope, receive, answer.send)
+    assert (answer.status, answer.code) == (500, "internal_error")
+    assert site.audits[-1].status == 500

@@ -330,7 +330,7 @@ async def test_progress_of_a_request_that_has_ended_is_ignored() -> None:
     async with made.place(ticket("a")) as lease:
         lease.progress(3)
         lease.settle(Usage(10, 0, 3))
-    made.progress(ReplicaId("r1"), RequestId("a"), 1)
+    made.progress(ReplicaId("r1"), RequestId("a"), 1, first=True)
     assert made.open_requests() == 0
 
 

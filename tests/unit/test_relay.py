@@ -60,7 +60,9 @@ class Slots:
     def dispatch(self) -> Dispatch:
         return Dispatch(RequestId("q"), POOL, tuple(self.replicas), queued_s=0.0)
 
-    def progress(self, replica: ReplicaId, request_id: RequestId, tokens: int) -> None:
+    def progress(
+        self, replica: ReplicaId, request_id: RequestId, tokens: int, *, first: bool
+    ) -> None:
         self.tokens += tokens
 
     def fail(self, request_id: RequestId, replica: ReplicaId) -> Dispatch:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
+from starlette.types import Receive, Scope, Send
 
-from serve_app.gateway.edge import MAX_LABEL_BYTES, EdgeHeaders, middlewares, request_names
+from serve_app.gateway.edge import (
+    MAX_LABEL_BYTES,
+    EdgeHeaders,
+    middlewares,
+    request_names,
+    server_send,
+)
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -139,3 +147,37 @@ def test_without_the_edge_a_request_is_named_where_it_is_served() -> None:
 def test_serve_is_given_the_layer() -> None:
     [middleware] = middlewares()
     assert middleware.cls is EdgeHeaders
+
+
+async def test_the_middle_of_a_body_may_go_straight_to_the_server() -> None:
+    seen: list[Any] = []
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(server_send(scope))
+
+    async def send(message: Any) -> None:
+        return
+
+    async def receive() -> Any:
+        return {}
+
+    scope = {"type": "http", "headers": []}
+    await EdgeHeaders(application)(scope, receive, send)
+    await application(scope, receive, send)
+    assert seen == [send, None]
+
+
+def test_a_server_on_another_loop_is_not_written_to_from_here() -> None:
+    inner: list[Scope] = []
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        inner.append(scope)
+
+    async def nothing(*_: Any) -> Any:
+        return {}
+
+    async def elsewhere() -> Any:
+        return server_send(inner[0])
+
+    asyncio.run(EdgeHeaders(application)({"type": "http", "headers": []}, nothing, nothing))
+    assert asyncio.run(elsewhere()) is None
