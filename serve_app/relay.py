@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from starlette.types import Send
 
@@ -191,8 +191,8 @@ def _hold_closing(frame: Frame, *, streamed: bool) -> tuple[Frame | None, Frame 
     if not frame.data.endswith(STREAM_END):
         return frame, None
     rest = frame.data[: -len(STREAM_END)]
-    held = replace(frame, data=STREAM_END, token_ids=() if rest else frame.token_ids)
-    return (replace(frame, data=rest) if rest else None), held
+    held = Frame(frame.sequence, STREAM_END, () if rest else frame.token_ids)
+    return (Frame(frame.sequence, rest, frame.token_ids) if rest else None), held
 
 
 def with_service_tier(data: bytes, tier: bytes, *, streamed: bool) -> bytes:

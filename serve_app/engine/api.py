@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+import msgspec
+
 from serve_app.core.types import Outcome, PriorityClass, ReplicaId, ReplicaView, RequestId, Usage
 from serve_app.engine.address import Address, ReplyTo
 from serve_app.usage import Charge
@@ -70,8 +72,7 @@ class WatchCall:
     router: Address | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(msgspec.Struct, frozen=True, gc=False):
     """Bytes for the client and the output token ids they stand for.
 
     ``sequence`` counts from 0 within the request without gaps. ``data`` is one or more

@@ -34,6 +34,7 @@ class Generation:
         "_header",
         "_job",
         "_model",
+        "_open",
         "_submitted_s",
         "_waiter",
         "aborted",
@@ -53,6 +54,7 @@ class Generation:
         self._header = header
         self._model = model
         self._submitted_s = 0.0
+        self._open = 0
         self._waiter: asyncio.Future[None] | None = None
 
     def submit(self, now_s: float, settings: SimSettings) -> None:
@@ -88,6 +90,7 @@ class Generation:
                     hashes=prefix_hashes(text, settings.block_tokens, call.cache_salt),
                 )
                 self.streams.append(stream)
+                self._open += 1
 
     def render(self) -> tuple[bytes, tuple[int, ...]]:
         """Return the bytes and token ids that are new since the last call."""
@@ -108,6 +111,7 @@ class Generation:
                 stream.delivered = made
             if stream.sequence.phase is Phase.ENDED:
                 stream.ended = True
+                self._open -= 1
                 if stream.events is not None:
                     parts.append(stream.events.finish(self._reason(stream)))
         if self.complete():
@@ -118,7 +122,7 @@ class Generation:
 
     def complete(self) -> bool:
         """Whether every choice has ended and was rendered."""
-        return all(stream.ended for stream in self.streams)
+        return not self._open
 
     def finish_reason(self) -> str:
         """Return OpenAI's finish reason of the first choice, or ``abort``."""

@@ -79,6 +79,8 @@ class Answer:
     def token_ids(self, first: int, last: int) -> tuple[int, ...]:
         """Return the ids of tokens ``first`` up to, not including, ``last``."""
         start, stride = self._start, self._stride
+        if last == first + 1:
+            return ((start + stride * first) % VOCABULARY,)
         return tuple((start + stride * index) % VOCABULARY for index in range(first, last))
 
     def text(self, first: int, last: int) -> bytes:
