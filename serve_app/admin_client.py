@@ -1,4 +1,4 @@
-"""Keys as the command line reaches them: in the database itself, or over /admin/keys."""
+"""Keys and usage as the command line reaches them: in the database, or over /admin."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import httpx
 from serve_app.errors import ApiError, ConfigError
 from serve_app.gateway.admin import key_json, key_request
 from serve_app.keys import BOOTSTRAP_KEY_ID
+from serve_app.ledger.database import Database
+from serve_app.ledger.report import report
 from serve_app.ledger.store import KeyStore
 from serve_app.terminal import CommandFailed, note
+from serve_app.usage_report import UsageQuery
 
 _TIMEOUT_S = 15.0
 
@@ -68,8 +71,8 @@ class DatabaseKeys:
         return key_json(record, time.time())
 
 
-class HttpKeys:
-    """Keys of a running service."""
+class _Service:
+    """The /admin routes of a running service."""
 
     def __init__(
         self, url: str, admin_key: str, transport: httpx.BaseTransport | None = None
@@ -88,22 +91,9 @@ class HttpKeys:
             transport=transport,
         )
 
-    def create(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """See Keys."""
-        return self._call("POST", "/admin/keys", json=fields)
-
-    def list(self) -> list[dict[str, Any]]:
-        """See Keys."""
-        records: list[dict[str, Any]] = self._call("GET", "/admin/keys")["data"]
-        return records
-
-    def revoke(self, key_id: str) -> dict[str, Any]:
-        """See Keys."""
-        return self._call("DELETE", f"/admin/keys/{key_id}")
-
-    def _call(self, method: str, path: str, json: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _call(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         try:
-            answer = self._client.request(method, self._url + path, json=json)
+            answer = self._client.request(method, self._url + path, **options)
             body = answer.json()
         except httpx.InvalidURL as error:
             raise ConfigError(f"{self._url!r:.80} is not a URL: {error}") from error
@@ -117,6 +107,50 @@ class HttpKeys:
             raise CommandFailed(_problem(answer.status_code, body))
         assert isinstance(body, dict)
         return body
+
+
+class HttpKeys(_Service):
+    """Keys of a running service."""
+
+    def create(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """See Keys."""
+        return self._call("POST", "/admin/keys", json=fields)
+
+    def list(self) -> list[dict[str, Any]]:
+        """See Keys."""
+        records: list[dict[str, Any]] = self._call("GET", "/admin/keys")["data"]
+        return records
+
+    def revoke(self, key_id: str) -> dict[str, Any]:
+        """See Keys."""
+        return self._call("DELETE", f"/admin/keys/{key_id}")
+
+
+class HttpUsage(_Service):
+    """The ledger of a running service."""
+
+    def usage(self, by: str, from_: str | None, to: str | None) -> dict[str, Any]:
+        """Return a report as /admin/usage answers it.
+
+        Raises:
+            CommandFailed: the service cannot be reached or refuses.
+        """
+        given = {"by": by, "from": from_, "to": to}
+        wanted = {name: value for name, value in given.items() if value is not None}
+        return self._call("GET", "/admin/usage", params=wanted)
+
+
+def database_usage(url: str, query: UsageQuery) -> dict[str, Any]:
+    """Return a report from the database itself.
+
+    Raises:
+        StoreUnavailable: it failed.
+    """
+    database = Database(url)
+    try:
+        return report(database, query)
+    finally:
+        database.close()
 
 
 def _problem(status: int, body: object) -> str:

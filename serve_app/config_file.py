@@ -118,7 +118,7 @@ def load(file: Path | str) -> ServeFile:
         ConfigError: every problem found, one per line, each with its field and the fix.
     """
     location = Path(file)
-    document = _read(location)
+    document = read_document(location, "applications:")
     problems = _unknown_fields(document)
     applications, more = _applications(document)
     problems += more
@@ -203,7 +203,12 @@ class _Loader(yaml.SafeLoader):
 _MERGE_TAG: Final = "tag:yaml.org,2002:merge"
 
 
-def _read(location: Path) -> dict[str, Any]:
+def read_document(location: Path, expected: str) -> dict[str, Any]:
+    """Return a YAML file's mapping; no key stands twice in it.
+
+    Raises:
+        ConfigError: it cannot be read, is no YAML, or no mapping, such as ``expected``.
+    """
     try:
         with location.open("rb") as file:
             content = file.read(_MAX_FILE_BYTES + 1)
@@ -219,7 +224,7 @@ def _read(location: Path) -> dict[str, Any]:
         first_line = str(error).splitlines()[0]
         raise ConfigError(f"{location}: not YAML: {first_line}") from None
     if not isinstance(document, dict):
-        raise ConfigError(f"{location}: must be a mapping with `applications:`")
+        raise ConfigError(f"{location}: must be a mapping with `{expected}`")
     return document
 
 

@@ -25,6 +25,7 @@ from serve_app.keys import KeyRecord, KeyTable, KeyWish, bootstrap_record
 from serve_app.ledger.database import Database
 from serve_app.ledger.grants import GrantStore
 from serve_app.ledger.prices import PriceStore
+from serve_app.ledger.report import report
 from serve_app.ledger.store import KeyStore
 from serve_app.ledger.usage import UsageLedger
 from serve_app.ledger.writer import LedgerWriter
@@ -34,6 +35,7 @@ from serve_app.telemetry.logs import configure, process_stderr
 from serve_app.telemetry.metrics import ControlMetrics
 from serve_app.telemetry.uplink import Heartbeat, Tables
 from serve_app.usage_log import journal_folder
+from serve_app.usage_report import UsageQuery
 
 logger = logging.getLogger("headrace.control")
 
@@ -53,7 +55,7 @@ class Control:
     async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         configure(process_stderr())
         self._args = ControlArgs.model_validate(args)
-        database = Database(self._args.database)
+        database = self._database = Database(self._args.database)
         self._store = KeyStore(database)
         logger.info("keys are kept in %s", self._store.place)
         self._bootstrap = os.environ.get("HEADRACE_BOOTSTRAP_KEY")
@@ -113,6 +115,10 @@ class Control:
         self._metrics.known([process.beat.role for process in known], len(self._table))
         own = render_families(self._metrics.registry, {"process": "control"})
         return merge([own, *(process.families for process in known)])
+
+    async def usage(self, query: UsageQuery) -> dict[str, Any]:
+        """Return a report of what was used; see ledger.report."""
+        return await asyncio.to_thread(report, self._database, query)
 
     async def list_keys(self) -> list[KeyRecord]:
         """Return all keys, revoked ones included; never a secret."""

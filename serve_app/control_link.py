@@ -11,6 +11,7 @@ from serve_app.core.slices import Bell, Message, Reply
 from serve_app.keys import KeyRecord, KeyWish
 from serve_app.telemetry.exposition import Family
 from serve_app.telemetry.uplink import Heartbeat, Tables
+from serve_app.usage_report import UsageQuery
 
 
 class HandleControlLink:
@@ -43,6 +44,11 @@ class HandleControlLink:
     async def record_usage(self, payloads: list[bytes]) -> None:
         """Return when the ledger has committed every record in ``payloads``."""
         await self._handle.record_usage.remote(payloads)
+
+    async def usage(self, query: UsageQuery) -> dict[str, Any]:
+        """Return a report of what was used."""
+        report: dict[str, Any] = await self._handle.usage.remote(query)
+        return report
 
     async def scrape(self) -> bytes:
         """Return the application's metrics as Prometheus text."""

@@ -36,6 +36,7 @@ from serve_app.engine.transport import ChannelTransport, HandleTransport, Transp
 from serve_app.fleet import Fleet
 from serve_app.gate import Gate
 from serve_app.gateway.admin import KeyAdministration
+from serve_app.gateway.admin_usage import UsageAdministration
 from serve_app.gateway.front import Front
 from serve_app.gateway.http import exception_handlers
 from serve_app.keys import KeyTable
@@ -144,6 +145,7 @@ class Router:
             started_at_s=time.time(),
         )
         administration = KeyAdministration(self._completions.caller, self._control)
+        usage = UsageAdministration(self._completions.caller, self._control)
         posts: dict[str, ASGIApp] = {
             "/v1/chat/completions": self._completions.endpoint(Endpoint.CHAT),
             "/v1/completions": self._completions.endpoint(Endpoint.COMPLETIONS),
@@ -157,6 +159,7 @@ class Router:
                 Route("/ready", operations.ready, methods=["GET"]),
                 Route("/metrics", operations.metrics, methods=["GET"]),
                 *administration.routes(),
+                *usage.routes(),
             ],
             exception_handlers=exception_handlers(),
         )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import time
 from typing import TYPE_CHECKING, Any
 
+from serve_app.commands._place import Service, add_place_options, place
 from serve_app.errors import ConfigError
 from serve_app.terminal import Subparsers, command, note, out, table
 
@@ -47,7 +47,8 @@ def add_parser(subparsers: Subparsers) -> None:
     revoke.add_argument("key_id", metavar="KEY_ID", help="as `headrace keys list` shows it")
     revoke.set_defaults(run=_revoke)
     for action in (create, listing, revoke):
-        _add_place_options(action)
+        add_place_options(action)
+        action.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_create_options(parser: argparse.ArgumentParser) -> None:
@@ -64,18 +65,6 @@ def _add_create_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", metavar="A,B", help="the models it may use (default: all)")
     parser.add_argument("--expires", metavar="TIME", help="lifetime such as 90m, 12h or 30d")
     parser.set_defaults(run=_create)
-
-
-def _add_place_options(parser: argparse.ArgumentParser) -> None:
-    place = parser.add_argument_group("where", "the database of --config, or a running service")
-    place.add_argument("--config", metavar="FILE", help="use the database that FILE names")
-    place.add_argument("--url", help="use the service at this URL (default: HEADRACE_URL)")
-    place.add_argument(
-        "--admin-key",
-        metavar="KEY",
-        help="default: HEADRACE_ADMIN_KEY, which other users of this machine cannot see",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _create(args: argparse.Namespace) -> int:
@@ -140,21 +129,10 @@ def _keys(args: argparse.Namespace) -> Keys:
     """Return where keys are: what was said on the command line wins over the environment."""
     from serve_app.admin_client import DatabaseKeys, HttpKeys
 
-    if args.config and args.url:
-        raise ConfigError("--config and --url exclude each other")
-    url = args.url or (None if args.config else os.environ.get("HEADRACE_URL"))
-    if url:
-        admin_key = args.admin_key or os.environ.get("HEADRACE_ADMIN_KEY")
-        if not admin_key:
-            raise ConfigError("an admin key is needed: set HEADRACE_ADMIN_KEY")
-        return HttpKeys(url, admin_key)
-    if not args.config:
-        raise ConfigError(
-            "say where the keys are: --config FILE, or --url URL with HEADRACE_ADMIN_KEY set"
-        )
-    from serve_app.config_file import load
-
-    return DatabaseKeys(load(args.config).control.database)
+    where = place(args, "the keys")
+    if isinstance(where, Service):
+        return HttpKeys(where.url, where.admin_key)
+    return DatabaseKeys(where)
 
 
 def _duration_s(text: str) -> float:

@@ -128,9 +128,11 @@ class KeyAdministration:
     async def list(self, request: Request) -> Response:
         """Answer with every key, oldest first."""
         require_admin(self._caller(request.scope))
-        records = await _from_control(self._keys.list_keys())
+        records = await from_control(self._keys.list_keys())
         now_s = time.time()
-        return _json({"object": "list", "data": [key_json(record, now_s) for record in records]})
+        return json_answer(
+            {"object": "list", "data": [key_json(record, now_s) for record in records]}
+        )
 
     async def create(self, request: Request) -> Response:
         """Make a key; its secret is in this answer and nowhere else."""
@@ -140,9 +142,9 @@ class KeyAdministration:
         body = await read_body(request.scope, request.receive, _MAX_BODY_BYTES)
         now_s = time.time()
         wish = key_request(parse_object(body)).wish(now_s)
-        secret, record = await _from_control(self._keys.create_key(wish))
+        secret, record = await from_control(self._keys.create_key(wish))
         logger.info("key %s created by key %s", record.key_id, caller.key_id)
-        return _json({**key_json(record, now_s), "key": secret}, status=201)
+        return json_answer({**key_json(record, now_s), "key": secret}, status=201)
 
     async def revoke(self, request: Request) -> Response:
         """Revoke a key; doing it twice changes nothing."""
@@ -154,14 +156,14 @@ class KeyAdministration:
                 "The bootstrap key comes from HEADRACE_BOOTSTRAP_KEY; unset it and restart.",
                 param="key_id",
             )
-        record = await _from_control(self._keys.revoke_key(key_id))
+        record = await from_control(self._keys.revoke_key(key_id))
         if record is None:
             raise NotFound(f"There is no key {key_id!r:.80}.", param="key_id")
         logger.info("key %s revoked by key %s", record.key_id, caller.key_id)
-        return _json(key_json(record, time.time()))
+        return json_answer(key_json(record, time.time()))
 
 
-async def _from_control(answer: Awaitable[Result]) -> Result:
+async def from_control(answer: Awaitable[Result]) -> Result:
     """Await Control; whatever goes wrong there is a 503 here.
 
     Raises:
@@ -176,6 +178,7 @@ async def _from_control(answer: Awaitable[Result]) -> Result:
         raise Unavailable("Control cannot be reached; try again.", retry_after_s=2.0) from None
 
 
-def _json(body: dict[str, Any], *, status: int = 200) -> Response:
+def json_answer(body: dict[str, Any], *, status: int = 200) -> Response:
+    """Return an answer that nobody may cache."""
     headers = {"cache-control": "no-store"}
     return Response(orjson.dumps(body), status, headers, media_type="application/json")

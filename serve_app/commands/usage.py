@@ -1,0 +1,91 @@
+"""``headrace usage``: show what was used and what it cost, and check the books."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from serve_app.commands._place import Service, add_place_options, place
+from serve_app.errors import ConfigError
+from serve_app.terminal import Subparsers, command, note, out, table
+
+_EXAMPLE = """\
+headrace usage --by tenant,model --from 2026-01-01 --to 2026-02-01 --config configs/local.yaml
+headrace usage --by key --format csv --config configs/local.yaml
+headrace usage --verify --config configs/local.yaml
+HEADRACE_URL=http://127.0.0.1:8000 HEADRACE_ADMIN_KEY=hr-... headrace usage --by user"""
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Register the command."""
+    parser = command(
+        subparsers, "usage", "Show what was used and what it cost, and check the books.", _EXAMPLE
+    )
+    parser.add_argument(
+        "--by", default="tenant", help="tenant, model, user, key, class, tag, hour (commas between)"
+    )
+    parser.add_argument("--from", dest="from_", metavar="TIME", help="a whole hour, UTC")
+    parser.add_argument("--to", metavar="TIME", help="a whole hour, UTC; not included")
+    parser.add_argument("--format", choices=("table", "csv", "json"), default="table")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="recompute bills and sums from the events; the status is 1 if any differs",
+    )
+    add_place_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report, or what does not add up."""
+    from serve_app.usage_report import BadQuery, to_csv, to_table, usage_query
+
+    where = place(args, "the books")
+    if args.verify:
+        if isinstance(where, Service):
+            raise ConfigError("--verify reads every event: it needs the database, --config FILE")
+        return _verify(where)
+    try:
+        query = usage_query(args.by, args.from_, args.to)
+    except BadQuery as error:
+        raise ConfigError(f"--{error}") from None
+    report: dict[str, Any]
+    if isinstance(where, Service):
+        from serve_app.admin_client import HttpUsage
+
+        report = HttpUsage(where.url, where.admin_key).usage(args.by, args.from_, args.to)
+    else:
+        from serve_app.admin_client import database_usage
+
+        report = database_usage(where, query)
+    if args.format == "json":
+        import orjson
+
+        out(orjson.dumps(report, option=orjson.OPT_INDENT_2).decode())
+    elif args.format == "csv":
+        out(to_csv(report).rstrip("\n"))
+    else:
+        out(table(*to_table(report)))
+    return 0
+
+
+def _verify(url: str) -> int:
+    from serve_app.core.pricing import dollars
+    from serve_app.ledger.database import Database
+    from serve_app.ledger.verify import verify
+
+    database = Database(url)
+    try:
+        findings = verify(database)
+    finally:
+        database.close()
+    for line in findings.lines:
+        out(line)
+    unsaid = findings.differences - len(findings.lines)
+    if unsaid:
+        note(f"{unsaid} more differences")
+    note(
+        f"{findings.events} events of {findings.requests} requests, {findings.rollups} rollups, "
+        f"{dollars(findings.amount_nanousd)} USD: {findings.differences or 'no'} differences"
+    )
+    return 1 if findings.differences else 0

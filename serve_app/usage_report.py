@@ -1,0 +1,103 @@
+"""What may be asked of the ledger, and how its answer is written: command line and HTTP alike.
+
+A report covers whole hours, UTC, from one on and before another. Amounts are dollars,
+written exactly.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+
+BY: Final = ("tenant", "model", "user", "key", "class", "tag", "hour")
+FIELDS: Final = (
+    *("requests", "billed_requests", "prompt_tokens", "cached_prompt_tokens", "output_tokens"),
+    *("delivered_tokens", "generated_tokens", "wasted_tokens", "wasted_usd", "amount_usd"),
+)
+
+_HOUR_S: Final = 3600
+
+
+class BadQuery(ValueError):
+    """A report that cannot be made; ``field`` is by, from or to."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+
+
+@dataclass(frozen=True, slots=True)
+class UsageQuery:
+    """Sums by some of BY, of the hours that begin at ``from_s`` or later and before ``to_s``."""
+
+    by: tuple[str, ...] = ()
+    from_s: int | None = None
+    to_s: int | None = None
+
+
+def usage_query(by: str, from_: str | None, to: str | None) -> UsageQuery:
+    """Return the query that a user wrote: names with commas, and ISO 8601 dates or times.
+
+    Raises:
+        BadQuery: a name is unknown, or a time is none, not a whole hour, or out of order.
+    """
+    names = tuple(name.strip() for name in by.split(",") if name.strip())
+    for name in names:
+        if name not in BY:
+            raise BadQuery("by", f"{name!r:.40} is not one of {', '.join(BY)}")
+    if len(set(names)) < len(names):
+        raise BadQuery("by", "a name stands twice")
+    from_s, to_s = _hour("from", from_), _hour("to", to)
+    if from_s is not None and to_s is not None and to_s <= from_s:
+        raise BadQuery("to", "must be later than from")
+    return UsageQuery(names, from_s, to_s)
+
+
+def iso_time(at_s: float) -> str:
+    """Return wall seconds as 2026-01-31T05:00:00Z."""
+    return datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def to_csv(report: Mapping[str, Any]) -> str:
+    """Return a report's rows as CSV with a header; lines end in a line feed."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = [*report["by"], *FIELDS]
+    writer.writerow(columns)
+    writer.writerows([row[column] for column in columns] for row in report["data"])
+    return text.getvalue()
+
+
+def to_table(report: Mapping[str, Any]) -> tuple[Sequence[str], list[Sequence[str]]]:
+    """Return a report's header and rows for people, the total last."""
+    shown = ("requests", "prompt_tokens", "output_tokens", "wasted_tokens", "amount_usd")
+    header = [*(name.upper() for name in report["by"]), "REQUESTS", "INPUT", "OUTPUT"]
+    header += ["WASTED", "USD"]
+    rows: list[Sequence[str]] = [
+        [str(row[column]) or "-" for column in (*report["by"], *shown)] for row in report["data"]
+    ]
+    total = ["TOTAL", *[""] * (len(report["by"]) - 1)] if report["by"] else []
+    rows.append([*total, *(str(report["total"][column]) for column in shown)])
+    return header, rows
+
+
+def _hour(field: str, text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        raise BadQuery(
+            field,
+            f"write 2026-01-31 or 2026-01-31T05:00Z; got {text!r:.40}",
+        ) from None
+    whole = time if time.tzinfo is not None else time.replace(tzinfo=UTC)
+    at_s = whole.timestamp()
+    if at_s % _HOUR_S:
+        before = iso_time(at_s - at_s % _HOUR_S)
+        raise BadQuery(field, f"must be a whole hour, as {before} is; got {text!r:.40}")
+    return int(at_s)
