@@ -17,6 +17,7 @@ from serve_app.audit import Audit
 from serve_app.books import Books
 from serve_app.config import LimitSettings
 from serve_app.core.limits import Short
+from serve_app.core.purses import Reserved
 from serve_app.core.types import (
     Outcome,
     PoolName,
@@ -40,12 +41,15 @@ from serve_app.gateway.http import ClientGone, internal_error, read_body, requir
 from serve_app.gateway.wire import ParsedRequest, parse_chat, parse_completions
 from serve_app.keys import KeyRecord, KeyTable
 from serve_app.limiter import RouterLimits
+from serve_app.money import Money
 from serve_app.relay import Relay
 from serve_app.rules import Rules
 from serve_app.tickets import Prepared, Tickets, asked_class
 
 SESSION_HEADER = b"x-headrace-session"
 SESSION_BYTES_MAX = 256
+# Says that an answer may be shorter than was asked for: so much is what its budget pays.
+BUDGET_HEADER = b"x-headrace-budget"
 
 CLIENT_CLOSED_REQUEST = 499
 
@@ -72,6 +76,7 @@ class Completions:
         rates: RouterLimits,
         limits: LimitSettings,
         books: Books,
+        money: Money | None = None,
         on_audit: Callable[[Audit], None],
         clock: Callable[[], float],
     ) -> None:
@@ -81,6 +86,7 @@ class Completions:
         self._rates = rates
         self._limits = limits
         self._books = books
+        self._money = money
         self._on_audit = on_audit
         self._clock = clock
         self.keys: KeyTable | None = None
@@ -160,9 +166,26 @@ class Completions:
         if refused is not None:
             raise refused
         try:
+            prepared = await self._pay(prepared, relay, audit)
             await self._serve(endpoint, prepared, relay, audit)
         finally:
             self._rates.settle(ticket.request_id, _used_tokens(prepared, audit))
+            if self._money is not None:
+                self._money.settle(audit)
+
+    async def _pay(self, prepared: Prepared, relay: Relay, audit: Audit) -> Prepared:
+        """Reserve what the request may cost; return it with an answer as long as that pays."""
+        fare = None if self._money is None else self._money.fare(audit, prepared)
+        if self._money is None or fare is None:
+            return prepared
+        answer = self._money.reserve(fare)
+        if not isinstance(answer, Reserved):
+            answer = await self._money.fetch(fare, answer)
+        tokens = fare.output_tokens(answer.amount)
+        if tokens >= prepared.ticket.max_tokens:
+            return prepared
+        relay.add_headers([(BUDGET_HEADER, b"max_tokens=%d" % tokens)])
+        return prepared.capped(tokens)
 
     async def _prepare(
         self, scope: Scope, parsed: ParsedRequest, audit: Audit, key: KeyRecord

@@ -18,10 +18,12 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from serve_app.config import ControlArgs
+from serve_app.core.budget import Account, Line
 from serve_app.core.slices import Bell, Message, Reply
 from serve_app.granter import GrantDesk
 from serve_app.journal import Sweeper
 from serve_app.keys import KeyRecord, KeyTable, KeyWish, bootstrap_record
+from serve_app.ledger.budgets import BudgetStore
 from serve_app.ledger.database import Database
 from serve_app.ledger.grants import GrantStore
 from serve_app.ledger.prices import PriceStore
@@ -34,6 +36,7 @@ from serve_app.telemetry.exposition import Family, merge, render_families
 from serve_app.telemetry.logs import configure, process_stderr
 from serve_app.telemetry.metrics import ControlMetrics
 from serve_app.telemetry.uplink import Heartbeat, Tables
+from serve_app.treasury import MoneyBell, Treasury
 from serve_app.usage_log import journal_folder
 from serve_app.usage_report import UsageQuery
 
@@ -72,6 +75,11 @@ class Control:
         self._sweeper.start()
         self._grants = GrantDesk(GrantStore(database), time.monotonic, self._args.forget_after_s)
         await self._grants.begin()
+        granter = self._grants.granter
+        self._treasury = Treasury(
+            BudgetStore(database), time.monotonic, granter.routers, lambda: granter.epoch
+        )
+        await self._treasury.follow()
         self._watch = asyncio.create_task(self._follow_store())
 
     async def heartbeat(self, beat: Heartbeat) -> Tables:
@@ -82,12 +90,13 @@ class Control:
         if beat.role == "router":
             self._grants.heard(beat.process)
         routers = self._routers() if beat.channel is not None else {}
-        keys, prices = self._table, self._prices
+        keys, prices, budgets = self._table, self._prices, self._treasury.list
         return Tables(
             keys.version,
             None if beat.keys_version in (None, keys.version) else keys.records,
             routers,
             None if beat.prices_version in (None, prices.version) else prices,
+            None if beat.budgets_version in (None, budgets.version) else budgets,
         )
 
     async def record_usage(self, payloads: list[bytes]) -> None:
@@ -101,6 +110,14 @@ class Control:
     async def slices_bell(self, router: str) -> Bell:
         """Tell a router, as soon as there is something, what others want of its parts."""
         return await self._grants.bell(router)
+
+    async def lend(self, router: str, accounts: list[Account]) -> list[Line]:
+        """Lend a router money of budgets; see core/budget.py."""
+        return await self._treasury.lend(router, accounts)
+
+    async def money_bell(self, router: str) -> MoneyBell:
+        """Tell a router, as soon as there is something, what others lack that it holds."""
+        return await self._treasury.bell(router)
 
     async def report_metrics(self, process: str, families: Mapping[str, Family]) -> None:
         """Keep the latest rendered metrics of a process that has sent a heartbeat."""
@@ -171,6 +188,7 @@ class Control:
                 if await asyncio.to_thread(self._price_store.version) != self._prices.version:
                     self._prices = await asyncio.to_thread(self._price_store.current)
                 await self._grants.follow()
+                await self._treasury.follow()
             except asyncio.CancelledError:
                 raise
             except Exception:

@@ -7,10 +7,12 @@ from typing import Any
 
 from ray import serve
 
+from serve_app.core.budget import Account, Line
 from serve_app.core.slices import Bell, Message, Reply
 from serve_app.keys import KeyRecord, KeyWish
 from serve_app.telemetry.exposition import Family
 from serve_app.telemetry.uplink import Heartbeat, Tables
+from serve_app.treasury import MoneyBell
 from serve_app.usage_report import UsageQuery
 
 
@@ -49,6 +51,16 @@ class HandleControlLink:
         """Return a report of what was used."""
         report: dict[str, Any] = await self._handle.usage.remote(query)
         return report
+
+    async def lend(self, router: str, accounts: list[Account]) -> list[Line]:
+        """See TreasuryLink."""
+        lines: list[Line] = await self._handle.lend.remote(router, accounts)
+        return lines
+
+    async def money_bell(self, router: str) -> MoneyBell:
+        """See TreasuryLink."""
+        bell: MoneyBell = await self._handle.money_bell.remote(router)
+        return bell
 
     async def scrape(self) -> bytes:
         """Return the application's metrics as Prometheus text."""

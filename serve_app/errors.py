@@ -12,6 +12,7 @@
      +- BodyTooLarge               413    invalid_request_error   request_too_large
      +- UnsupportedMediaType       415    invalid_request_error   unsupported_media_type
      +- RateLimited                429    rate_limit_error        rate_limit_exceeded
+     |   +- InsufficientQuota      429    insufficient_quota       insufficient_quota
      +- EngineFailed               500    server_error            engine_error
      +- Unavailable                503    server_error            (given)
      +- DeadlineExceeded           504    server_error            deadline_exceeded
@@ -144,6 +145,11 @@ class RateLimited(ApiError):
     status = 429
     type = "rate_limit_error"
     code = "rate_limit_exceeded"
+
+
+class InsufficientQuota(RateLimited):
+    type = "insufficient_quota"
+    code = "insufficient_quota"
 
 
 class EngineFailed(ApiError):

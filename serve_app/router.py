@@ -41,9 +41,11 @@ from serve_app.gateway.front import Front
 from serve_app.gateway.http import exception_handlers
 from serve_app.keys import KeyTable
 from serve_app.limiter import RouterLimits
+from serve_app.money import Money
 from serve_app.observer import RouterObserver
 from serve_app.operations import MetricsCopy, Operations, Readiness
 from serve_app.peers import Peers
+from serve_app.purse_link import PurseLink
 from serve_app.rules import Rules
 from serve_app.slices_link import SlicesLink
 from serve_app.telemetry.exposition import Family
@@ -85,11 +87,13 @@ class Router:
         self._slices = SlicesLink(self._name, self._control, time.monotonic)
         self._rates = RouterLimits(time.monotonic, self._observer.rate_limited, self._slices)
         self._usage = UsageLog(
-            self._args.journal, f"router-{self._name}", self._control.record_usage
+            self._args.journal, f"router-{self._name}", self._record_usage
         )
         self._books = Books(
             self._usage, time.monotonic, self._observer.metrics.usage_durable_seconds.observe
         )
+        self._purses = PurseLink(self._name, self._control, time.monotonic, time.time)
+        self._money = Money(self._purses, self._books)
         self._completions = Completions(
             gate=self._gate,
             transport=self._fleet.transport,
@@ -97,6 +101,7 @@ class Router:
             rates=self._rates,
             limits=self._args.limits,
             books=self._books,
+            money=self._money,
             on_audit=self._observer.audit,
             clock=time.monotonic,
         )
@@ -115,6 +120,7 @@ class Router:
         self._uplink.start()
         self._slices.start()
         self._usage.start()
+        self._purses.start()
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """Take new pools and aliases; nothing in flight is touched.
@@ -182,6 +188,11 @@ class Router:
         self._gate.close()
         self._counter.close()
         await self._usage.stop()
+        await self._purses.stop()
+
+    async def _record_usage(self, payloads: list[bytes]) -> None:
+        await self._control.record_usage(payloads)
+        self._money.acknowledge(payloads)
 
     def _connect(self, pool: PoolName) -> Transport:
         """Return a transport to a pool's engines, which need not be deployed yet."""
@@ -213,6 +224,7 @@ class Router:
             channel=(address.endpoint, address.server_key),
             # Keys and prices come together: nobody is served before there are both.
             prices_version=-1 if keys is None else self._books.prices.version,
+            budgets_version=self._purses.list.version,
         )
 
     def _families(self) -> Mapping[str, Family]:
@@ -225,6 +237,8 @@ class Router:
 
     def _take_tables(self, tables: Tables) -> None:
         self._peers.know(tables.routers)
+        if tables.budgets is not None:
+            self._purses.list = tables.budgets
         if tables.prices is not None:
             self._books.prices = tables.prices
         if tables.keys is not None:

@@ -76,6 +76,12 @@ class Prepared:
         """The same with the prompt's upper bound."""
         return self.prompt.upper_tokens + self.expected_output
 
+    def capped(self, output_tokens: int) -> Prepared:
+        """Return the request with all its answers together cut to so many tokens."""
+        each = max(1, output_tokens // self.parsed.choices)
+        cap = each if self.output_cap is None else min(each, self.output_cap)
+        return replace(self, output_cap=cap)
+
     def call(
         self, endpoint: Endpoint, dispatch: Dispatch, charge: Charge | None = None, attempt: int = 1
     ) -> GenerateCall:

@@ -72,6 +72,14 @@ class Budget:
         assert self.rolling_s % HOUR_S == 0
 
 
+@dataclass(frozen=True, slots=True)
+class BudgetList:
+    """Which budgets routers have to reserve of: the hard ones."""
+
+    version: int = -1
+    keys: frozenset[BudgetKey] = frozenset()
+
+
 class Period(NamedTuple):
     """From ``start_s`` on and before ``end_s``, wall seconds."""
 

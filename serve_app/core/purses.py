@@ -19,6 +19,7 @@ from serve_app.core.types import RequestId
 # own account has come.
 LINGER_S = 30.0
 DENIED_S = 1.0
+UNKNOWN = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,20 @@ class Purses:
     def open_requests(self) -> int:
         """Requests that hold a reservation and have not ended."""
         return sum(not each.settled for each in self._holds.values())
+
+    @property
+    def unreleased(self) -> bool:
+        """Whether some request reserved something that was not let go of yet."""
+        return bool(self._holds)
+
+    def keys(self) -> list[BudgetKey]:
+        """Return the budgets that there are purses for."""
+        return list(self._purses)
+
+    def left(self, key: BudgetKey) -> int:
+        """Return what a budget had left when Control last spoke of it; much if it never did."""
+        purse = self._purses.get(key)
+        return UNKNOWN if purse is None else max(0, purse.left)
 
     def reserve(
         self,

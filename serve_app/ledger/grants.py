@@ -65,7 +65,7 @@ class GrantStore:
         Raises:
             Superseded: another Control has begun.
         """
-        with self._fenced(epoch) as connection:
+        with fenced(self._database, epoch) as connection:
             connection.execute(delete(GRANT_ROUTER).where(GRANT_ROUTER.c.router == router))
             connection.execute(insert(GRANT_ROUTER).values(router=router, gone_at_s=None))
 
@@ -76,7 +76,7 @@ class GrantStore:
             Superseded: another Control has begun.
         """
         now_s = self._wall_clock()
-        with self._fenced(epoch) as connection:
+        with fenced(self._database, epoch) as connection:
             connection.execute(
                 update(GRANT_ROUTER).where(GRANT_ROUTER.c.router == router).values(gone_at_s=now_s)
             )
@@ -90,15 +90,20 @@ class GrantStore:
             query = select(META.c.value).where(META.c.name == GRANT_EPOCH)
             return bool(connection.execute(query).scalar_one() == epoch)
 
-    @contextmanager
-    def _fenced(self, epoch: int) -> Iterator[Connection]:
-        """Open a transaction that holds the epoch's row, if that is still ``epoch``."""
-        with self._database.transaction() as connection:
-            held = connection.execute(
-                update(META)
-                .where(META.c.name == GRANT_EPOCH, META.c.value == epoch)
-                .values(value=META.c.value)
-            )
-            if held.rowcount != 1:
-                raise Superseded("another Control grants limits")
-            yield connection
+
+@contextmanager
+def fenced(database: Database, epoch: int) -> Iterator[Connection]:
+    """Open a transaction that holds the epoch's row, if that is still ``epoch``.
+
+    Raises:
+        Superseded: another Control has begun.
+    """
+    with database.transaction() as connection:
+        held = connection.execute(
+            update(META)
+            .where(META.c.name == GRANT_EPOCH, META.c.value == epoch)
+            .values(value=META.c.value)
+        )
+        if held.rowcount != 1:
+            raise Superseded("another Control grants limits")
+        yield connection

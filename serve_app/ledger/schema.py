@@ -27,7 +27,7 @@ from sqlalchemy import (
 METADATA: Final = MetaData()
 
 # The last migration: a database at this revision has the tables below.
-REVISION: Final = "0003"
+REVISION: Final = "0004"
 
 API_KEY: Final = Table(
     "api_key",
@@ -58,7 +58,14 @@ LEDGER_VERSION: Final = "ledger_version"
 PRICE_BOOK_VERSION: Final = "price_book_version"
 # Grows with each Control: only the latest may grant parts of limits.
 GRANT_EPOCH: Final = "grant_epoch"
-COUNTERS: Final = (KEY_TABLE_VERSION, LEDGER_VERSION, PRICE_BOOK_VERSION, GRANT_EPOCH)
+BUDGET_VERSION: Final = "budget_version"
+COUNTERS: Final = (
+    KEY_TABLE_VERSION,
+    LEDGER_VERSION,
+    PRICE_BOOK_VERSION,
+    GRANT_EPOCH,
+    BUDGET_VERSION,
+)
 
 # Routers that may hold parts of limits; ``gone_at_s`` is when one was found to be gone.
 GRANT_ROUTER: Final = Table(
@@ -181,6 +188,41 @@ RATE_CARD: Final = Table(
     Column("from_s", BigInteger),
     Column("until_s", BigInteger),
     *_numbers("input_nanousd", "cached_input_nanousd", "output_nanousd", "request_nanousd"),
+)
+
+# ``begun_s`` is the start of the latest period that was granted from.
+BUDGET: Final = Table(
+    "budget",
+    METADATA,
+    Column("scope", String(16), primary_key=True),
+    Column("id", String(401), primary_key=True),
+    Column("amount_nanousd", BigInteger, nullable=False),
+    Column("resets", String(16), nullable=False),
+    Column("rolling_s", BigInteger, nullable=False),
+    Column("alerts_json", Text, nullable=False),
+    Column("hard", Boolean, nullable=False),
+    Column("begun_s", BigInteger, nullable=False),
+)
+
+# What a router was granted of a budget's period and has let go of, in all.
+BUDGET_GRANT: Final = Table(
+    "budget_grant",
+    METADATA,
+    Column("scope", String(16), primary_key=True),
+    Column("id", String(401), primary_key=True),
+    Column("start_s", BigInteger, primary_key=True, autoincrement=False),
+    Column("router", String(200), primary_key=True),
+    *_numbers("granted", "released"),
+)
+
+# Derived from usage_rollup (ledger/spending.py): what budgets are held against.
+SPENDING: Final = Table(
+    "spending",
+    METADATA,
+    Column("scope", String(16), primary_key=True),
+    Column("id", String(401), primary_key=True),
+    Column("hour", BigInteger, primary_key=True, autoincrement=False),
+    *_numbers("amount_nanousd"),
 )
 
 # One row per request, both witnesses side by side.

@@ -41,6 +41,7 @@ from serve_app.ledger.schema import (
     USAGE_EVENT,
     USAGE_ROLLUP,
 )
+from serve_app.ledger.spending import add_spending, rebuild_spending
 from serve_app.ledger.tally import NOTHING, Account, Tally, tally
 from serve_app.usage import UsageRecord, Witness, arrived_at_s
 
@@ -167,6 +168,7 @@ class UsageLedger:
             connection.execute(delete(USAGE_ROLLUP))
             query = select(*keys, *(func.sum(USAGE_EVENT.c[name]) for name in SUMS))
             connection.execute(insert(USAGE_ROLLUP).from_select(names, query.group_by(*keys)))
+            rebuild_spending(connection)
             count = connection.execute(select(func.count()).select_from(USAGE_ROLLUP))
             return int(count.scalar_one())
 
@@ -337,3 +339,4 @@ def _add_up(connection: Connection, sums: Mapping[tuple[Any, ...], Tally]) -> No
     # In order, so that the pages of the table are touched in order.
     rows = [dict(zip(_ROLLUP_KEY, key, strict=True)) | sums[key].columns() for key in sorted(sums)]
     connection.execute(statement, rows)
+    add_spending(connection, _ROLLUP_KEY, sums)

@@ -15,6 +15,7 @@ from serve_app.core.types import PriorityClass, TenantId, Usage
 from serve_app.ledger.database import Database
 from serve_app.ledger.prices import read_book
 from serve_app.ledger.schema import DIMENSIONS, SUMS, USAGE_EVENT, USAGE_ROLLUP
+from serve_app.ledger.spending import spending_differences
 from serve_app.ledger.tally import NOTHING, Tally, tally
 from serve_app.ledger.usage import HOUR_S, account_of, rates_of, tally_of
 from serve_app.usage import Witness
@@ -52,6 +53,8 @@ def verify(database: Database) -> Findings:
     with database.snapshot() as connection:
         _verify_requests(connection, findings)
         _verify_rollups(connection, findings)
+        for line in spending_differences(connection):
+            findings.add(line)
     return findings
 
 

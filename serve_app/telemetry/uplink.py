@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from serve_app.core.budget import BudgetList
 from serve_app.core.pricing import PriceBook
 from serve_app.telemetry.exposition import Family
 from serve_app.telemetry.metrics import ProcessMetrics
@@ -25,7 +26,8 @@ LOOP_PROBE_S = 0.25
 class Heartbeat:
     """A process saying that it lives, and which version of the key table it holds.
 
-    ``keys_version`` and ``prices_version`` are None for a process that needs none.
+    ``keys_version``, ``prices_version`` and ``budgets_version`` are None for a process that
+    needs none.
     ``channel`` is where a router hears others, endpoint and public key.
     """
 
@@ -35,13 +37,14 @@ class Heartbeat:
     keys_version: int | None = None
     channel: tuple[str, bytes] | None = None
     prices_version: int | None = None
+    budgets_version: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Tables:
     """Control's answer: ``keys`` is None when the process's version is the current one.
 
-    So is ``prices``, a core.pricing.PriceBook.
+    So are ``prices``, a core.pricing.PriceBook, and ``budgets``.
 
     ``routers`` are the channels of all live routers by process name, for routers only.
     """
@@ -50,6 +53,7 @@ class Tables:
     keys: Any | None = None
     routers: Mapping[str, tuple[str, bytes]] = field(default_factory=dict)
     prices: PriceBook | None = None
+    budgets: BudgetList | None = None
 
 
 class ControlLink(Protocol):

@@ -1,0 +1,229 @@
+"""Budgets in the database, and what routers were granted of them.
+
+A grant is decided and kept in one transaction that holds the epoch's row: with what the
+ledger has at that moment, and by no Control but the latest. Nothing is kept in memory, so
+nothing is lost with a Control.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Row, and_, delete, insert, select, update
+
+from serve_app.core.budget import (
+    Account,
+    Budget,
+    BudgetKey,
+    BudgetScope,
+    Grant,
+    Line,
+    Period,
+    Window,
+    counted,
+    lend,
+    period_of,
+)
+from serve_app.ledger.database import Database
+from serve_app.ledger.grants import fenced
+from serve_app.ledger.schema import BUDGET, BUDGET_GRANT, BUDGET_VERSION, META
+from serve_app.ledger.spending import spent
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """How a budget stands: spent in its present period, and granted but not yet spent."""
+
+    budget: Budget
+    period: Period
+    spent_nanousd: int
+    outstanding_nanousd: int
+
+
+class BudgetStore:
+    """Synchronous: call it from a thread. Every method raises StoreUnavailable if need be."""
+
+    def __init__(self, database: Database, wall_clock: Callable[[], float] = time.time) -> None:
+        self._database = database
+        self._wall_clock = wall_clock
+
+    def version(self) -> int:
+        """Return the version of the list: it grows with each change."""
+        with self._database.transaction() as connection:
+            query = select(META.c.value).where(META.c.name == BUDGET_VERSION)
+            return int(connection.execute(query).scalar_one())
+
+    def every(self) -> list[Budget]:
+        """Return every budget."""
+        with self._database.transaction() as connection:
+            rows = connection.execute(select(BUDGET).order_by(BUDGET.c.scope, BUDGET.c.id))
+            return [_budget(row) for row in rows]
+
+    def put(self, budget: Budget) -> None:
+        """Set a budget, new or in place of the one with its key. What was spent stays spent."""
+        with self._database.change(BUDGET_VERSION) as connection:
+            begun_s = connection.execute(
+                select(BUDGET.c.begun_s).where(_is(budget.key))
+            ).scalar_one_or_none()
+            connection.execute(delete(BUDGET).where(_is(budget.key)))
+            connection.execute(insert(BUDGET).values(_row(budget, begun_s or 0)))
+
+    def add(self, key: BudgetKey, amount_nanousd: int) -> Budget | None:
+        """Add to a budget's amount, as prepaid credits are bought; None if there is none."""
+        with self._database.change(BUDGET_VERSION) as connection:
+            amount = BUDGET.c.amount_nanousd + amount_nanousd
+            connection.execute(update(BUDGET).where(_is(key)).values(amount_nanousd=amount))
+            row = connection.execute(select(BUDGET).where(_is(key))).first()
+            return None if row is None else _budget(row)
+
+    def remove(self, key: BudgetKey) -> bool:
+        """Remove a budget; tell whether there was one."""
+        with self._database.change(BUDGET_VERSION) as connection:
+            return connection.execute(delete(BUDGET).where(_is(key))).rowcount > 0
+
+    def balances(self) -> Sequence[Balance]:
+        """Return how every budget stands."""
+        now_s = int(self._wall_clock())
+        found = []
+        with self._database.snapshot() as connection:
+            for row in connection.execute(select(BUDGET).order_by(BUDGET.c.scope, BUDGET.c.id)):
+                budget = _budget(row)
+                period = period_of(budget, now_s, row.begun_s)
+                outstanding = sum(
+                    each.outstanding for each in _grants(connection, budget.key, period).values()
+                )
+                used = spent(connection, budget.key, counted(budget, period, now_s))
+                found.append(Balance(budget, period, used, outstanding))
+        return found
+
+    def lend(
+        self, router: str, accounts: Iterable[Account], epoch: int, routers: int
+    ) -> tuple[list[Line], dict[BudgetKey, set[str]]]:
+        """Take a router's accounts and grant what it needs, as far as there is.
+
+        Beside the answer: the other routers that hold something of a budget that lacked.
+
+        Raises:
+            Superseded: another Control has begun.
+        """
+        now_s = int(self._wall_clock())
+        lines: list[Line] = []
+        holders: dict[BudgetKey, set[str]] = {}
+        with fenced(self._database, epoch) as connection:
+            for account in accounts:
+                row = connection.execute(select(BUDGET).where(_is(account.key))).first()
+                period = None if row is None else _period(connection, row, now_s)
+                if row is None or period is None or _is_past(account, period):
+                    _note_released(connection, router, account)
+                    continue
+                grants = _grants(connection, account.key, period)
+                budget = _budget(row)
+                used = spent(connection, account.key, counted(budget, period, now_s))
+                grant, line = lend(
+                    budget,
+                    account,
+                    router=router,
+                    period=period,
+                    spent=used,
+                    grants=grants,
+                    routers=routers,
+                )
+                if grant != grants.get(router):
+                    _keep(connection, account.key, period.start_s, router, grant)
+                lines.append(line)
+                if line.unmet:
+                    others = {n for n, each in grants.items() if n != router and each.outstanding}
+                    holders[account.key] = others
+        return lines, holders
+
+    def holders(self) -> set[str]:
+        """Return the routers that something is outstanding with."""
+        with self._database.transaction() as connection:
+            open_ = BUDGET_GRANT.c.granted > BUDGET_GRANT.c.released
+            return set(connection.execute(select(BUDGET_GRANT.c.router).where(open_)).scalars())
+
+    def forget(self, router: str, epoch: int) -> None:
+        """Free what is outstanding with a router that is gone, its records all committed."""
+        with fenced(self._database, epoch) as connection:
+            connection.execute(delete(BUDGET_GRANT).where(BUDGET_GRANT.c.router == router))
+
+
+def _is(key: BudgetKey) -> Any:
+    return and_(BUDGET.c.scope == key.scope.value, BUDGET.c.id == key.id)
+
+
+def _is_past(account: Account, period: Period) -> bool:
+    """Whether an account only settles a period that is over."""
+    return not account.need and account.start_s != period.start_s
+
+
+def _period(connection: Connection, row: Row[Any], now_s: int) -> Period:
+    """Return a budget's period, and remember it: a clock that goes back does not reopen one."""
+    budget = _budget(row)
+    period = period_of(budget, now_s, row.begun_s)
+    if period.start_s > row.begun_s:
+        connection.execute(update(BUDGET).where(_is(budget.key)).values(begun_s=period.start_s))
+    return period
+
+
+def _grants(connection: Connection, key: BudgetKey, period: Period) -> dict[str, Grant]:
+    query = select(BUDGET_GRANT).where(
+        BUDGET_GRANT.c.scope == key.scope.value,
+        BUDGET_GRANT.c.id == key.id,
+        BUDGET_GRANT.c.start_s == period.start_s,
+    )
+    return {row.router: Grant(row.granted, row.released) for row in connection.execute(query)}
+
+
+def _keep(connection: Connection, key: BudgetKey, start_s: int, router: str, grant: Grant) -> None:
+    values = {"granted": grant.granted, "released": grant.released}
+    where = {"scope": key.scope.value, "id": key.id, "start_s": start_s, "router": router}
+    of_router = and_(*(BUDGET_GRANT.c[name] == value for name, value in where.items()))
+    kept = connection.execute(update(BUDGET_GRANT).where(of_router).values(values))
+    if not kept.rowcount:
+        connection.execute(insert(BUDGET_GRANT).values(where | values))
+
+
+def _note_released(connection: Connection, router: str, account: Account) -> None:
+    """Keep what a router let go of in a period that is over, or of a budget that is gone."""
+    of_router = and_(
+        BUDGET_GRANT.c.scope == account.key.scope.value,
+        BUDGET_GRANT.c.id == account.key.id,
+        BUDGET_GRANT.c.start_s == account.start_s,
+        BUDGET_GRANT.c.router == router,
+    )
+    connection.execute(
+        update(BUDGET_GRANT)
+        .where(of_router, BUDGET_GRANT.c.released < account.released)
+        .values(released=account.released)
+    )
+    closed = BUDGET_GRANT.c.released >= BUDGET_GRANT.c.granted
+    connection.execute(delete(BUDGET_GRANT).where(of_router, closed))
+
+
+def _row(budget: Budget, begun_s: int) -> dict[str, Any]:
+    return {
+        "scope": budget.key.scope.value,
+        "id": budget.key.id,
+        "amount_nanousd": budget.amount_nanousd,
+        "resets": budget.window.value,
+        "rolling_s": budget.rolling_s,
+        "alerts_json": json.dumps(budget.alert_ratios),
+        "hard": budget.hard,
+        "begun_s": begun_s if budget.window not in (Window.ROLLING, Window.NONE) else 0,
+    }
+
+
+def _budget(row: Row[Any]) -> Budget:
+    return Budget(
+        BudgetKey(BudgetScope(row.scope), row.id),
+        row.amount_nanousd,
+        Window(row.resets),
+        row.rolling_s,
+        tuple(json.loads(row.alerts_json)),
+        bool(row.hard),
+    )

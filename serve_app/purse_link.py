@@ -1,0 +1,190 @@
+"""A router's money: reserved for a request before it is admitted, settled when it ends.
+
+``core/purses.py`` decides. Nothing is awaited where the router's purses suffice; what they
+lack is fetched from Control, and what the ledger has is let go of once a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from serve_app.core.budget import Account, BudgetKey, BudgetList, Line
+from serve_app.core.purses import Lacking, Overdrawn, Purses, Reserved
+from serve_app.core.types import RequestId
+from serve_app.treasury import MoneyBell
+
+logger = logging.getLogger("headrace.purses")
+
+PATIENCE_S = 1.0
+EXCHANGE_TIMEOUT_S = 2.0
+BELL_TIMEOUT_S = 10.0
+AWAY_PAUSE_S = 0.25
+PERIOD_S = 1.0
+RECALL_WAIT_S = 0.2
+LEAVE_TIMEOUT_S = 2.0
+
+Answer = Reserved | Lacking | Overdrawn
+
+
+class TreasuryLink(Protocol):
+    """What a router asks of Control. Any exception means Control is away."""
+
+    async def lend(self, router: str, accounts: list[Account]) -> list[Line]:
+        """Tell accounts, get money."""
+
+    async def money_bell(self, router: str) -> MoneyBell:
+        """Wait for a hint from the treasury, or for some seconds."""
+
+
+class PurseLink:
+    """One per router. ``list`` names the budgets in force, replaced as a whole."""
+
+    def __init__(
+        self,
+        router: str,
+        link: TreasuryLink,
+        clock: Callable[[], float],
+        wall_clock: Callable[[], float],
+    ) -> None:
+        self._router = router
+        self._link = link
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._wall_s = wall_clock()
+        self._waiting: dict[RequestId, Lacking] = {}
+        self._recalled: set[BudgetKey] = set()
+        self._kick = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self.purses = Purses()
+        self.list = BudgetList()
+        self.away = False
+
+    def start(self) -> None:
+        """Keep in touch with Control, on the running loop."""
+        self._tasks = [
+            asyncio.create_task(self._exchange()),
+            asyncio.create_task(self._listen()),
+        ]
+
+    async def stop(self) -> None:
+        """Let go of everything that is free, if Control is there, and end both tasks."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+        self.purses.give_back(self.purses.keys())
+        accounts = self.purses.accounts()
+        if not accounts:
+            return
+        try:
+            async with asyncio.timeout(LEAVE_TIMEOUT_S):
+                await self._link.lend(self._router, accounts)
+        except Exception as error:  # noqa: BLE001  # away in whatever way
+            logger.info("money was not given back: %.200s", error)
+
+    def now_s(self) -> float:
+        """Return the monotonic time that the purses go by."""
+        return self._clock()
+
+    def reserve(
+        self, request_id: RequestId, keys: Sequence[BudgetKey], amount: int, least: int
+    ) -> Answer:
+        """Reserve of every budget or of none, at once."""
+        return self.purses.reserve(
+            request_id, keys, amount, least=least, wall_s=self._wall(), now_s=self._clock()
+        )
+
+    async def fetch(
+        self, request_id: RequestId, lacking: Lacking, attempt: Callable[[], Answer]
+    ) -> Reserved | Overdrawn | None:
+        """Get what a request lacks, then try again; None if Control cannot be asked now."""
+        give_up_at_s = self._clock() + PATIENCE_S
+        try:
+            while not self.away:
+                self._waiting[request_id] = lacking
+                self._kick.set()
+                try:
+                    async with asyncio.timeout(give_up_at_s - self._clock()):
+                        await self._changed.wait()
+                except TimeoutError:
+                    return None
+                answer = attempt()
+                if not isinstance(answer, Lacking):
+                    return answer
+                lacking = answer
+            return None
+        finally:
+            self._waiting.pop(request_id, None)
+
+    def _wall(self) -> float:
+        """Return the wall clock's time, which here never goes back over a period's edge."""
+        self._wall_s = max(self._wall_s, self._wall_clock())
+        return self._wall_s
+
+    async def _exchange(self) -> None:
+        while True:
+            accounts = self._accounts()
+            if accounts and not await self._tell(accounts):
+                await asyncio.sleep(AWAY_PAUSE_S)
+                continue
+            pause_s = RECALL_WAIT_S if self._waiting else PERIOD_S
+            try:
+                async with asyncio.timeout(pause_s):
+                    await self._kick.wait()
+            except TimeoutError:
+                self.purses.expire(self._clock(), self._wall())
+            self._kick.clear()
+
+    def _accounts(self) -> list[Account]:
+        """Return what is to be told: what requests lack, recalls, what was let go of."""
+        needs: dict[BudgetKey, int] = {}
+        for lacking in self._waiting.values():
+            for key, need in lacking.needs:
+                needs[key] = needs.get(key, 0) + need
+        recalled, self._recalled = self._recalled, set()
+        self.purses.give_back(key for key in recalled if key not in needs)
+        accounts = self.purses.accounts(needs.items())
+        told = {each.key for each in accounts}
+        return accounts + [self.purses.account(key) for key in recalled - told]
+
+    async def _tell(self, accounts: list[Account]) -> bool:
+        try:
+            async with asyncio.timeout(EXCHANGE_TIMEOUT_S):
+                lines = await self._link.lend(self._router, accounts)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # noqa: BLE001  # away in whatever way
+            if not self.away:
+                logger.warning("budgets cannot be asked: %s: %.200s", type(error).__name__, error)
+            self.away = True
+            self._wake()
+            return False
+        self.away = False
+        self.purses.accept(accounts, lines, self._clock())
+        self._wake()
+        return True
+
+    async def _listen(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(BELL_TIMEOUT_S):
+                    bell = await self._link.money_bell(self._router)
+            except asyncio.CancelledError:
+                raise
+            except Exception:  # noqa: BLE001  # away in whatever way: the other task says so
+                self.away = True
+                self._wake()
+                await asyncio.sleep(AWAY_PAUSE_S)
+                continue
+            self.away = False
+            if bell.recalled or bell.ready:
+                self._recalled.update(bell.recalled)
+                self._kick.set()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()

@@ -1,0 +1,217 @@
+"""Control's side of budgets: money lent to routers, and asked back where another needs it.
+
+``ledger/budgets.py`` decides and keeps; here calls are answered, routers that hold money
+unused are rung when another lacks it, and thresholds that were passed are told of.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from serve_app.core.budget import (
+    Account,
+    Budget,
+    BudgetKey,
+    BudgetList,
+    Line,
+    Period,
+    crossed,
+)
+from serve_app.core.pricing import dollars
+
+logger = logging.getLogger("headrace.treasury")
+
+BELL_S = 2.0
+RECALL_WAIT_S = 0.2
+RECALL_AGAIN_S = 0.5
+ALERTS_PERIOD_S = 5.0
+# A router that is gone keeps what it was granted until its records must have come.
+ABANDON_S = 600.0
+
+
+class Standing(Protocol):
+    """How a budget stands; see ledger.budgets.Balance."""
+
+    @property
+    def budget(self) -> Budget: ...
+    @property
+    def period(self) -> Period: ...
+    @property
+    def spent_nanousd(self) -> int: ...
+    @property
+    def outstanding_nanousd(self) -> int: ...
+
+
+class BudgetRecord(Protocol):
+    """Where budgets are kept. Every method blocks."""
+
+    def version(self) -> int:
+        """Return the version of the list."""
+
+    def every(self) -> list[Budget]:
+        """Return every budget."""
+
+    def balances(self) -> Sequence[Standing]:
+        """Return how every budget stands."""
+
+    def lend(
+        self, router: str, accounts: Sequence[Account], epoch: int, routers: int
+    ) -> tuple[list[Line], Mapping[BudgetKey, Collection[str]]]:
+        """Grant what a router needs; name who else holds something of what lacked."""
+
+    def holders(self) -> Collection[str]:
+        """Return the routers that something is outstanding with."""
+
+    def forget(self, router: str, epoch: int) -> None:
+        """Free what is outstanding with a router."""
+
+
+@dataclass(frozen=True, slots=True)
+class MoneyBell:
+    """A hint to a router: let go of what is free of these, ask again for those."""
+
+    recalled: tuple[BudgetKey, ...] = ()
+    ready: tuple[BudgetKey, ...] = ()
+
+
+@dataclass(slots=True)
+class _Recall:
+    """Who was asked to let go of a budget and has not answered, and who waits for it."""
+
+    at_s: float
+    asked: set[str]
+    wanting: set[str] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class _Box:
+    """What a router is to be told."""
+
+    recalled: set[BudgetKey] = field(default_factory=set)
+    ready: set[BudgetKey] = field(default_factory=set)
+    rung: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Treasury:
+    """One per Control. ``routers`` returns those that live, ``epoch`` this Control's."""
+
+    def __init__(
+        self,
+        record: BudgetRecord,
+        clock: Callable[[], float],
+        routers: Callable[[], Collection[str]],
+        epoch: Callable[[], int],
+    ) -> None:
+        self._record = record
+        self._clock = clock
+        self._routers = routers
+        self._epoch = epoch
+        self._recalls: dict[BudgetKey, _Recall] = {}
+        self._boxes: dict[str, _Box] = {}
+        self._missed_at_s: dict[str, float] = {}
+        self._told: dict[tuple[BudgetKey, int], int] = {}
+        self._alerts_at_s = clock()
+        self.list = BudgetList()
+
+    async def lend(self, router: str, accounts: list[Account]) -> list[Line]:
+        """Grant a router what it needs; have others asked for what lacks."""
+        lines, holders = await asyncio.to_thread(
+            self._record.lend, router, accounts, self._epoch(), len(self._routers())
+        )
+        for account in accounts:
+            self._answered(router, account.key)
+        return [self._recalling(router, line, holders) if line.unmet else line for line in lines]
+
+    async def bell(self, router: str) -> MoneyBell:
+        """Wait until there is something to tell a router, or for a while; return it."""
+        box = self._boxes.setdefault(router, _Box())
+        try:
+            async with asyncio.timeout(BELL_S):
+                await box.rung.wait()
+        except TimeoutError:
+            pass
+        box.rung.clear()
+        bell = MoneyBell(tuple(box.recalled), tuple(box.ready))
+        box.recalled.clear()
+        box.ready.clear()
+        return bell
+
+    async def follow(self) -> None:
+        """Notice budgets that changed, thresholds passed, routers gone; twice a second."""
+        version = await asyncio.to_thread(self._record.version)
+        if version != self.list.version:
+            budgets = await asyncio.to_thread(self._record.every)
+            self.list = BudgetList(version, frozenset(each.key for each in budgets if each.hard))
+        if self._clock() - self._alerts_at_s >= ALERTS_PERIOD_S:
+            self._alerts_at_s = self._clock()
+            self._tell_alerts(await asyncio.to_thread(self._record.balances))
+            await self._forget_gone()
+
+    def _recalling(
+        self, router: str, line: Line, holders: Mapping[BudgetKey, Collection[str]]
+    ) -> Line:
+        """Ask who holds what lacks, unless that was just done; ``pending`` while answers come."""
+        now_s = self._clock()
+        recall = self._recalls.get(line.key)
+        if recall is None or now_s - recall.at_s >= RECALL_AGAIN_S:
+            live = set(self._routers())
+            asked = {name for name in holders.get(line.key, ()) if name in live}
+            recall = self._recalls[line.key] = _Recall(now_s, asked)
+            for name in asked:
+                self._ring(name, recalled=line.key)
+        if not recall.asked or now_s - recall.at_s >= RECALL_WAIT_S:
+            return line
+        recall.wanting.add(router)
+        return replace(line, pending=True)
+
+    def _answered(self, router: str, key: BudgetKey) -> None:
+        recall = self._recalls.get(key)
+        if recall is None or router not in recall.asked:
+            return
+        recall.asked.discard(router)
+        if not recall.asked:
+            for name in recall.wanting:
+                self._ring(name, ready=key)
+            recall.wanting.clear()
+
+    def _ring(
+        self, router: str, *, recalled: BudgetKey | None = None, ready: BudgetKey | None = None
+    ) -> None:
+        box = self._boxes.setdefault(router, _Box())
+        if recalled is not None:
+            box.recalled.add(recalled)
+        if ready is not None:
+            box.ready.add(ready)
+        box.rung.set()
+
+    def _tell_alerts(self, balances: Sequence[Standing]) -> None:
+        """Log each threshold once per period and process."""
+        told: dict[tuple[BudgetKey, int], int] = {}
+        for each in balances:
+            name = (each.budget.key, each.period.start_s)
+            for ratio in crossed(each.budget, self._told.get(name, -1), each.spent_nanousd):
+                logger.warning(
+                    "budget %s %s has spent %s of %s dollars, %g of it",
+                    each.budget.key.scope.value,
+                    each.budget.key.id,
+                    dollars(each.spent_nanousd),
+                    dollars(each.budget.amount_nanousd),
+                    ratio,
+                )
+            told[name] = each.spent_nanousd
+        self._told = told
+
+    async def _forget_gone(self) -> None:
+        live, now_s = set(self._routers()), self._clock()
+        gone = set(await asyncio.to_thread(self._record.holders)) - live
+        self._missed_at_s = {name: self._missed_at_s.get(name, now_s) for name in gone}
+        for name, at_s in list(self._missed_at_s.items()):
+            if now_s - at_s >= ABANDON_S:
+                await asyncio.to_thread(self._record.forget, name, self._epoch())
+                del self._missed_at_s[name]
+        for name in [each for each in self._boxes if each not in live]:
+            del self._boxes[name]
