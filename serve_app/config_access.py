@@ -21,7 +21,7 @@ class RateLimits(Strict):
 
     requests_per_min: Count | None = None
     tokens_per_min: Count | None = Field(None, description="Prompt and output tokens together.")
-    concurrent: Count | None = Field(None, description="Requests open at once, in one router.")
+    concurrent: Count | None = Field(None, description="Requests open at once.")
 
     def to_core(self) -> limits.Limits:
         """Return the limits as core reads them."""

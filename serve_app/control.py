@@ -11,14 +11,14 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry
 
 from serve_app.config import ControlArgs
-from serve_app.core.budget import Account, Line
+from serve_app.core.budget import Account, Balance, Budget, BudgetKey, Line
 from serve_app.core.slices import Bell, Message, Reply
 from serve_app.granter import GrantDesk
 from serve_app.journal import Sweeper
@@ -136,6 +136,22 @@ class Control:
     async def usage(self, query: UsageQuery) -> dict[str, Any]:
         """Return a report of what was used; see ledger.report."""
         return await asyncio.to_thread(report, self._database, query)
+
+    async def list_budgets(self) -> Sequence[Balance]:
+        """Return every budget and how it stands."""
+        return await self._treasury.balances()
+
+    async def put_budget(self, budget: Budget) -> None:
+        """Set a budget, new or in place of another."""
+        await self._treasury.put(budget)
+
+    async def add_credit(self, key: BudgetKey, amount_nanousd: int) -> Budget | None:
+        """Add to a budget's amount; None if there is none."""
+        return await self._treasury.add(key, amount_nanousd)
+
+    async def remove_budget(self, key: BudgetKey) -> bool:
+        """Remove a budget; tell whether there was one."""
+        return await self._treasury.remove(key)
 
     async def list_keys(self) -> list[KeyRecord]:
         """Return all keys, revoked ones included; never a secret."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray import serve
 
-from serve_app.core.budget import Account, Line
+from serve_app.core.budget import Account, Balance, Budget, BudgetKey, Line
 from serve_app.core.slices import Bell, Message, Reply
 from serve_app.keys import KeyRecord, KeyWish
 from serve_app.telemetry.exposition import Family
@@ -66,6 +66,25 @@ class HandleControlLink:
         """Return the application's metrics as Prometheus text."""
         text: bytes = await self._handle.scrape.remote()
         return text
+
+    async def list_budgets(self) -> Sequence[Balance]:
+        """Return every budget and how it stands."""
+        balances: Sequence[Balance] = await self._handle.list_budgets.remote()
+        return balances
+
+    async def put_budget(self, budget: Budget) -> None:
+        """Set a budget."""
+        await self._handle.put_budget.remote(budget)
+
+    async def add_credit(self, key: BudgetKey, amount_nanousd: int) -> Budget | None:
+        """Add to a budget's amount; None if there is none."""
+        budget: Budget | None = await self._handle.add_credit.remote(key, amount_nanousd)
+        return budget
+
+    async def remove_budget(self, key: BudgetKey) -> bool:
+        """Remove a budget; tell whether there was one."""
+        removed: bool = await self._handle.remove_budget.remote(key)
+        return removed
 
     async def list_keys(self) -> list[KeyRecord]:
         """Return all keys."""

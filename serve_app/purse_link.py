@@ -131,6 +131,8 @@ class PurseLink:
             if accounts and not await self._tell(accounts):
                 await asyncio.sleep(AWAY_PAUSE_S)
                 continue
+            # Who has got what it lacked need not be asked for again.
+            await asyncio.sleep(0)
             pause_s = RECALL_WAIT_S if self._waiting else PERIOD_S
             try:
                 async with asyncio.timeout(pause_s):

@@ -36,6 +36,7 @@ from serve_app.engine.transport import ChannelTransport, HandleTransport, Transp
 from serve_app.fleet import Fleet
 from serve_app.gate import Gate
 from serve_app.gateway.admin import KeyAdministration
+from serve_app.gateway.admin_budgets import BudgetAdministration
 from serve_app.gateway.admin_usage import UsageAdministration
 from serve_app.gateway.front import Front
 from serve_app.gateway.http import exception_handlers
@@ -86,9 +87,7 @@ class Router:
         )
         self._slices = SlicesLink(self._name, self._control, time.monotonic)
         self._rates = RouterLimits(time.monotonic, self._observer.rate_limited, self._slices)
-        self._usage = UsageLog(
-            self._args.journal, f"router-{self._name}", self._record_usage
-        )
+        self._usage = UsageLog(self._args.journal, f"router-{self._name}", self._record_usage)
         self._books = Books(
             self._usage, time.monotonic, self._observer.metrics.usage_durable_seconds.observe
         )
@@ -152,6 +151,7 @@ class Router:
         )
         administration = KeyAdministration(self._completions.caller, self._control)
         usage = UsageAdministration(self._completions.caller, self._control)
+        budgets = BudgetAdministration(self._completions.caller, self._control)
         posts: dict[str, ASGIApp] = {
             "/v1/chat/completions": self._completions.endpoint(Endpoint.CHAT),
             "/v1/completions": self._completions.endpoint(Endpoint.COMPLETIONS),
@@ -166,6 +166,7 @@ class Router:
                 Route("/metrics", operations.metrics, methods=["GET"]),
                 *administration.routes(),
                 *usage.routes(),
+                *budgets.routes(),
             ],
             exception_handlers=exception_handlers(),
         )

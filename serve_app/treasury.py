@@ -14,11 +14,11 @@ from typing import Protocol
 
 from serve_app.core.budget import (
     Account,
+    Balance,
     Budget,
     BudgetKey,
     BudgetList,
     Line,
-    Period,
     crossed,
 )
 from serve_app.core.pricing import dollars
@@ -33,19 +33,6 @@ ALERTS_PERIOD_S = 5.0
 ABANDON_S = 600.0
 
 
-class Standing(Protocol):
-    """How a budget stands; see ledger.budgets.Balance."""
-
-    @property
-    def budget(self) -> Budget: ...
-    @property
-    def period(self) -> Period: ...
-    @property
-    def spent_nanousd(self) -> int: ...
-    @property
-    def outstanding_nanousd(self) -> int: ...
-
-
 class BudgetRecord(Protocol):
     """Where budgets are kept. Every method blocks."""
 
@@ -55,7 +42,16 @@ class BudgetRecord(Protocol):
     def every(self) -> list[Budget]:
         """Return every budget."""
 
-    def balances(self) -> Sequence[Standing]:
+    def put(self, budget: Budget) -> None:
+        """Set a budget."""
+
+    def add(self, key: BudgetKey, amount_nanousd: int) -> Budget | None:
+        """Add to a budget's amount; None if there is none."""
+
+    def remove(self, key: BudgetKey) -> bool:
+        """Remove a budget; tell whether there was one."""
+
+    def balances(self) -> Sequence[Balance]:
         """Return how every budget stands."""
 
     def lend(
@@ -151,6 +147,25 @@ class Treasury:
             self._tell_alerts(await asyncio.to_thread(self._record.balances))
             await self._forget_gone()
 
+    async def balances(self) -> Sequence[Balance]:
+        """Return how every budget stands."""
+        return await asyncio.to_thread(self._record.balances)
+
+    async def put(self, budget: Budget) -> None:
+        """Set a budget; routers learn of it with their next heartbeat."""
+        await asyncio.to_thread(self._record.put, budget)
+        await self.follow()
+
+    async def add(self, key: BudgetKey, amount_nanousd: int) -> Budget | None:
+        """Add to a budget's amount; None if there is none."""
+        return await asyncio.to_thread(self._record.add, key, amount_nanousd)
+
+    async def remove(self, key: BudgetKey) -> bool:
+        """Remove a budget; tell whether there was one."""
+        removed = await asyncio.to_thread(self._record.remove, key)
+        await self.follow()
+        return removed
+
     def _recalling(
         self, router: str, line: Line, holders: Mapping[BudgetKey, Collection[str]]
     ) -> Line:
@@ -188,7 +203,7 @@ class Treasury:
             box.ready.add(ready)
         box.rung.set()
 
-    def _tell_alerts(self, balances: Sequence[Standing]) -> None:
+    def _tell_alerts(self, balances: Sequence[Balance]) -> None:
         """Log each threshold once per period and process."""
         told: dict[tuple[BudgetKey, int], int] = {}
         for each in balances:

@@ -87,6 +87,16 @@ class Period(NamedTuple):
     end_s: int
 
 
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """How a budget stands: spent in its present period, and granted but not yet spent."""
+
+    budget: Budget
+    period: Period
+    spent_nanousd: int
+    outstanding_nanousd: int
+
+
 FOREVER = Period(0, 1 << 62)
 
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, Row, and_, delete, insert, select, update
 
 from serve_app.core.budget import (
     Account,
+    Balance,
     Budget,
     BudgetKey,
     BudgetScope,
@@ -32,16 +32,6 @@ from serve_app.ledger.database import Database
 from serve_app.ledger.grants import fenced
 from serve_app.ledger.schema import BUDGET, BUDGET_GRANT, BUDGET_VERSION, META
 from serve_app.ledger.spending import spent
-
-
-@dataclass(frozen=True, slots=True)
-class Balance:
-    """How a budget stands: spent in its present period, and granted but not yet spent."""
-
-    budget: Budget
-    period: Period
-    spent_nanousd: int
-    outstanding_nanousd: int
 
 
 class BudgetStore:

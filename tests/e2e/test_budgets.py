@@ -1,0 +1,158 @@
+"""One budget through three routers: nearly all of it can be spent, and never more."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import yaml
+
+from tests.e2e.waiting import until
+from tests.stack import ROOT, Stack, running_stack
+
+PRICES = "currency: USD\ncards:\n  all: {input: 1, cached_input: 0.1, output: 10, request: 0.001}\n"
+ROUTERS = 3
+NANO = 10**9
+
+
+def document() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "sim.yaml").read_text())
+    _, pool, gateway = found["applications"]
+    pool["args"]["engine"] |= {"weights_s": 0.005}
+    gateway["args"]["replicas"]["num_replicas"] = ROUTERS
+    gateway["deployments"][0]["user_config"]["pools"]["sim"] |= {"queue_timeout_s": 60}
+    return found
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    with running_stack(document()) as running:
+        file = running.folder / "prices.yaml"
+        file.write_text(PRICES)
+        headrace(running, "prices", "import", file)
+        until(lambda: running.metric("headrace_control_processes", role="router") == ROUTERS, "3")
+        yield running
+
+
+def headrace(stack: Stack, *words: str | Path) -> str:
+    done = stack.headrace(*words, "--config", stack.folder / "stack.yaml")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def make_key(stack: Stack, tenant: str) -> str:
+    with stack.http() as admin:
+        created = admin.post("/admin/keys", json={"name": "test", "tenant": tenant})
+    secret = str(created.json()["key"])
+    known: list[bool] = []
+
+    def by_all() -> bool:
+        with stack.http(secret) as client:
+            known.append(client.get("/v1/models").status_code == 200)
+        return known[-20:] == [True] * 20
+
+    until(by_all, "the key is known to every router, and so is the budget made before it")
+    return secret
+
+
+def spent(stack: Stack, tenant: str) -> int:
+    """Return what the ledger itself says."""
+    file = f"file:{stack.folder}/.headrace/sim.db?mode=ro"
+    query = "SELECT COALESCE(SUM(amount_nanousd), 0) FROM usage_event WHERE tenant = ?"
+    with contextlib.closing(sqlite3.connect(file, uri=True, timeout=30)) as database:
+        return int(database.execute(query, (tenant,)).fetchone()[0])
+
+
+async def spend(stack: Stack, key: str, clients: int, **fields: Any) -> list[dict[str, Any]]:
+    """Ask from many clients at once until the budget is spent; return the last refusals."""
+    body = {"model": "sim", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8}
+    headers = {"authorization": f"Bearer {key}"}
+
+    async def one() -> dict[str, Any]:
+        while True:
+            async with httpx.AsyncClient(base_url=stack.url, timeout=120) as client:
+                answer = await client.post(
+                    "/v1/chat/completions", json=body | fields, headers=headers
+                )
+            if answer.status_code == 200:
+                continue
+            error: dict[str, Any] = answer.json()["error"]
+            if error["code"] == "insufficient_quota":
+                assert answer.status_code == 429
+                assert answer.headers["x-should-retry"] == "false"
+                return error
+            assert error["code"] in ("budget_reserved", "limits_unavailable"), error
+            await asyncio.sleep(0.2)
+
+    return list(await asyncio.gather(*(one() for _ in range(clients))))
+
+
+def settled(stack: Stack, tenant: str) -> bool:
+    """Whether nothing of the tenant's budget is at a router any more."""
+    for line in headrace(stack, "budgets", "list").splitlines():
+        words = line.split()
+        if words[:2] == ["tenant", tenant]:
+            return float(words[4]) * NANO == spent(stack, tenant)
+    return False
+
+
+async def test_a_budget_is_spent_nearly_whole_and_never_over(stack: Stack) -> None:
+    headrace(stack, "budgets", "set", "tenant", "acme", "0.3", "--window", "month")
+    key = make_key(stack, "acme")
+    errors = await spend(stack, key, 48)
+    assert {error["type"] for error in errors} == {"insufficient_quota"}
+    until(lambda: settled(stack, "acme"), "the ledger has everything")
+    assert 0.99 * 0.3 * NANO <= spent(stack, "acme") <= 0.3 * NANO
+    stack.headrace("usage", "--verify", "--config", stack.folder / "stack.yaml")
+
+    with pytest.raises(openai.RateLimitError) as refused:
+        stack.openai(api_key=key, max_retries=3).completions.create(model="sim", prompt="x")
+    assert refused.value.code == "insufficient_quota"
+
+    headrace(stack, "budgets", "add", "tenant", "acme", "0.1")
+
+    def served() -> bool:
+        with stack.http(key) as client:
+            body = {"model": "sim", "prompt": "x", "max_tokens": 1}
+            return client.post("/v1/completions", json=body).status_code == 200
+
+    until(served, "what was added can be spent")
+
+
+async def test_control_that_is_killed_again_and_again_lends_nothing_twice(stack: Stack) -> None:
+    headrace(stack, "budgets", "set", "tenant", "storm", "0.2")
+    key = make_key(stack, "storm")
+    spending = asyncio.create_task(spend(stack, key, 24))
+    for _ in range(2):
+        await asyncio.sleep(2.0)
+        for control in stack.processes("ServeReplica:control:Control"):
+            control.send_signal(signal.SIGKILL)
+        await asyncio.to_thread(
+            until, lambda: bool(stack.processes("ServeReplica:control:Control")), "Control"
+        )
+    await spending
+    until(lambda: settled(stack, "storm"), "the ledger has everything")
+    assert spent(stack, "storm") <= 0.2 * NANO
+
+
+def test_an_answer_is_no_longer_than_its_budget_pays_for(stack: Stack) -> None:
+    headrace(stack, "budgets", "set", "tenant", "small", "0.002")
+    key = make_key(stack, "small")
+    with stack.http(key) as client:
+        body = {"model": "sim", "prompt": "x", "max_tokens": 5000}
+        answer = client.post("/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["x-headrace-budget"].startswith("max_tokens=")
+    [choice] = answer.json()["choices"]
+    assert choice["finish_reason"] == "length"
+    assert 16 <= answer.json()["usage"]["completion_tokens"] < 100
+    until(lambda: spent(stack, "small") > 0, "the ledger has it")
+    assert spent(stack, "small") <= 0.002 * NANO

@@ -1,0 +1,211 @@
+"""Budgets in the database: lent in fenced transactions, held against what the ledger has."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import pytest
+from sqlalchemy import text
+
+from serve_app.core.budget import (
+    Account,
+    Budget,
+    BudgetKey,
+    BudgetScope,
+    Line,
+    Window,
+    period_of,
+)
+from serve_app.core.pricing import RateCard, Rates
+from serve_app.ledger.budgets import BudgetStore
+from serve_app.ledger.database import Database
+from serve_app.ledger.grants import GrantStore, Superseded
+from serve_app.ledger.prices import PriceStore
+from serve_app.ledger.usage import UsageLedger
+from serve_app.ledger.verify import verify
+from tests.usage_records import START_S, charge, record
+
+ACME = BudgetKey(BudgetScope.TENANT, "acme")
+
+
+class Wall:
+    """The wall clock."""
+
+    def __init__(self, at_s: float = START_S) -> None:
+        self.at_s = at_s
+
+    def __call__(self) -> float:
+        return self.at_s
+
+
+class Site:
+    """One Control on a database."""
+
+    def __init__(self, database: Database) -> None:
+        self.wall = Wall()
+        self.budgets = BudgetStore(database, self.wall)
+        self.grants = GrantStore(database, self.wall)
+        self.epoch = self.grants.begin().epoch
+        prices = PriceStore(database)
+        prices.replace([RateCard("all", Rates(request_nanousd=100))], "")
+        self.ledger = UsageLedger(database, prices)
+        self.count = 0
+
+    def lend(self, router: str, need: int = 0, **fields: int) -> Line:
+        account = Account(ACME, **{"start_s": 0, "granted": 0, "released": 0, **fields}, need=need)
+        [line] = self.budgets.lend(router, [account], self.epoch, 2)[0]
+        return line
+
+    def spend(self, requests: int, at_s: float | None = None) -> None:
+        """Commit requests of a hundred nano-dollars each."""
+        at_s = self.wall.at_s if at_s is None else at_s
+        for _ in range(requests):
+            self.count += 1
+            of = charge(self.count, at_s, tenant="acme", price_version=1)
+            self.ledger.commit([record(of)])
+
+
+@pytest.fixture
+def site(database: Database) -> Site:
+    return Site(database)
+
+
+def test_a_budget_is_kept_as_it_was_set(site: Site) -> None:
+    rolling = Budget(ACME, 5, Window.ROLLING, 7200, (0.5, 1.0), hard=False)
+    version = site.budgets.version()
+    site.budgets.put(Budget(BudgetKey(BudgetScope.USER, "acme/ann"), 1, Window.DAY))
+    site.budgets.put(rolling)
+    site.budgets.put(replace(rolling, amount_nanousd=6))
+    assert site.budgets.every()[0] == replace(rolling, amount_nanousd=6)
+    assert len(site.budgets.every()) == 2
+    assert site.budgets.add(ACME, 4) == replace(rolling, amount_nanousd=10)
+    assert site.budgets.remove(ACME)
+    assert not site.budgets.remove(ACME)
+    assert site.budgets.add(ACME, 4) is None
+    assert site.budgets.version() > version
+
+
+def test_what_is_spent_and_what_is_lent_are_never_more_than_the_amount(site: Site) -> None:
+    site.budgets.put(Budget(ACME, 1000, Window.NONE))
+    site.spend(3)
+    first = site.lend("a", need=500)
+    assert first.granted == 500 + 200 // 8
+    assert first.left == 700
+    second = site.lend("b", need=500)
+    assert second.granted == 175
+    assert second.unmet
+    assert site.lend("b", need=500, granted=175).granted == 175
+    [balance] = site.budgets.balances()
+    assert (balance.spent_nanousd, balance.outstanding_nanousd) == (300, 700)
+
+
+def test_a_grant_that_never_arrived_is_told_again_and_not_given_twice(site: Site) -> None:
+    site.budgets.put(Budget(ACME, 1000, Window.NONE))
+    first = site.lend("a", need=100)
+    assert site.lend("a", need=100).granted == first.granted
+    late = site.lend("a", granted=first.granted, released=first.granted)
+    assert late.left == 1000
+    assert site.lend("a", granted=0, released=0).granted == first.granted
+    [balance] = site.budgets.balances()
+    assert balance.outstanding_nanousd == 0
+
+
+def test_what_was_released_can_be_lent_again(site: Site) -> None:
+    site.budgets.put(Budget(ACME, 1000, Window.NONE))
+    first = site.lend("a", need=1000)
+    site.spend(4)
+    site.lend("a", granted=first.granted, released=1000)
+    assert site.lend("b", need=1000).granted == 600
+
+
+def test_a_superseded_control_lends_nothing(site: Site) -> None:
+    site.budgets.put(Budget(ACME, 1000, Window.NONE))
+    site.grants.begin()
+    with pytest.raises(Superseded):
+        site.lend("a", need=1)
+    with pytest.raises(Superseded):
+        site.grants.add("a", site.epoch)
+    assert not site.grants.is_latest(site.epoch)
+
+
+def test_a_new_month_begins_with_nothing_spent_and_never_twice(site: Site) -> None:
+    march = datetime(2027, 3, 31, 23, 59, tzinfo=UTC).timestamp()
+    april = datetime(2027, 4, 1, 0, 1, tzinfo=UTC).timestamp()
+    site.wall.at_s = march
+    site.budgets.put(Budget(ACME, 1000, Window.MONTH))
+    site.spend(10)
+    assert site.lend("a", need=100).granted == 0
+    site.wall.at_s = april
+    fresh = site.lend("a", need=100)
+    assert fresh.granted >= 100
+    assert fresh.left == 1000
+    site.wall.at_s = march
+    back = site.lend("b", need=1000)
+    assert back.period == fresh.period, "the clock went back over the edge"
+    assert back.granted == 1000 - fresh.granted
+
+
+def test_a_rolling_window_forgets_by_the_hour(site: Site) -> None:
+    site.budgets.put(Budget(ACME, 1000, Window.ROLLING, 7200))
+    site.spend(10)
+    assert site.lend("a", need=100).granted == 0
+    site.wall.at_s += 3600
+    assert site.lend("a", need=100).granted == 0
+    site.wall.at_s += 7200
+    assert site.lend("a", need=100).granted >= 100
+
+
+def test_a_past_period_is_settled_and_forgotten(site: Site, database: Database) -> None:
+    budget = Budget(ACME, 1000, Window.DAY)
+    site.budgets.put(budget)
+    today = period_of(budget, int(site.wall.at_s))
+    first = site.lend("a", need=100)
+    site.wall.at_s += 86_400
+    site.budgets.lend(
+        "a", [Account(ACME, today.start_s, first.granted, first.granted)], site.epoch, 2
+    )
+    with database.transaction() as connection:
+        rows = connection.execute(text("SELECT COUNT(*) FROM budget_grant")).scalar_one()
+    assert rows == 0
+
+
+def test_a_lost_routers_money_comes_back_when_it_is_forgotten(site: Site) -> None:
+    site.budgets.put(Budget(ACME, 1000, Window.NONE))
+    site.lend("a", need=1000)
+    assert site.budgets.holders() == {"a"}
+    assert site.lend("b", need=10).unmet
+    site.budgets.forget("a", site.epoch)
+    assert site.budgets.holders() == set()
+    assert not site.lend("b", need=10).unmet
+
+
+def test_who_holds_what_lacks_is_named(site: Site) -> None:
+    site.budgets.put(Budget(ACME, 100, Window.NONE))
+    site.lend("a", need=90)
+    account = Account(ACME, 0, 0, 0, 50)
+    assert site.budgets.lend("b", [account], site.epoch, 2)[1] == {ACME: {"a"}}
+
+
+def test_spending_is_rebuilt_and_checked_like_the_rollups(site: Site, database: Database) -> None:
+    site.spend(5)
+    assert verify(database).differences == 0
+    with database.transaction() as connection:
+        connection.execute(text("UPDATE spending SET amount_nanousd = amount_nanousd + 1"))
+        connection.execute(text("DELETE FROM spending WHERE scope = 'key'"))
+    lines = verify(database).lines
+    assert any("tenant 'acme'" in line and "501 nano-dollars, not 500" in line for line in lines)
+    assert any(line.startswith("spending key") and "missing" in line for line in lines)
+    site.ledger.rebuild()
+    assert verify(database).differences == 0
+
+
+def test_a_control_takes_over_routers_and_knows_of_those_just_lost(site: Site) -> None:
+    site.grants.add("a", site.epoch)
+    site.grants.add("b", site.epoch)
+    site.grants.remove("b", site.epoch)
+    taken = site.grants.begin()
+    assert taken.epoch == site.epoch + 1
+    assert (taken.routers, taken.gone_lately) == (("a",), True)
+    site.wall.at_s += 61
+    assert not site.grants.begin().gone_lately

@@ -1,0 +1,213 @@
+"""Routers, Control's treasury and the ledger on one loop and a real database."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from serve_app.core.budget import Account, Budget, BudgetKey, BudgetScope, Line, Window
+from serve_app.core.pricing import RateCard, Rates
+from serve_app.core.purses import Lacking, Overdrawn, Reserved
+from serve_app.ledger.budgets import BudgetStore
+from serve_app.ledger.database import Database
+from serve_app.ledger.grants import GrantStore
+from serve_app.ledger.prices import PriceStore
+from serve_app.ledger.usage import UsageLedger
+from serve_app.ledger.verify import verify
+from serve_app.ledger.writer import LedgerWriter
+from serve_app.purse_link import PurseLink
+from serve_app.treasury import MoneyBell, Treasury
+from serve_app.usage import encode
+from tests.usage_records import START_S, charge, record
+
+ACME = BudgetKey(BudgetScope.TENANT, "acme")
+KEY = BudgetKey(BudgetScope.KEY, "k1")
+# A token out costs a thousand nano-dollars.
+RATES = Rates(output_nanousd=1000)
+MOST_TOKENS = 20
+
+
+@dataclass
+class Wire:
+    """What routers reach Control by: it can be cut."""
+
+    treasury: Treasury
+    cut: bool = False
+    calls: int = 0
+
+    async def lend(self, router: str, accounts: list[Account]) -> list[Line]:
+        if self.cut:
+            raise ConnectionError("cut")
+        self.calls += 1
+        return await self.treasury.lend(router, accounts)
+
+    async def money_bell(self, router: str) -> MoneyBell:
+        if self.cut:
+            raise ConnectionError("cut")
+        return await self.treasury.bell(router)
+
+
+class Site:
+    """Some routers and one Control."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self.database = Database(f"sqlite:///{folder}/books.db")
+        self.budgets = BudgetStore(self.database, lambda: START_S)
+        prices = PriceStore(self.database)
+        prices.replace([RateCard("all", RATES)], "")
+        self.ledger = UsageLedger(self.database, prices)
+        self.writer = LedgerWriter(self.ledger)
+        epoch = GrantStore(self.database).begin().epoch
+        names = [f"router-{number}" for number in range(count)]
+        clock = asyncio.get_running_loop().time
+        self.line = Wire(Treasury(self.budgets, clock, lambda: names, lambda: epoch))
+        self.links = [PurseLink(name, self.line, clock, lambda: START_S) for name in names]
+        self.numbers = itertools.count(1)
+
+    async def reserve(
+        self, place: int, amount: int, keys: Sequence[BudgetKey] = (ACME,), least: int | None = None
+    ) -> tuple[int, Reserved | Overdrawn | None]:
+        number = next(self.numbers)
+        name = charge(number).request_id
+        link = self.links[place]
+        least = amount if least is None else least
+
+        def attempt() -> Reserved | Lacking | Overdrawn:
+            return link.reserve(name, keys, amount, least)
+
+        answer = attempt()
+        if isinstance(answer, Lacking):
+            return number, await link.fetch(name, answer, attempt)
+        return number, answer
+
+    async def pay(self, place: int, number: int, tokens: int) -> None:
+        """End a request as the router does: settle, have the ledger commit, let go."""
+        of = charge(number, price_version=1)
+        purses = self.links[place].purses
+        purses.settle(of.request_id, RATES.output_nanousd * tokens)
+        seen = record(of, prompt_tokens=0, cached_prompt_tokens=0, output_tokens=tokens)
+        await self.writer.write([encode(seen)])
+        purses.acknowledge(of.request_id)
+
+    def spent(self) -> int:
+        [balance] = [each for each in self.budgets.balances() if each.budget.key == ACME]
+        return balance.spent_nanousd
+
+
+@asynccontextmanager
+async def made(folder: Path, count: int) -> AsyncIterator[Site]:
+    site = Site(folder, count)
+    for link in site.links:
+        link.start()
+    try:
+        yield site
+    finally:
+        site.line.cut = False
+        for link in site.links:
+            await link.stop()
+        await site.writer.close()
+        site.database.close()
+
+
+async def until_reserved(site: Site, place: int, amount: int) -> None:
+    async with asyncio.timeout(20):
+        while (await site.reserve(place, amount))[1] != Reserved(amount):  # noqa: ASYNC110  # another task's
+            await asyncio.sleep(0.05)
+
+
+async def test_a_thousand_requests_through_four_routers_spend_nearly_all_and_never_more(
+    tmp_path: Path,
+) -> None:
+    amount = 8_000_000
+    async with made(tmp_path, 4) as site:
+        site.budgets.put(Budget(ACME, amount, Window.NONE))
+        chance = random.Random(3)
+        places = chance.choices(range(4), weights=[8, 4, 2, 1], k=1000)
+
+        async def one(place: int) -> bool:
+            while True:
+                number, answer = await site.reserve(place, 1000 * MOST_TOKENS)
+                if isinstance(answer, Reserved):
+                    await asyncio.sleep(0)
+                    await site.pay(place, number, chance.randint(5, 15))
+                    return True
+                if isinstance(answer, Overdrawn) and answer.exhausted:
+                    return False
+                await asyncio.sleep(0.02)
+
+        served = await asyncio.gather(*(one(place) for place in places))
+        assert not all(served), "there were more than it pays for"
+        assert 0.99 * amount <= site.spent() <= amount
+        assert verify(site.database).differences == 0
+        assert all(not link.purses.open_requests for link in site.links)
+
+
+async def test_nothing_is_asked_where_a_purse_suffices(tmp_path: Path) -> None:
+    async with made(tmp_path, 1) as site:
+        site.budgets.put(Budget(ACME, 10**9, Window.NONE))
+        await site.reserve(0, 1000)
+        site.line.cut = True
+        for _ in range(20):
+            assert (await site.reserve(0, 1000))[1] == Reserved(1000)
+
+
+async def test_what_lies_unused_elsewhere_is_fetched(tmp_path: Path) -> None:
+    async with made(tmp_path, 2) as site:
+        site.budgets.put(Budget(ACME, 1000, Window.NONE))
+        number, first = await site.reserve(0, 900)
+        assert first == Reserved(900)
+        assert (await site.reserve(1, 200))[1] == Overdrawn(ACME, exhausted=False)
+        site.links[0].purses.void(charge(number).request_id)
+        # A denial is remembered for a second.
+        await until_reserved(site, 1, 900)
+
+
+async def test_the_strictest_of_several_budgets_holds(tmp_path: Path) -> None:
+    async with made(tmp_path, 1) as site:
+        site.budgets.put(Budget(ACME, 10**6, Window.NONE))
+        site.budgets.put(Budget(KEY, 500, Window.NONE))
+        assert (await site.reserve(0, 400, (ACME, KEY)))[1] == Reserved(400)
+        assert (await site.reserve(0, 400, (ACME, KEY)))[1] == Overdrawn(KEY, exhausted=False)
+        assert (await site.reserve(0, 400, (ACME, KEY), least=50))[1] == Reserved(100)
+
+
+async def test_control_away_is_nothing_known_and_not_a_budget_spent(tmp_path: Path) -> None:
+    async with made(tmp_path, 1) as site:
+        site.budgets.put(Budget(ACME, 1000, Window.NONE))
+        site.line.cut = True
+        assert (await site.reserve(0, 10))[1] is None
+        site.line.cut = False
+        await until_reserved(site, 0, 10)
+
+
+async def test_a_router_that_stops_lets_go_of_what_it_has(tmp_path: Path) -> None:
+    async with made(tmp_path, 2) as site:
+        site.budgets.put(Budget(ACME, 1000, Window.NONE))
+        number, _ = await site.reserve(0, 800)
+        site.links[0].purses.void(charge(number).request_id)
+        await site.links[0].stop()
+        assert site.budgets.holders() == set()
+        assert (await site.reserve(1, 1000))[1] == Reserved(1000)
+
+
+async def test_thresholds_are_told_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with made(tmp_path, 1) as site:
+        site.budgets.put(Budget(ACME, 100_000, Window.NONE, alert_ratios=(0.5,), hard=False))
+        treasury = site.line.treasury
+        for tokens in (40, 20, 20):
+            number = next(site.numbers)
+            await site.pay(0, number, tokens)
+            treasury._tell_alerts(site.budgets.balances())
+        told = [each for each in caplog.records if "0.5 of it" in each.getMessage()]
+        assert len(told) == 1
+        await treasury.follow()
+        assert treasury.list.keys == frozenset(), "nobody is stopped by a soft budget"
