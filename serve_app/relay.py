@@ -7,8 +7,9 @@ event ends the stream.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 
 from starlette.types import Send
@@ -36,6 +37,8 @@ from serve_app.gate import Lease
 from serve_app.gateway.http import StreamSender, send_json
 
 Headers = list[tuple[bytes, bytes]]
+
+ERROR_WRITE_S = 1.0
 
 _NO_TIER = b',"service_tier":null'
 _TIER_OF_CLASS = {
@@ -80,6 +83,7 @@ class Relay:
         self.delivery = Delivery()
         self.before_end: Callable[[], Awaitable[None]] | None = None
         self._answered = False
+        self._overflowed = False
         self._tier: bytes | None = None
 
     def describe(self, dispatch: Dispatch, served_class: PriorityClass) -> None:
@@ -100,9 +104,14 @@ class Relay:
             self.stream.add_header(name, value)
 
     async def fail(self, error: ApiError) -> None:
-        """End the response with ``error``, unless it has ended already."""
+        """End the response with ``error``, unless it has ended already.
+
+        A client that does not read does not hold us up: its connection is cut instead.
+        """
         if not self.stream.ended and not self._answered:
-            await self.stream.fail(error)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(ERROR_WRITE_S):
+                    await self.stream.fail(error)
 
     async def run(
         self, lease: Lease, transport: Transport, call_for: Callable[[Lease], GenerateCall]
@@ -114,11 +123,24 @@ class Relay:
                 open and still wants its error event.
             Refused: no other replica could take the request.
         """
+        task = asyncio.current_task()
+        assert task is not None
+
+        def overflow() -> None:
+            """Get out of a write that the client does not take; nothing else would."""
+            self._overflowed = True
+            task.cancel()
+
         while True:
             self.delivery.attempts += 1
             try:
-                await self._attempt(lease, transport, call_for(lease))
+                await self._attempt(lease, transport, call_for(lease), overflow)
                 return
+            except asyncio.CancelledError:
+                if not self._overflowed:
+                    raise
+                task.uncancel()
+                raise _too_slow() from None
             except EngineDead as error:
                 if self.delivery.first_byte_at_s is not None:
                     raise EngineFailed(
@@ -127,16 +149,19 @@ class Relay:
                     ) from error
                 lease.move()
             except ReaderTooSlow as error:
-                raise RequestTimeout(
-                    "The response was cut off: it was read more slowly than it was generated.",
-                    code="client_too_slow",
-                    should_retry=False,
-                ) from error
+                task.uncancel()
+                raise _too_slow() from error
 
-    async def _attempt(self, lease: Lease, transport: Transport, call: GenerateCall) -> None:
+    async def _attempt(
+        self,
+        lease: Lease,
+        transport: Transport,
+        call: GenerateCall,
+        overflow: Callable[[], None],
+    ) -> None:
         closing: Frame | None = None
         final: Final | None = None
-        async with aclosing(transport.generate(call)) as items:
+        async with aclosing(transport.generate(call, overflow)) as items:
             async for item in items:
                 if isinstance(item, Frame):
                     frame, held = _hold_closing(item, streamed=call.stream)
@@ -178,6 +203,14 @@ class Relay:
         else:
             self._answered = True
             await send_json(self._send, data, headers=self._headers)
+
+
+def _too_slow() -> RequestTimeout:
+    return RequestTimeout(
+        "The response was cut off: it was read more slowly than it was generated.",
+        code="client_too_slow",
+        should_retry=False,
+    )
 
 
 def _hold_closing(frame: Frame, *, streamed: bool) -> tuple[Frame | None, Frame | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from serve_app.core.types import ReplicaView
 from serve_app.engine.address import Address, ReplyTo
@@ -86,10 +86,13 @@ class Line:
 class Inflow:
     """One stream at the router: frames that arrived, and how it ended."""
 
-    def __init__(self, reply: ReplyTo, line: Line, buffer_bytes: int) -> None:
+    def __init__(
+        self, reply: ReplyTo, line: Line, buffer_bytes: int, on_overflow: Callable[[], None]
+    ) -> None:
         self.reply = reply
         self.line = line
         self._buffer_bytes = buffer_bytes
+        self._on_overflow = on_overflow
         self._frames: deque[tuple[bytes, Sequence[int]]] = deque()
         self._bytes = 0
         self._arrived = 0
@@ -117,6 +120,7 @@ class Inflow:
         self._arrived += 1
         if self._frames and self._bytes + len(data) > self._buffer_bytes:
             self.fail(ReaderTooSlow(f"{self._bytes} bytes wait for a client that does not read"))
+            self._on_overflow()
             return
         self._frames.append((data, token_ids))
         self._bytes += len(data)

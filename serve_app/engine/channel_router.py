@@ -53,8 +53,10 @@ class RouterChannel:
         if self._lines.get(replica) is line:
             del self._lines[replica]
 
-    def call(self, call: GenerateCall) -> Inflow:
+    def call(self, call: GenerateCall, on_overflow: Callable[[], None]) -> Inflow:
         """Send a request to ``call.target``; return its stream, to be closed by ``leave``.
+
+        ``on_overflow`` is called if more waits in the stream than may.
 
         Raises:
             EngineDead: that replica is not reached.
@@ -64,7 +66,7 @@ class RouterChannel:
         if line is None or line.address is None or line.error is not None:
             raise EngineDead("the chosen replica has left the pool")
         reply = ReplyTo(self.address, next(self._numbers))
-        inflow = Inflow(reply, line, self._buffer_bytes)
+        inflow = Inflow(reply, line, self._buffer_bytes, on_overflow)
         self._streams[reply.stream] = inflow
         line.add(inflow)
         outlet = self._sender.outlet(line.address)

@@ -8,7 +8,7 @@ several times as much per request and per token.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, Protocol
@@ -30,11 +30,16 @@ from serve_app.engine.channel_router import RouterChannel
 class Transport(Protocol):
     """One pool's engines, from a router's side."""
 
-    def generate(self, call: GenerateCall) -> AsyncGenerator[GenerateItem, None]:
+    def generate(
+        self, call: GenerateCall, on_overflow: Callable[[], None]
+    ) -> AsyncGenerator[GenerateItem, None]:
         """Yield what the engine yields; closing the generator cancels the call there.
+
+        ``on_overflow`` is called if more waits to be read than may: whoever reads is stuck.
 
         Raises:
             EngineDead: the replica was lost, or answered with gaps.
+            ReaderTooSlow: more waited than may.
         """
 
     def watch(self, call: WatchCall) -> AsyncGenerator[ReplicaView, None]:
@@ -53,8 +58,10 @@ class HandleTransport:
         self._generate = handle.options(stream=True, method_name="generate")
         self._watch = handle.options(stream=True, method_name="watch")
 
-    async def generate(self, call: GenerateCall) -> AsyncGenerator[GenerateItem, None]:
-        """See Transport."""
+    async def generate(
+        self, call: GenerateCall, on_overflow: Callable[[], None]
+    ) -> AsyncGenerator[GenerateItem, None]:
+        """See Transport. Serve buffers without a bound, so nothing overflows."""
         frames = 0
         async with aclosing(_relay(self._generate.remote(call))) as items:
             async for item in items:
@@ -90,13 +97,11 @@ class ChannelTransport:
         self._channel = channel
         self._lingering: set[asyncio.Task[None]] = set()
 
-    async def generate(self, call: GenerateCall) -> AsyncGenerator[GenerateItem, None]:
-        """See Transport.
-
-        Raises:
-            ReaderTooSlow: the reader left too much unread; the call was cancelled.
-        """
-        inflow = self._channel.call(call)
+    async def generate(
+        self, call: GenerateCall, on_overflow: Callable[[], None]
+    ) -> AsyncGenerator[GenerateItem, None]:
+        """See Transport."""
+        inflow = self._channel.call(call, on_overflow)
         try:
             while True:
                 item = await inflow.take()

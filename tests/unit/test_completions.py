@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import orjson
@@ -74,7 +74,9 @@ class Engines:
         self.held: asyncio.Event | None = None
         self.dies = False
 
-    async def generate(self, call: GenerateCall) -> AsyncGenerator[GenerateItem, None]:
+    async def generate(
+        self, call: GenerateCall, on_overflow: Callable[[], None]
+    ) -> AsyncGenerator[GenerateItem, None]:
         self.calls.append(call)
         self.called.set()
         if self.held is not None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 import orjson
 import pytest
 
+from serve_app import relay as relay_module
 from serve_app.core.types import (
     Dispatch,
     KeyId,
@@ -36,6 +37,7 @@ from serve_app.errors import (
     ContextLengthExceeded,
     EngineFailed,
     InvalidRequest,
+    RequestTimeout,
     Unavailable,
 )
 from serve_app.gate import Lease
@@ -85,7 +87,9 @@ class Script:
         self.calls: list[GenerateCall] = []
         self.closed = 0
 
-    async def generate(self, call: GenerateCall) -> AsyncGenerator[GenerateItem, None]:
+    async def generate(
+        self, call: GenerateCall, on_overflow: Callable[[], None]
+    ) -> AsyncGenerator[GenerateItem, None]:
         self.calls.append(call)
         assert call.target is not None
         try:
@@ -268,7 +272,9 @@ async def test_a_cancelled_request_closes_the_engines_stream() -> None:
     reached = asyncio.Event()
 
     class Endless(Script):
-        async def generate(self, call: GenerateCall) -> AsyncGenerator[GenerateItem, None]:
+        async def generate(
+            self, call: GenerateCall, on_overflow: Callable[[], None]
+        ) -> AsyncGenerator[GenerateItem, None]:
             try:
                 yield FIRST
                 reached.set()
@@ -369,3 +375,41 @@ def test_the_served_tier_is_put_into_the_first_object_once(
     data: bytes, streamed: bool, expected: bytes
 ) -> None:
     assert with_service_tier(data, b',"service_tier":"flex"', streamed=streamed) == expected
+
+
+class Overflowing(Script):
+    """A transport whose reader is found not to read while it is busy with its first frame."""
+
+    async def generate(
+        self, call: GenerateCall, on_overflow: Callable[[], None]
+    ) -> AsyncGenerator[GenerateItem, None]:
+        asyncio.get_running_loop().call_later(0.01, on_overflow)
+        async for item in super().generate(call, on_overflow):
+            yield item
+
+
+class Stuck(Client):
+    """A client that takes the first message and then reads no more."""
+
+    async def send(self, message: Any) -> None:
+        if self.sent:
+            await asyncio.Event().wait()
+        self.sent.append(message)
+
+
+async def test_a_client_that_does_not_read_is_let_go_of_and_its_generation_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither a write that is never taken nor the error event after it holds the request."""
+    monkeypatch.setattr(relay_module, "ERROR_WRITE_S", 0.01)
+    case = Case(Overflowing(r1=[FIRST, LAST, FINAL]), client=Stuck())
+    async with asyncio.timeout(20):
+        with pytest.raises(RequestTimeout) as caught:
+            await case.run()
+        await case.relay.fail(caught.value)
+    assert caught.value.code == "client_too_slow"
+    assert case.transport.closed == 1
+    assert case.lease.outcome is Outcome.FAILED
+    task = asyncio.current_task()
+    assert task is not None
+    assert not task.cancelling(), "whoever awaits next is not cancelled too"

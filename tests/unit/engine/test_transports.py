@@ -47,6 +47,10 @@ BUFFER_BYTES = 4096
 WAIT_S = 20.0
 
 
+def nothing() -> None:
+    return
+
+
 def frames(count: int, data: bytes = b"data: x\n\n") -> list[GenerateItem]:
     return [Frame(number, data, (number,)) for number in range(count)]
 
@@ -211,7 +215,10 @@ class Case:
         self.replica.script = lambda _: items
 
     async def read(self, name: str = "q") -> list[GenerateItem]:
-        async with asyncio.timeout(WAIT_S), aclosing(self.transport.generate(call(name))) as items:
+        async with (
+            asyncio.timeout(WAIT_S),
+            aclosing(self.transport.generate(call(name), nothing)) as items,
+        ):
             return [item async for item in items]
 
     async def unfollow(self) -> None:
@@ -305,7 +312,7 @@ async def test_a_gap_in_the_frames_is_an_error(case: Case) -> None:
 async def test_a_reader_that_leaves_closes_the_generation(case: Case) -> None:
     case.plays(*frames(100_000))
     async with asyncio.timeout(WAIT_S):
-        async with aclosing(case.transport.generate(call())) as items:
+        async with aclosing(case.transport.generate(call(), nothing)) as items:
             async for _ in items:
                 break
         await case.replica.ended.wait()
@@ -340,7 +347,10 @@ async def test_a_reader_that_keeps_up_gets_each_frame_by_itself(channel: Case) -
     channel.replica.pause = pause
     channel.plays(*frames(20), final(20))
     items: list[GenerateItem] = []
-    async with asyncio.timeout(WAIT_S), aclosing(channel.transport.generate(call())) as stream:
+    async with (
+        asyncio.timeout(WAIT_S),
+        aclosing(channel.transport.generate(call(), nothing)) as stream,
+    ):
         async for item in stream:
             items.append(item)
             taken.set()
@@ -363,15 +373,16 @@ async def test_a_reader_that_does_not_read_is_cut_off_and_its_generation_ends(
         await asyncio.sleep(0)
 
     channel.replica.pause = pause
-    slow = channel.transport.generate(call("slow"))
+    overflown = asyncio.Event()
+    slow = channel.transport.generate(call("slow"), overflown.set)
     async with asyncio.timeout(WAIT_S):
         await anext(slow)
         first_taken.set()
-        await channel.replica.ended.wait()
+        await overflown.wait()
         assert len(text(await channel.read("fast"))) == len(text(other))
         with pytest.raises(ReaderTooSlow):
             await anext(slow)
-    await slow.aclose()
+        await channel.replica.ended.wait()
 
 
 async def test_one_large_frame_may_pass_an_empty_buffer(channel: Case) -> None:
@@ -508,7 +519,7 @@ async def test_a_router_that_ends_frees_its_generations_at_once(channel: Case) -
 
     channel.replica.pause = pause
     channel.plays(*frames(2), final(2))
-    stream = channel.transport.generate(call())
+    stream = channel.transport.generate(call(), nothing)
     async with asyncio.timeout(WAIT_S):
         await anext(stream)
         channel.router.close()
@@ -588,7 +599,7 @@ async def test_a_cut_connection_ends_its_streams_and_serves_later_ones(way: str)
     case.replica.pause = pause
     case.plays(*frames(20), final(20))
     async with asyncio.timeout(WAIT_S):
-        async with aclosing(case.transport.generate(call())) as items:
+        async with aclosing(case.transport.generate(call(), nothing)) as items:
             await anext(items)
             wire.cut()
             with pytest.raises(EngineDead, match="the connection broke"):

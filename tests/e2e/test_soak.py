@@ -1,0 +1,185 @@
+"""Steady load for long, and a client that does not keep up: nothing grows, nothing stays."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+from benchmarks.overhead.load import Generator, Workload
+from tests.e2e.waiting import until
+from tests.stack import ROOT, Stack, running_stack
+
+MIB = 2**20
+ROLES = {
+    "router": ("gateway", "Router"),
+    "engine": ("pool-sim", "Engine"),
+    "control": ("control", "Control"),
+    "haproxy": ("haproxy",),
+}
+LONG_TOKENS = 30_000
+SAMPLE_S = 1.0
+SHARE_OF_LIMIT = 0.7
+# Allocators and bounded tables (prefixes, tenants, connections) settle in the first part.
+SETTLING_RATIO = 0.5
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    document: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "sim.yaml").read_text())
+    _, pool, gateway = document["applications"]
+    pool["args"]["engine"] |= {"zero_latency": True, "max_model_len": 2 * LONG_TOKENS}
+    gateway["args"]["channel"] = {"stream_buffer_bytes": 64 * 1024}
+    for application in document["applications"][1:]:
+        application["args"].setdefault("control", {})["metrics_period_s"] = 0.5
+    with running_stack(document) as running:
+        yield running
+
+
+def load(stream: bool, rate_per_s: float | None = None) -> Workload:
+    return Workload(
+        "soak",
+        "sim",
+        stream=stream,
+        output_tokens=50 if stream else 8,
+        concurrency=16,
+        rate_per_s=rate_per_s,
+    )
+
+
+async def send(stack: Stack, workload: Workload, duration_s: float) -> tuple[int, float]:
+    """Send for a while; return how many answers came, all of them whole, and how long it took."""
+    tally = await Generator(stack.url, stack.key, workload).run(duration_s)
+    assert tally.failures == 0, tally.errors
+    return len(tally.latencies_s), tally.wall_s
+
+
+@dataclass
+class Memory:
+    """Resident bytes of each of the stack's processes over time."""
+
+    stack: Stack
+    samples: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
+
+    def __enter__(self) -> Memory:
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        processes = {
+            f"{role} {process.pid}": process
+            for role, words in ROLES.items()
+            for process in self.stack.processes(*words)
+        }
+        while not self._stop.wait(SAMPLE_S):
+            for name, process in processes.items():
+                try:
+                    rss_bytes = process.memory_info().rss
+                except psutil.NoSuchProcess:
+                    continue
+                self.samples.setdefault(name, []).append((time.monotonic(), rss_bytes))
+
+    def growth_bytes(self, name: str) -> float:
+        """Return what a process grew by after it settled, along the least-squares line."""
+        samples = self.samples[name]
+        settled = samples[int(SETTLING_RATIO * len(samples)) :]
+        mean_s = sum(at_s for at_s, _ in settled) / len(settled)
+        mean = sum(rss for _, rss in settled) / len(settled)
+        spread = sum((at_s - mean_s) ** 2 for at_s, _ in settled)
+        slope = sum((at_s - mean_s) * (rss - mean) for at_s, rss in settled) / spread
+        return slope * (settled[-1][0] - settled[0][0])
+
+
+def is_idle(stack: Stack) -> bool:
+    gauges = ("engine_running", "engine_waiting", "in_flight", "queue_depth")
+    try:
+        return all(stack.metric(f"headrace_{gauge}") == 0 for gauge in gauges)
+    except httpx.HTTPError:
+        return False
+
+
+def descriptors(stack: Stack) -> int:
+    routers, engines = (stack.processes(*ROLES[role]) for role in ("router", "engine"))
+    return sum(process.num_fds() for process in (*routers, *engines))
+
+
+async def test_a_client_that_reads_a_byte_at_a_time_is_cut_off_and_nobody_else_notices(
+    stack: Stack,
+) -> None:
+    """Its stream is some 6 MB, of which the router keeps 64 KiB, and no kernel buffer the rest."""
+    failed = stack.metric("headrace_requests_total", outcome="failed")
+    body = json.dumps(
+        {
+            "model": "sim",
+            "messages": [{"role": "user", "content": "a very long story"}],
+            "max_tokens": LONG_TOKENS,
+            "stream": True,
+        }
+    )
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Authorization: Bearer {stack.key}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        slow.connect(("127.0.0.1", stack.port))
+        slow.sendall((head + body).encode())
+
+        def cut_off() -> bool:
+            slow.recv(1)
+            return stack.metric("headrace_requests_total", outcome="failed") > failed
+
+        others = asyncio.create_task(send(stack, load(True, 50), 3))
+        await asyncio.to_thread(until, cut_off, "the slow client cut off")
+        answers, _ = await others
+    assert answers == 150
+    until(lambda: is_idle(stack), "its slot free")
+    assert stack.metric("headrace_engine_tokens_total", kind="wasted") < LONG_TOKENS
+    assert "client_too_slow" in stack.output()
+
+
+@pytest.mark.parametrize(
+    "duration_s",
+    [
+        pytest.param(60, id="1 minute"),
+        pytest.param(1800, id="30 minutes", marks=pytest.mark.proof),
+    ],
+)
+async def test_steady_load_leaks_no_memory_stream_slot_or_socket(
+    stack: Stack, duration_s: float
+) -> None:
+    """At 70 % of what the stack can do, plain answers and streams side by side."""
+    before = descriptors(stack)
+    limits = []
+    for stream in (False, True):
+        answers, wall_s = await send(stack, load(stream), 3)
+        limits.append(answers / wall_s)
+    plain_per_s, streams_per_s = (SHARE_OF_LIMIT / 2 * limit for limit in limits)
+    with Memory(stack) as memory:
+        sent = await asyncio.gather(
+            send(stack, load(False, plain_per_s), duration_s),
+            send(stack, load(True, streams_per_s), duration_s),
+        )
+    answers = sum(count for count, _ in sent)
+    assert answers >= 0.99 * (plain_per_s + streams_per_s) * duration_s
+    growth = {name: memory.growth_bytes(name) / MIB for name in memory.samples}
+    print(f"{answers} answers in {duration_s} s; growth in MiB: {growth}")
+    assert {name: round(grown, 1) for name, grown in growth.items() if grown > 8} == {}
+    until(lambda: is_idle(stack), "no slot held")
+    until(lambda: descriptors(stack) <= before + 16, "the sockets closed")
