@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry
 
 from serve_app.config import ControlArgs
 from serve_app.core.budget import Account, Balance, Budget, BudgetKey, Line
-from serve_app.core.slices import Bell, Message, Reply
+from serve_app.core.slice_messages import Bell, Message, Reply
 from serve_app.granter import GrantDesk
 from serve_app.journal import Sweeper
 from serve_app.keys import KeyRecord, KeyTable, KeyWish, bootstrap_record

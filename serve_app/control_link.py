@@ -8,7 +8,7 @@ from typing import Any
 from ray import serve
 
 from serve_app.core.budget import Account, Balance, Budget, BudgetKey, Line
-from serve_app.core.slices import Bell, Message, Reply
+from serve_app.core.slice_messages import Bell, Message, Reply
 from serve_app.keys import KeyRecord, KeyWish
 from serve_app.telemetry.exposition import Family
 from serve_app.telemetry.uplink import Heartbeat, Tables

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from serve_app.core.exchange import RouterId
-from serve_app.core.slices import Bell, Granter, Message, Reply
+from serve_app.core.slice_messages import Bell, Message, Reply
+from serve_app.core.slices import Granter
 
 logger = logging.getLogger("headrace.granter")
 

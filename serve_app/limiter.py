@@ -27,11 +27,14 @@ class RouterLimits:
         clock: Callable[[], float],
         on_refused: Callable[[Refused], None],
         slices: SlicesLink | None = None,
+        on_fetched: Callable[[str], None] = lambda _: None,
     ) -> None:
+        """``on_fetched`` is told how each request that had to wait for its limits fared."""
         self._slices = slices
         self._limiter = Limiter() if slices is None else slices.limiter
         self._clock = clock
         self._on_refused = on_refused
+        self._on_fetched = on_fetched
 
     def headers(self, scopes: Sequence[Scope]) -> Headers:
         """Return the headers of an answer that took nothing; none where nothing is limited."""
@@ -82,7 +85,9 @@ class RouterLimits:
             lambda: self._limiter.take(request_id, scopes, tokens, self._clock()),
         )
         if answer is not None:
+            self._on_fetched("granted" if isinstance(answer, Granted) else "refused")
             return self._taken(answer, scopes, tokens)
+        self._on_fetched("unavailable")
         return self.headers(scopes), Unavailable(
             "The limits of this key cannot be checked at the moment; retry later.",
             code="limits_unavailable",

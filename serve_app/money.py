@@ -6,7 +6,7 @@ pays for; one request reserves no more than a part of what its budgets have left
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from serve_app.audit import Audit
@@ -48,7 +48,14 @@ class Fare:
 class Money:
     """One per router."""
 
-    def __init__(self, link: PurseLink, books: Books) -> None:
+    def __init__(
+        self,
+        link: PurseLink,
+        books: Books,
+        on_refused: Callable[[str, str], None] = lambda scope, reason: None,
+    ) -> None:
+        """``on_refused`` is told whose budget refused a request, and why."""
+        self._on_refused = on_refused
         self._link = link
         self._books = books
         self._fares: dict[RequestId, Fare] = {}
@@ -105,6 +112,10 @@ class Money:
             answer = await self._link.fetch(fare.request_id, lacking, lambda: self.reserve(fare))
         if isinstance(answer, Reserved):
             return answer
+        if answer is None:
+            self._on_refused("", "unavailable")
+        else:
+            self._on_refused(answer.key.scope, "spent" if answer.exhausted else "reserved")
         raise refusal(answer)
 
     def settle(self, audit: Audit) -> None:

@@ -67,6 +67,14 @@ class RouterObserver:
         counter = self.metrics.policies.rate_limited_total
         counter.labels(refused.scope.value, refused.limit.value).inc()
 
+    def limit_fetched(self, result: str) -> None:
+        """Count a request that waited for parts of its limits."""
+        self.metrics.policies.limit_fetches_total.labels(result).inc()
+
+    def budget_refused(self, scope: str, reason: str) -> None:
+        """Count a request that a budget refused."""
+        self.metrics.policies.budget_refused_total.labels(scope, reason).inc()
+
     def prompt_counted(self, exact: bool) -> None:
         """Count a prompt whose exact length was wanted, and whether it could be had."""
         result = "counted" if exact else "estimated"

@@ -86,13 +86,18 @@ class Router:
             self._gate, self._counter, self._args.limits, self._observer.prompt_counted
         )
         self._slices = SlicesLink(self._name, self._control, time.monotonic)
-        self._rates = RouterLimits(time.monotonic, self._observer.rate_limited, self._slices)
+        self._rates = RouterLimits(
+            time.monotonic,
+            self._observer.rate_limited,
+            self._slices,
+            self._observer.limit_fetched,
+        )
         self._usage = UsageLog(self._args.journal, f"router-{self._name}", self._record_usage)
         self._books = Books(
             self._usage, time.monotonic, self._observer.metrics.usage_durable_seconds.observe
         )
         self._purses = PurseLink(self._name, self._control, time.monotonic, time.time)
-        self._money = Money(self._purses, self._books)
+        self._money = Money(self._purses, self._books, self._observer.budget_refused)
         self._completions = Completions(
             gate=self._gate,
             transport=self._fleet.transport,

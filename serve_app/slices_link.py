@@ -15,7 +15,8 @@ from typing import Protocol
 from serve_app.core.exchange import RouterId
 from serve_app.core.holder import Holder
 from serve_app.core.limits import Granted, Limiter, Refused, Short
-from serve_app.core.slices import RECALL_WAIT_S, Bell, Message, Reply
+from serve_app.core.slice_messages import Bell, Message, Reply
+from serve_app.core.slices import RECALL_WAIT_S
 from serve_app.core.types import RequestId
 
 logger = logging.getLogger("headrace.slices")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from serve_app.core.exchange import RouterId
 from serve_app.core.limits import Lack, Limiter, Moved, Short, SliceKey
-from serve_app.core.slices import Bell, Message, Reply, Want
+from serve_app.core.slice_messages import Bell, Message, Reply, Want
 from serve_app.core.types import RequestId
 
 RETURNED_AT_ONCE = 4096

@@ -57,25 +57,28 @@ def split(held: int, fill: int, parts: int, need: int) -> tuple[int, int]:
 
 
 class RatePart:
-    """A part of requests or tokens per minute. ``_zero`` is the scaled time it runs empty."""
+    """A part of requests or tokens per minute."""
 
-    __slots__ = ("_denied_until_ns", "_limit", "_rate", "_zero", "parts", "touched_ns")
+    __slots__ = ("_at_ns", "_denied_until_ns", "_fill", "_limit", "_rate", "parts", "touched_ns")
 
     def __init__(self, parts: int) -> None:
         self.parts = parts
         self.touched_ns: int | None = None
         self._limit = 0
         self._rate = 0
-        self._zero = 0
+        self._fill = 0
+        self._at_ns = 0
         self._denied_until_ns = 0
 
     def fill(self, limit: int, now_ns: int) -> int:
         """Return the fill in units; a changed limit keeps what was used."""
-        fill = max(0, self._zero - now_ns * self._rate)
-        self._limit = limit
-        self._rate = self.parts * limit
-        self._zero = fill + now_ns * self._rate
-        return fill
+        if now_ns != self._at_ns:
+            self._fill = max(0, self._fill - (now_ns - self._at_ns) * self._rate)
+            self._at_ns = now_ns
+        if limit != self._limit:
+            self._limit = limit
+            self._rate = self.parts * limit
+        return self._fill
 
     def missing(self, amount: int, limit: int, now_ns: int) -> int:
         """Return how many free parts are wanting for ``amount``; ``limit`` >= 1."""
@@ -89,8 +92,7 @@ class RatePart:
 
     def add(self, amount: int, limit: int, now_ns: int) -> None:
         """Take ``amount`` >= 0, or give back -``amount``, never below empty."""
-        fill = self.fill(limit, now_ns)
-        self._zero += max(-fill, amount * UNIT)
+        self._fill = max(0, self.fill(limit, now_ns) + amount * UNIT)
         self.touched_ns = now_ns
 
     def deny(self, missing: int, now_ns: int) -> None:
@@ -110,18 +112,18 @@ class RatePart:
         if self.idle(now_ns):
             parts = self.parts
         moved, moved_fill = split(self.parts, fill_parts, parts, need)
-        self._put(self.parts - moved, max(0, fill - moved_fill * unit), now_ns)
+        self._put(self.parts - moved, max(0, fill - moved_fill * unit))
         return moved, moved_fill
 
     def receive(self, parts: int, fill: int, now_ns: int) -> None:
         """Take over parts with the fill that lies on them, in parts."""
         before = self.fill(self._limit, now_ns)
-        self._put(self.parts + parts, before + fill * self._limit * MINUTE_NS, now_ns)
+        self._put(self.parts + parts, before + fill * self._limit * MINUTE_NS)
 
     def cut(self, parts: int, now_ns: int) -> None:
         """Keep at most ``parts``; what was used is still owed."""
         if parts < self.parts:
-            self._put(parts, self.fill(self._limit, now_ns), now_ns)
+            self._put(parts, self.fill(self._limit, now_ns))
 
     def idle(self, now_ns: int) -> bool:
         """Whether it has not been used lately."""
@@ -136,10 +138,10 @@ class RatePart:
         remaining = max(0, (limit * UNIT - fill) // UNIT)
         return RateFigure(limit, remaining, fill / (limit * WHOLE) / NS_PER_S if limit else 0.0)
 
-    def _put(self, parts: int, fill: int, now_ns: int) -> None:
+    def _put(self, parts: int, fill: int) -> None:
         self.parts = parts
         self._rate = parts * self._limit
-        self._zero = fill + now_ns * self._rate
+        self._fill = fill
 
 
 class SlotPart:

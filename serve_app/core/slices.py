@@ -1,4 +1,4 @@
-"""Limits divided between routers: the messages, and the granter's side (in Control).
+"""Limits divided between routers: the granter's side, in Control.
 
 Each router holds parts of limits (``core/parts.py``); the granter holds the rest, and knows
 how many parts each router has. What the routers have and the rest are the whole, always.
@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from serve_app.core.exchange import RouterId
 from serve_app.core.limits import LimitKind, Moved, SliceKey
 from serve_app.core.parts import MINUTE_NS, NS_PER_S, WHOLE, split
+from serve_app.core.slice_messages import Bell, Message, Recall, Reply, Want
 
 RECALL_WAIT_S = 0.2
 RECALL_WAIT_NS = NS_PER_S // 5
@@ -35,72 +36,6 @@ EMPTY_NS = NS_PER_S // 20
 DUST = WHOLE >> 40
 SWEPT_AT_ONCE = 256
 ROUTERS_REMEMBERED = 10_000
-
-
-@dataclass(frozen=True, slots=True)
-class Want:
-    """A router lacks ``need`` free parts of a limit, of which it holds ``held`` parts."""
-
-    key: SliceKey
-    need: int
-    held: int
-
-
-@dataclass(frozen=True, slots=True)
-class Recall:
-    """A router shall give back ``parts`` with their fill, ``need`` free ones at least."""
-
-    key: SliceKey
-    parts: int
-    need: int
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """What a router says. ``sequence`` grows by one with each message of its life.
-
-    ``returned`` holds every recall's answer, of no parts if nothing was free. ``claims``
-    makes it a registration: all that the router holds. ``leaving`` ends its membership.
-    """
-
-    router: RouterId
-    epoch: int
-    sequence: int
-    returned: tuple[Moved, ...] = ()
-    wants: tuple[Want, ...] = ()
-    claims: tuple[Moved, ...] | None = None
-    leaving: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Bell:
-    """A hint: give these back, ask for those again; ``unknown``: register."""
-
-    epoch: int
-    recalls: tuple[Recall, ...] = ()
-    ready: tuple[SliceKey, ...] = ()
-    unknown: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """The answer to the message with the same ``sequence``.
-
-    ``unknown`` says that nothing was done: the router has to register first. Of each want
-    that is not satisfied: ``pending`` ones may be after a recall, ``denied`` ones are not
-    now, and ``unsure`` ones are not because a router that holds parts does not answer.
-    ``cuts`` are claims that went elsewhere, with the parts that are left of them.
-    """
-
-    epoch: int
-    sequence: int
-    granted: tuple[Moved, ...] = ()
-    pending: tuple[SliceKey, ...] = ()
-    denied: tuple[SliceKey, ...] = ()
-    unsure: tuple[SliceKey, ...] = ()
-    cuts: tuple[Moved, ...] = ()
-    bell: Bell | None = None
-    unknown: bool = False
 
 
 @dataclass(slots=True)

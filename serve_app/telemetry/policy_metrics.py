@@ -55,6 +55,20 @@ class PolicyMetrics:
             ("scope", "limit"),
             registry=registry,
         )
+        self.limit_fetches_total = Counter(
+            "headrace_limit_fetches_total",
+            "Requests that waited for parts of limits that other routers hold: granted, refused, "
+            "or unavailable (Control away).",
+            ("result",),
+            registry=registry,
+        )
+        self.budget_refused_total = Counter(
+            "headrace_budget_refused_total",
+            "Requests that a budget refused, by whose it is (scope) and why: spent, reserved, "
+            "unavailable.",
+            ("scope", "reason"),
+            registry=registry,
+        )
         self.prompts_counted_total = Counter(
             "headrace_prompts_counted_total",
             "Prompts whose exact length decided something: counted, or estimated for want of "

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from serve_app.core.limits import Limits, Scope, ScopeKind, Short
-from serve_app.core.slices import Bell, Message, Reply
+from serve_app.core.slice_messages import Bell, Message, Reply
 from serve_app.core.types import RequestId
 from serve_app.errors import ApiError
 from serve_app.granter import GrantDesk

@@ -16,7 +16,8 @@ from serve_app.core.holder import Holder
 from serve_app.core.limits import Granted, Limiter, LimitKind, Limits, Scope, ScopeKind, Short
 from serve_app.core.limits import SliceKey as Key
 from serve_app.core.parts import MINUTE_NS, UNIT, WHOLE
-from serve_app.core.slices import Granter, Message, Reply
+from serve_app.core.slice_messages import Message, Reply
+from serve_app.core.slices import Granter
 from serve_app.core.types import RequestId
 
 SCOPES = (
