@@ -29,8 +29,9 @@ BELL_S = 2.0
 RECALL_WAIT_S = 0.2
 RECALL_AGAIN_S = 0.5
 ALERTS_PERIOD_S = 5.0
-# A router that is gone keeps what it was granted until its records must have come.
-ABANDON_S = 600.0
+# A router that is gone keeps what it was granted until its records must have come, or the
+# engines' records of the same requests.
+ABANDON_S = 120.0
 
 
 class BudgetRecord(Protocol):
@@ -108,6 +109,7 @@ class Treasury:
         self._epoch = epoch
         self._recalls: dict[BudgetKey, _Recall] = {}
         self._boxes: dict[str, _Box] = {}
+        self._answers: dict[BudgetKey, int] = {}
         self._missed_at_s: dict[str, float] = {}
         self._told: dict[tuple[BudgetKey, int], int] = {}
         self._alerts_at_s = clock()
@@ -115,12 +117,21 @@ class Treasury:
 
     async def lend(self, router: str, accounts: list[Account]) -> list[Line]:
         """Grant a router what it needs; have others asked for what lacks."""
+        before = {each.key: self._answers.get(each.key, 0) for each in accounts}
         lines, holders = await asyncio.to_thread(
             self._record.lend, router, accounts, self._epoch(), len(self._routers())
         )
+        told = []
+        for line in lines:
+            if line.unmet and self._answers.get(line.key, 0) != before[line.key]:
+                # Another router let go of some of it meanwhile: ask again.
+                self._ring(router, ready=line.key)
+                told.append(replace(line, pending=True))
+            else:
+                told.append(self._recalling(router, line, holders) if line.unmet else line)
         for account in accounts:
             self._answered(router, account.key)
-        return [self._recalling(router, line, holders) if line.unmet else line for line in lines]
+        return told
 
     async def bell(self, router: str) -> MoneyBell:
         """Wait until there is something to tell a router, or for a while; return it."""
@@ -187,6 +198,7 @@ class Treasury:
         recall = self._recalls.get(key)
         if recall is None or router not in recall.asked:
             return
+        self._answers[key] = self._answers.get(key, 0) + 1
         recall.asked.discard(router)
         if not recall.asked:
             for name in recall.wanting:

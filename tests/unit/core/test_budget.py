@@ -175,6 +175,15 @@ def test_less_is_reserved_where_no_more_is_to_be_had_but_not_less_than_the_least
     assert reserve(purses, "b", 500, least=20) == Overdrawn(TENANT, exhausted=True)
 
 
+def test_a_grant_that_got_lost_is_told_again_and_not_given_again() -> None:
+    bank = Bank({TENANT: budget(1000)})
+    account = Account(TENANT, 0, 0, 0, need=100)
+    [first] = bank.lend("r", [account])
+    assert bank.lend("r", [account]) == [first]
+    [more] = bank.lend("r", [replace(account, need=first.granted + 50)])
+    assert first.granted + 50 <= more.granted < 2 * first.granted
+
+
 def test_what_a_request_cost_is_released_when_the_ledger_has_it_and_once() -> None:
     bank, purses = Bank({TENANT: budget(100)}, routers=1), Purses()
     fetch(purses, bank, reserve(purses, "a", 60))

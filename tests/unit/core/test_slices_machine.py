@@ -5,8 +5,10 @@ One bucket for everybody is the judge: no router may take what that one would no
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -26,7 +28,9 @@ SCOPES = (
 )
 ROUTERS_MOST = 4
 KEYS = [Key(s.kind, s.id, limit) for s in SCOPES for limit in LimitKind]
-NS = 1e-9
+FATES = ["fine", "lost", "unanswered", "late", "doubled"]
+PLACES = 12
+places = st.integers(0, PLACES - 1)
 
 
 class Judge:
@@ -95,8 +99,12 @@ class Shared(RuleBasedStateMachine):
             self.add_router()
         self.all_is_well()
 
-    def site(self, data: st.DataObject) -> Site:
-        return data.draw(st.sampled_from(self.sites), label="site")
+    def site(self, place: int) -> Site:
+        return self.sites[place % len(self.sites)]
+
+    def granter(self, place: int) -> Granter:
+        """Return the newest Control more often than one before it."""
+        return self.granters[-1 - max(0, place - PLACES // 2) % len(self.granters)]
 
     def judge(self, requests: int, tokens: int) -> None:
         now_ns = int(self.now_s * 1e9)
@@ -134,9 +142,9 @@ class Shared(RuleBasedStateMachine):
         )
 
     @precondition(lambda self: len(self.granters) > 1)
-    @rule(data=st.data())
-    def lose_control(self, data: st.DataObject) -> None:
-        self.granters.remove(data.draw(st.sampled_from(self.granters)))
+    @rule(place=places)
+    def lose_control(self, place: int) -> None:
+        del self.granters[place % len(self.granters)]
 
     @rule()
     def expire(self) -> None:
@@ -158,31 +166,31 @@ class Shared(RuleBasedStateMachine):
         self.sites.append(Site(RouterId(f"r{self.numbers}")))
 
     @precondition(lambda self: len(self.sites) > 1)
-    @rule(data=st.data())
-    def kill_router(self, data: st.DataObject) -> None:
-        site = self.site(data)
+    @rule(place=places)
+    def kill_router(self, place: int) -> None:
+        site = self.site(place)
         self.sites.remove(site)
         self.dead.add(site.name)
 
     # Requests
 
-    @rule(data=st.data(), tokens=st.integers(0, 400), count=st.integers(1, 6))
-    def ask(self, data: st.DataObject, tokens: int, count: int) -> None:
-        site = self.site(data)
+    @rule(place=places, tokens=st.integers(0, 400), count=st.integers(1, 6))
+    def ask(self, place: int, tokens: int, count: int) -> None:
+        site = self.site(place)
         for _ in range(count):
             self.numbers += 1
             self.try_take(site, RequestId(f"q{self.numbers}"), tokens)
 
-    @rule(data=st.data())
-    def give_up(self, data: st.DataObject) -> None:
-        site = self.site(data)
+    @rule(place=places)
+    def give_up(self, place: int) -> None:
+        site = self.site(place)
         for request_id in list(site.waiting)[:2]:
             site.holder.release(request_id)
             del site.waiting[request_id]
 
-    @rule(data=st.data(), kept=st.integers(0, 400))
-    def settle(self, data: st.DataObject, kept: int) -> None:
-        site = self.site(data)
+    @rule(place=places, kept=st.integers(0, 400))
+    def settle(self, place: int, kept: int) -> None:
+        site = self.site(place)
         for request_id, tokens in list(site.open.items())[:3]:
             used = min(kept, tokens)
             site.limiter.settle(request_id, used, self.now_s)
@@ -191,25 +199,25 @@ class Shared(RuleBasedStateMachine):
 
     # Messages: delivered, lost, doubled, late
 
-    @rule(data=st.data(), fate=st.sampled_from(["fine", "lost", "unanswered", "late", "doubled"]))
-    def talk(self, data: st.DataObject, fate: str) -> None:
+    @rule(place=places, desk=places, fate=st.sampled_from(FATES))
+    def talk(self, place: int, desk: int, fate: str) -> None:
         """A router sends what it has to say; ``late`` ones are delivered by ``recall_late``."""
-        site = self.site(data)
+        site = self.site(place)
         message = site.holder.compose(self.now_s)
         if message is None or fate == "lost":
             return
         if fate in ("late", "doubled"):
             self.messages.append(message)
         if fate != "late":
-            reply = self.exchange(data.draw(st.sampled_from(self.granters)), message)
+            reply = self.exchange(self.granter(desk), message)
             if reply is not None and fate != "unanswered":
                 self.hear(site, reply)
 
     @precondition(lambda self: self.messages)
-    @rule(data=st.data(), at_once=st.booleans())
-    def deliver_late(self, data: st.DataObject, at_once: bool) -> None:
-        message = self.messages.pop(data.draw(st.integers(0, len(self.messages) - 1)))
-        reply = self.exchange(data.draw(st.sampled_from(self.granters)), message)
+    @rule(place=places, desk=places, at_once=st.booleans())
+    def deliver_late(self, place: int, desk: int, at_once: bool) -> None:
+        message = self.messages.pop(place % len(self.messages))
+        reply = self.exchange(self.granter(desk), message)
         for site in self.sites:
             if reply is not None and site.name == message.router:
                 if at_once:
@@ -218,10 +226,9 @@ class Shared(RuleBasedStateMachine):
                     self.replies.append((message.router, reply))
 
     @precondition(lambda self: self.replies)
-    @rule(data=st.data())
-    def answer_late(self, data: st.DataObject) -> None:
-        number = data.draw(st.integers(0, len(self.replies) - 1), label="reply")
-        name, reply = self.replies.pop(number)
+    @rule(place=places)
+    def answer_late(self, place: int) -> None:
+        name, reply = self.replies.pop(place % len(self.replies))
         for site in self.sites:
             if site.name == name:
                 self.hear(site, reply)
@@ -238,10 +245,10 @@ class Shared(RuleBasedStateMachine):
             for request_id, tokens in list(site.waiting.items()):
                 self.try_take(site, request_id, tokens)
 
-    @rule(data=st.data(), arrives=st.booleans())
-    def ring(self, data: st.DataObject, arrives: bool) -> None:
-        site = self.site(data)
-        bell = data.draw(st.sampled_from(self.granters)).bell(site.name, self.now_s)
+    @rule(place=places, desk=places, arrives=st.booleans())
+    def ring(self, place: int, desk: int, arrives: bool) -> None:
+        site = self.site(place)
+        bell = self.granter(desk).bell(site.name, self.now_s)
         if arrives:
             site.holder.rung(bell, self.now_s)
         else:
@@ -251,10 +258,10 @@ class Shared(RuleBasedStateMachine):
     def wait(self, wait_s: float) -> None:
         self.now_s += wait_s
 
-    @rule(data=st.data(), count=st.integers(1, 12), tokens=st.sampled_from([0, 30, 250]))
-    def use_in_peace(self, data: st.DataObject, count: int, tokens: int) -> None:
+    @rule(place=places, count=st.integers(1, 12), tokens=st.sampled_from([0, 30, 250]))
+    def use_in_peace(self, place: int, count: int, tokens: int) -> None:
         """A router is asked, and everybody talks until nobody has anything to say."""
-        site = self.site(data)
+        site = self.site(place)
         for _ in range(count):
             self.numbers += 1
             self.try_take(site, RequestId(f"q{self.numbers}"), tokens)
@@ -283,6 +290,67 @@ class Shared(RuleBasedStateMachine):
     @invariant()
     def slots_are_never_more_than_the_limit(self) -> None:
         assert sum(len(site.open) for site in self.sites) <= 7
+
+
+class Storm:
+    """The same events in long random runs, weighted so that limits are reached and contended."""
+
+    def __init__(self, seed: int) -> None:
+        self.chance = random.Random(seed)
+        self.shared = Shared()
+
+    def place(self) -> int:
+        return self.chance.randrange(PLACES)
+
+    def step(self) -> None:
+        chance, shared = self.chance, self.shared
+        kind = chance.choices(
+            ["ask", "talk", "ring", "settle", "wait", "late", "rare", "peace"],
+            weights=[30, 40, 15, 8, 6, 8, 2, 2],
+        )[0]
+        if kind == "ask":
+            shared.ask(self.place(), chance.choice([0, 20, 100]), chance.randint(1, 3))
+        elif kind == "talk":
+            fate = chance.choices(FATES, weights=[12, 1, 2, 1, 2])[0]
+            shared.talk(self.place(), self.place(), fate)
+        elif kind == "ring":
+            shared.ring(self.place(), self.place(), chance.random() < 0.8)
+        elif kind == "settle":
+            shared.settle(self.place(), chance.choice([0, 50, 400]))
+        elif kind == "wait":
+            shared.wait(chance.choice([0.001, 0.01, 0.1, 0.25, 1.0, 4.0]))
+        elif kind == "late" and shared.messages:
+            shared.deliver_late(self.place(), self.place(), chance.random() < 0.5)
+        elif kind == "late" and shared.replies:
+            shared.answer_late(self.place())
+        elif kind == "rare":
+            self.rare()
+        elif kind == "peace":
+            shared.use_in_peace(self.place(), chance.randint(1, 12), 20)
+        shared.parts_are_never_more_than_the_whole()
+        shared.slots_are_never_more_than_the_limit()
+
+    def rare(self) -> None:
+        chance, shared = self.chance, self.shared
+        event = chance.randrange(5)
+        if event == 0:
+            shared.start_control()
+        elif event == 1 and len(shared.granters) > 1:
+            del shared.granters[0]
+        elif event == 2 and len(shared.sites) < ROUTERS_MOST:
+            shared.add_router()
+        elif event == 3 and len(shared.sites) > 1:
+            shared.kill_router(self.place())
+        elif event == 4:
+            shared.wait(21.0)
+            shared.expire()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_storm_of_events_takes_no_more_than_one_bucket_would_give(seed: int) -> None:
+    storm = Storm(seed)
+    for _ in range(400):
+        storm.step()
 
 
 TestShared = Shared.TestCase
