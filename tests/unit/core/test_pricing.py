@@ -183,6 +183,12 @@ def test_cards_for_the_same_requests_at_the_same_time_are_refused(
         PriceBook(1, [card("a", **first), card("b", **second)])
 
 
+def test_a_card_holds_from_its_first_second_and_not_at_its_end() -> None:
+    book = PriceBook(1, [card("a", from_s=10, until_s=20)])
+    held = [Priced(ACME, "m", PriorityClass.STANDARD, at_s) for at_s in (9.9, 10, 19.9, 20)]
+    assert [book.find(each) is not None for each in held] == [False, True, True, False]
+
+
 def test_a_card_may_begin_when_another_ends_or_be_more_specific() -> None:
     assert not problems([card("a", until_s=10), card("b", from_s=10), card("c", model="m")])
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -71,6 +74,30 @@ async def test_a_record_is_in_the_file_when_append_returns(journal: Journal) -> 
     assert read_segment(first).entries == (Entry(1, b"one"), Entry(2, b"two"), Entry(3, b"three"))
 
 
+async def test_append_returns_after_the_sync_and_what_waits_shares_the_next_one(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, syncs, began, go = os.fdatasync, 0, asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def held(file: int) -> None:
+        nonlocal syncs
+        syncs += 1
+        loop.call_soon_threadsafe(began.set)
+        assert go.wait(10)
+        real(file)
+
+    monkeypatch.setattr(os, "fdatasync", held)
+    first = asyncio.create_task(journal.append(b"first"))
+    await began.wait()
+    others = [asyncio.create_task(journal.append(payload(number))) for number in range(20)]
+    await asyncio.sleep(0)
+    assert not first.done()
+    go.set()
+    assert await asyncio.gather(first, *others) == list(range(1, 22))
+    assert syncs == 2
+
+
 async def test_records_come_out_oldest_first_until_they_are_acknowledged(journal: Journal) -> None:
     for number in range(10):
         await journal.append(payload(number))
@@ -111,6 +138,23 @@ async def test_what_memory_has_no_room_for_is_read_from_the_disk(journal: Journa
     # Having caught up, it goes on from memory.
     await journal.append(b"next")
     assert await journal.unacknowledged(5) == [Entry(131, b"next")]
+
+
+async def test_what_comes_after_a_gap_in_memory_waits_for_what_is_before_it(
+    journal: Journal,
+) -> None:
+    written = [payload(number) for number in range(150)]
+    for each in written[:100]:
+        await journal.append(each)
+    journal.acknowledge(20)
+    for each in written[100:]:
+        await journal.append(each)
+    found: list[int] = []
+    while journal.backlog:
+        entries = await journal.unacknowledged(40)
+        found += [entry.sequence for entry in entries]
+        journal.acknowledge(entries[-1].sequence)
+    assert found == list(range(21, 151))
 
 
 async def test_a_cancelled_caller_takes_nothing_back(journal: Journal) -> None:
@@ -159,6 +203,24 @@ async def test_of_two_finders_one_gets_it(tmp_path: Path) -> None:
         first.discard()
     with abandoned(tmp_path / "mine") as third:
         assert third is None
+
+
+async def test_a_journal_that_is_deleted_while_it_is_taken_over_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening its lock and getting it, whoever had it may have finished."""
+    journal = Journal(tmp_path, "mine", SMALL)
+    await journal.append(b"one")
+    await journal.close()
+    real = fcntl.flock
+
+    def late(file: int, how: int) -> None:
+        shutil.rmtree(tmp_path / "mine")
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with abandoned(tmp_path / "mine") as found:
+        assert found is None
 
 
 async def test_a_folder_that_cannot_be_is_said_so(tmp_path: Path) -> None:

@@ -60,6 +60,14 @@ def test_only_the_attempt_that_was_delivered_is_billed() -> None:
     assert found.wasted_tokens == 2
 
 
+def test_what_the_delivering_attempts_meter_counted_is_the_bill_of_who_left() -> None:
+    first = engine(Usage(20, 0, 2), 1, Outcome.FAILED)
+    second = engine(Usage(20, 4, 9), 2, Outcome.CANCELLED)
+    found = tally([router(Usage(31, 0, 6), attempt=2), first, second], RATES)
+    assert (found.billed_prompt_tokens, found.billed_cached_tokens) == (20, 4)
+    assert (found.billed_output_tokens, found.wasted_tokens) == (9, 5)
+
+
 def test_without_the_router_the_engines_last_ended_attempt_is_billed() -> None:
     seen = [engine(Usage(20, 0, 2), 1, Outcome.FAILED), engine(Usage(20, 0, 6), 2)]
     assert tally(seen, RATES).amount_nanousd == 7 + 200 + 600
