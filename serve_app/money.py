@@ -25,18 +25,24 @@ LEAST_OUTPUT_TOKENS = 16
 # What one request may reserve of what is left, if that pays for an answer of some length.
 SHARE_OF_LEFT = 8
 USEFUL_OUTPUT_TOKENS = 512
+# What chat templates put before everything, on their own account or for tools.
+PREAMBLE_TOKENS = 256
 RETRY_AFTER_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Fare:
-    """What a request may cost. ``amount`` is to be reserved, ``least`` at least."""
+    """What a request may cost: ``most``, of which ``least`` has to be reserved.
+
+    ``useful`` pays for an answer of some length.
+    """
 
     request_id: RequestId
     keys: tuple[BudgetKey, ...]
     rates: Rates
     prompt_tokens: int
-    amount: int
+    most: int
+    useful: int
     least: int
 
     def output_tokens(self, reserved: int) -> int:
@@ -81,20 +87,21 @@ class Money:
             return None
         parsed = prepared.parsed
         prompts = max(1, parsed.choices // parsed.n)
-        # No token is shorter than a byte: an estimate could be too low.
-        longest = parsed.prompt_bytes + prompts * TEMPLATE_TOKENS
+        # No token is shorter than a byte, and a message's own syntax in JSON is longer than
+        # in any chat template: an estimate could be too low.
+        longest = len(parsed.fields) + prompts * TEMPLATE_TOKENS + PREAMBLE_TOKENS
         known = parsed.prompt_token_ids
         prompt = longest if known is None else known
         most = rates.most_nanousd(prompt, ticket.max_tokens)
         least = rates.most_nanousd(prompt, min(ticket.max_tokens, LEAST_OUTPUT_TOKENS))
         useful = rates.most_nanousd(prompt, min(ticket.max_tokens, USEFUL_OUTPUT_TOKENS))
-        left = min((self._link.purses.left(key) for key in keys), default=0)
-        amount = min(most, max(useful, left // SHARE_OF_LEFT))
-        return Fare(ticket.request_id, keys, rates, prompt, amount, least)
+        return Fare(ticket.request_id, keys, rates, prompt, most, useful, least)
 
     def reserve(self, fare: Fare) -> Answer:
-        """Reserve at once, without waiting."""
-        answer = self._link.reserve(fare.request_id, fare.keys, fare.amount, fare.least)
+        """Reserve at once, without waiting: all of it, or a part of what is left."""
+        left = min(self._link.purses.left(key) for key in fare.keys)
+        amount = min(fare.most, max(fare.useful, left // SHARE_OF_LEFT))
+        answer = self._link.reserve(fare.request_id, fare.keys, amount, fare.least)
         if isinstance(answer, Reserved):
             self._fares[fare.request_id] = fare
         return answer
@@ -131,7 +138,7 @@ class Money:
         else:
             # The engine may have generated more than was delivered; it will say so.
             used = Usage(fare.prompt_tokens, 0, audit.delivery.output_tokens)
-            cost = min(fare.rates.cost_nanousd(used), fare.amount)
+            cost = min(fare.rates.cost_nanousd(used), fare.most)
             now_s = self._link.now_s()
             purses.settle(audit.request_id, cost, final=False, now_s=now_s)
 

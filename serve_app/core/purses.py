@@ -19,7 +19,6 @@ from serve_app.core.types import RequestId
 # own account has come.
 LINGER_S = 30.0
 DENIED_S = 1.0
-UNKNOWN = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +102,9 @@ class Purses:
         return list(self._purses)
 
     def left(self, key: BudgetKey) -> int:
-        """Return what a budget had left when Control last spoke of it; much if it never did."""
+        """Return what a budget had left when Control last spoke of it; 0 if it never did."""
         purse = self._purses.get(key)
-        return UNKNOWN if purse is None else max(0, purse.left)
+        return 0 if purse is None else max(0, purse.left)
 
     def reserve(
         self,

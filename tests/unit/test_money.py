@@ -1,0 +1,233 @@
+"""A request's money: what is reserved for it, how long its answer may be, what it costs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from serve_app.audit import Audit
+from serve_app.core.budget import (
+    FOREVER,
+    Account,
+    BudgetKey,
+    BudgetList,
+    BudgetScope,
+    Line,
+)
+from serve_app.core.pricing import PriceBook, RateCard, Rates
+from serve_app.core.purses import LINGER_S, Lacking, Reserved
+from serve_app.core.tokens import TokenEstimate
+from serve_app.core.types import (
+    KeyId,
+    Outcome,
+    PoolName,
+    PriorityClass,
+    TenantId,
+    Ticket,
+    Usage,
+    UserId,
+)
+from serve_app.errors import ApiError
+from serve_app.keys import KeyRecord
+from serve_app.money import PREAMBLE_TOKENS, Money
+from serve_app.purse_link import PurseLink
+from serve_app.tickets import TEMPLATE_TOKENS, Prepared
+from serve_app.treasury import MoneyBell
+from serve_app.usage import encode
+from tests.usage_records import charge, record, request_id
+
+TENANT = BudgetKey(BudgetScope.TENANT, "acme")
+USER = BudgetKey(BudgetScope.USER, "acme/ann")
+RATES = Rates(input_nanousd=1, cached_input_nanousd=1, output_nanousd=10, request_nanousd=100)
+BODY = b'{"prompt":"hello"}'
+PROMPT = len(BODY) + TEMPLATE_TOKENS + PREAMBLE_TOKENS
+
+
+class Control:
+    """Lends what is left of one amount."""
+
+    def __init__(self, amount: int) -> None:
+        self.left = amount
+        self.granted: dict[BudgetKey, int] = {}
+        self.spent = 0
+        self.away = False
+
+    async def lend(self, router: str, accounts: list[Account]) -> list[Line]:
+        if self.away:
+            raise ConnectionError("away")
+        lines = []
+        for each in accounts:
+            given = min(each.need, max(0, self.left))
+            self.left -= given
+            self.granted[each.key] = self.granted.get(each.key, 0) + given
+            left = self.left + self.granted[each.key] - self.spent
+            lines.append(Line(each.key, FOREVER, self.granted[each.key], left, given < each.need))
+        return lines
+
+    async def money_bell(self, router: str) -> MoneyBell:
+        await asyncio.sleep(3600)
+        return MoneyBell()
+
+
+class Site:
+    """One router's money."""
+
+    def __init__(self, amount: int) -> None:
+        self.now_s = 0.0
+        self.control = Control(amount)
+        loop = asyncio.get_running_loop()
+        self.link = PurseLink("r", self.control, lambda: loop.time() + self.now_s, lambda: 0.0)
+        self.link.list = BudgetList(1, frozenset({TENANT}))
+        books: Any = SimpleNamespace(prices=PriceBook(1, [RateCard("all", RATES)]))
+        self.refused: list[tuple[str, str]] = []
+        self.money = Money(self.link, books, lambda *why: self.refused.append(why))
+        self.count = 0
+
+    def request(self, max_tokens: int, tokens: int | None = None) -> tuple[Audit, Prepared]:
+        self.count += 1
+        name = request_id(number=self.count)
+        key = KeyRecord(KeyId("k1"), "", b"", TenantId("acme"), 0.0, user=UserId("ann"))
+        audit = Audit(name, "completions", 0.0, key=key, model="m")
+        ticket = Ticket(
+            name,
+            PoolName("p"),
+            TenantId("acme"),
+            KeyId("k1"),
+            PriorityClass.STANDARD,
+            5,
+            max_tokens,
+        )
+        parsed: Any = SimpleNamespace(choices=1, n=1, fields=BODY, prompt_token_ids=tokens)
+        terms: Any = None
+        prepared = Prepared(ticket, terms, parsed, "", TokenEstimate(5, 5), 5, None)
+        return audit, prepared
+
+    async def reserve(self, max_tokens: int) -> tuple[Audit, Reserved]:
+        audit, prepared = self.request(max_tokens)
+        fare = self.money.fare(audit, prepared)
+        assert fare is not None
+        answer = self.money.reserve(fare)
+        if not isinstance(answer, Reserved):
+            answer = await self.money.fetch(fare, answer)
+        return audit, answer
+
+    @property
+    def purse(self) -> Account:
+        return self.link.purses.account(TENANT)
+
+
+@pytest.fixture
+async def site() -> AsyncIterator[Site]:
+    made = Site(10_000)
+    made.link.start()
+    yield made
+    await made.link.stop()
+
+
+async def test_nothing_is_reserved_without_a_budget_or_without_a_price(site: Site) -> None:
+    audit, prepared = site.request(10)
+    site.link.list = BudgetList(2, frozenset({USER._replace(id="acme/bob")}))
+    assert site.money.fare(audit, prepared) is None
+    site.link.list = BudgetList(3, frozenset({TENANT}))
+    site.money._books.prices = PriceBook(2)
+    assert site.money.fare(audit, prepared) is None
+
+
+async def test_the_most_that_a_request_can_cost_is_reserved_of_every_budget(site: Site) -> None:
+    site.link.list = BudgetList(2, frozenset({TENANT, USER}))
+    audit, prepared = site.request(10)
+    fare = site.money.fare(audit, prepared)
+    assert fare is not None
+    assert set(fare.keys) == {TENANT, USER}
+    assert fare.most == 100 + PROMPT + 10 * 10
+    exact = site.money.fare(*site.request(10, tokens=7))
+    assert exact is not None
+    assert exact.most == 100 + 7 + 10 * 10
+
+
+async def test_a_completed_request_costs_what_the_engine_counted(site: Site) -> None:
+    audit, reserved = await site.reserve(10)
+    audit.charge = charge(price_version=1)
+    audit.outcome = Outcome.COMPLETED
+    audit.delivery.usage = Usage(6, 0, 3)
+    site.money.settle(audit)
+    site.money.settle(audit)
+    seen = record(charge(request_id=audit.request_id))
+    site.money.acknowledge([encode(seen)])
+    assert site.purse.released == 100 + 6 + 30
+    assert reserved.amount > site.purse.released
+
+
+async def test_a_request_that_no_engine_saw_costs_nothing(site: Site) -> None:
+    audit, _ = await site.reserve(10)
+    site.money.settle(audit)
+    assert not site.link.purses.unreleased
+    assert site.purse.released == 0
+
+
+async def test_a_cut_off_request_keeps_what_the_engine_may_still_bill(site: Site) -> None:
+    audit, reserved = await site.reserve(10)
+    audit.charge = charge(price_version=1)
+    audit.outcome = Outcome.CANCELLED
+    audit.delivery.output_tokens = 2
+    site.money.settle(audit)
+    seen = record(charge(request_id=audit.request_id))
+    site.money.acknowledge([encode(seen)])
+    assert site.purse.released == 100 + PROMPT + 20
+    assert site.link.purses.unreleased
+    site.now_s += LINGER_S
+    site.link.purses.expire(site.link.now_s(), 0.0)
+    assert not site.link.purses.unreleased
+    assert reserved.amount == 100 + PROMPT + 100
+
+
+async def test_an_answer_is_as_long_as_what_is_left_pays_for(site: Site) -> None:
+    _, reserved = await site.reserve(100_000)
+    audit, prepared = site.request(100_000)
+    fare = site.money.fare(audit, prepared)
+    assert fare is not None
+    assert reserved.amount == 100 + PROMPT + 5120, "512 tokens, for an eighth is less"
+    assert fare.output_tokens(reserved.amount) == 512
+    _, second = await site.reserve(100_000)
+    assert 16 <= fare.output_tokens(second.amount) < 512, "what is left"
+
+
+async def test_a_part_of_a_large_budget_is_enough_for_a_large_answer() -> None:
+    site = Site(10**9)
+    site.link.start()
+    _, reserved = await site.reserve(100_000)
+    assert reserved.amount == 100 + PROMPT + 1_000_000, "of a budget never heard of before"
+    await site.link.stop()
+
+
+async def test_spent_reserved_and_unknown_are_told_apart(site: Site) -> None:
+    await site.reserve(512)
+    await site.reserve(400)
+    with pytest.raises(ApiError) as busy:
+        await site.reserve(512)
+    assert (busy.value.code, busy.value.retry_after_s) == ("budget_reserved", 1.0)
+
+    site.control.spent = 10_000
+    site.now_s += 2.0
+    with pytest.raises(ApiError) as over:
+        await site.reserve(512)
+    assert (over.value.status, over.value.code) == (429, "insufficient_quota")
+    assert (b"x-should-retry", b"false") in over.value.headers()
+
+    site.control.away = True
+    site.now_s += 2.0
+    with pytest.raises(ApiError) as unknown:
+        await site.reserve(512)
+    assert (unknown.value.status, unknown.value.code) == (503, "limits_unavailable")
+    reasons = [("tenant", "reserved"), ("tenant", "spent"), ("", "unavailable")]
+    assert site.refused == reasons
+
+
+async def test_lacking_is_not_waited_for_on_the_fast_path(site: Site) -> None:
+    fare = site.money.fare(*site.request(10))
+    assert fare is not None
+    assert isinstance(site.money.reserve(fare), Lacking)
