@@ -38,6 +38,7 @@ class Audit:
     ended_at_s: float | None = None
     delivery: Delivery = field(default_factory=Delivery)
     user: str | None = None
+    tag: str = ""
     expected_prompt_tokens: int = 0
     charge: Charge | None = None
     booked: bool = False

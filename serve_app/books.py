@@ -74,6 +74,7 @@ class Books:
             tenant=audit.key.tenant,
             key=audit.key.key_id,
             user=audit.key.user or audit.user or "",
+            tag=audit.tag,
             model=audit.model,
             pool=pool,
             priority_class=audit.served_class,

@@ -7,6 +7,7 @@ is streamed; whatever happens, one audit record says how it ended.
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from serve_app.errors import (
     ApiError,
     ContextLengthExceeded,
     DeadlineExceeded,
+    InvalidRequest,
     ModelNotFound,
     RateLimited,
     Unavailable,
@@ -48,10 +50,13 @@ from serve_app.tickets import Prepared, Tickets, asked_class
 
 SESSION_HEADER = b"x-headrace-session"
 SESSION_BYTES_MAX = 256
+TAG_HEADER = b"x-headrace-tag"
 # Says that an answer may be shorter than was asked for: so much is what its budget pays.
 BUDGET_HEADER = b"x-headrace-budget"
 
 CLIENT_CLOSED_REQUEST = 499
+
+_TAG = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}")
 
 _PARSERS = {Endpoint.CHAT: parse_chat, Endpoint.COMPLETIONS: parse_completions}
 _TOO_MANY = frozenset(
@@ -193,6 +198,7 @@ class Completions:
         """Apply who asks and for what to a request that could be read."""
         audit.model = parsed.model
         audit.user = parsed.user
+        audit.tag = _tag_header(scope)
         audit.asked_class = asked_class(parsed)
         require_model(key, parsed.model)
         terms = self.rules.terms(key, parsed.model, parsed.user)
@@ -317,6 +323,24 @@ def _used_tokens(prepared: Prepared, audit: Audit) -> int:
     if audit.decision != "dispatched" or not delivery.output_tokens:
         return 0
     return prepared.prompt.expected_tokens + delivery.output_tokens
+
+
+def _tag_header(scope: Scope) -> str:
+    """Return what the client wants its usage summed up by, empty if it says nothing.
+
+    Raises:
+        InvalidRequest: it is no name; a bill under another one would surprise.
+    """
+    for name, value in scope["headers"]:
+        if name == TAG_HEADER:
+            if not _TAG.fullmatch(value):
+                raise InvalidRequest(
+                    "Invalid header 'x-headrace-tag': 1 to 64 letters, digits and ._:@- are "
+                    "allowed, a letter or digit first.",
+                    param="x-headrace-tag",
+                )
+            return str(value.decode("ascii"))
+    return ""
 
 
 def _session_header(scope: Scope) -> str | None:

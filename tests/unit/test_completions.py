@@ -178,6 +178,7 @@ class Site:
         body: dict[str, Any] | bytes,
         secret: str = SECRET,
         session: bytes | None = None,
+        tag: bytes | None = None,
         answer: Answer | None = None,
     ) -> Answer:
         """Post to chat completions."""
@@ -193,6 +194,7 @@ class Site:
                 (b"authorization", b"Bearer " + secret.encode()),
                 (b"content-type", b"application/json"),
                 (b"x-request-id", b"label-1"),
+                *([] if tag is None else [(b"x-headrace-tag", tag)]),
                 *([] if session is None else [(b"x-headrace-session", session)]),
             ],
         }
@@ -406,6 +408,21 @@ async def test_a_response_that_our_engine_cut_off_is_written_down_and_not_billed
     [record] = site.writer.records
     assert (record.outcome, record.reason) == ("failed", "engine_error")
     assert (record.billable, record.output_tokens) == (False, 1)
+
+
+async def test_a_tag_is_in_the_books_and_one_that_is_no_name_is_refused() -> None:
+    site = Site()
+    await site.ask(question(), tag=b"batch:7")
+    await site.ask(question())
+    assert [record.charge.tag for record in site.writer.records] == ["batch:7", ""]
+    site = Site()
+    for wrong in (b"", b"two words", b"x" * 65, b"\xff", b".dot"):
+        answer = await site.ask(question(), tag=wrong)
+        assert (answer.status, orjson.loads(answer.body)["error"]["param"]) == (
+            400,
+            "x-headrace-tag",
+        )
+    assert site.writer.records == []
 
 
 async def test_what_no_engine_saw_is_not_in_the_books() -> None:
