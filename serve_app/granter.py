@@ -18,6 +18,7 @@ from serve_app.core.slices import Granter
 logger = logging.getLogger("headrace.granter")
 
 BELL_S = 2.0
+PAUSE_S = 3.0
 VERIFIED_S = 3.0
 
 
@@ -65,7 +66,7 @@ class GrantDesk:
         self._granter: Granter | None = None
         self._recorded: set[RouterId] = set()
         self._bells: dict[RouterId, asyncio.Event] = {}
-        self._verified_at_s = clock()
+        self._verified_at_s = self._followed_at_s = clock()
         self.superseded = False
 
     async def begin(self) -> None:
@@ -125,6 +126,12 @@ class GrantDesk:
         await self._verify()
         if self.superseded:
             return
+        now_s = self._clock()
+        if now_s - self._followed_at_s > PAUSE_S:
+            # It was this process that heard nothing: stopped, or its database was slow.
+            for router in granter.routers():
+                granter.heard(router, now_s)
+        self._followed_at_s = now_s
         for router in granter.expire(self._clock(), self._forget_after_s):
             logger.warning("router %s is gone; its parts of limits are free again", router)
         self._ring()

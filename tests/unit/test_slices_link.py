@@ -215,6 +215,31 @@ async def test_a_router_that_stops_gives_everything_back_at_once() -> None:
         assert [await site.ask(1, key) for _ in range(2)] == [None, None]
 
 
+async def test_a_control_that_was_stopped_takes_nobody_for_dead() -> None:
+    async with fleet(1) as site:
+        assert await site.ask(0, scope(concurrent=2)) is None
+        site.clock.added_s += 100
+        await site.line.desk.follow()
+        assert site.line.desk.granter.routers() == ["router-0"]
+
+
+async def test_a_router_that_is_silent_for_long_loses_its_parts() -> None:
+    async with fleet(1) as site:
+        assert await site.ask(0, scope(concurrent=2)) is None
+        other = SlicesLink("other", site.line, site.clock)
+        other.start()
+        await until(lambda: len(site.line.desk.granter.routers()) == 2)
+        for task in site.links[0]._tasks:
+            task.cancel()
+        for _ in range(16):
+            site.clock.added_s += 2.0
+            site.line.desk.heard("other")
+            await site.line.desk.follow()
+        assert site.line.desk.granter.routers() == ["other"]
+        assert site.record.routers == {"other"}
+        await other.stop()
+
+
 async def test_a_request_that_goes_away_while_it_waits_leaves_nothing() -> None:
     async with fleet(1) as site:
         held = asyncio.Event()
