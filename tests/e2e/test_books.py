@@ -19,8 +19,10 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from sqlalchemy import create_engine, text
 
 from tests.e2e.waiting import until
+from tests.postgres import fresh_database, running_postgres
 from tests.stack import ROOT, Stack, running_stack
 
 PRICES = "currency: USD\ncards:\n  all: {input: 1, cached_input: 0.1, output: 10, request: 0.001}\n"
@@ -309,3 +311,29 @@ def test_a_ledger_that_is_away_for_long_stops_admission_and_loses_nothing() -> N
 
 
 _IDS = "SELECT request_id FROM usage_event WHERE witness = 'router'"
+
+
+def test_a_whole_stack_keeps_its_books_in_postgresql() -> None:
+    """Keys, prices, usage and reports, with a router killed on the way."""
+    found = document()
+    with running_postgres() as cluster, fresh_database(cluster) as url:
+        found["applications"][0]["args"]["database"] = url
+        with running_stack(found) as stack:
+            import_prices(stack)
+            kill = functools.partial(KILLS["router"], stack)
+            whole = asyncio.run(completed_under(stack, 4.0, 21, kill))
+            assert len(whole) > 20
+            engine = create_engine(url)
+
+            def missing() -> set[str]:
+                query = text("SELECT request_id FROM usage_event WHERE witness = 'router'")
+                with engine.connect() as connection:
+                    return whole - set(connection.execute(query).scalars())
+
+            until(lambda: not missing(), "every completed response in the ledger")
+            engine.dispose()
+            assert "no differences" in adds_up(stack)
+            report = stack.http().get("/admin/usage", params={"by": "key"}).json()
+            assert report["data"][0]["key"] == "bootstrap"
+            assert report["total"]["requests"] >= len(whole)
+            assert report["total"]["amount_nanousd"] > 0
