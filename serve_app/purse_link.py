@@ -148,8 +148,12 @@ class PurseLink:
             for key, need in lacking.needs:
                 needs[key] = needs.get(key, 0) + need
         recalled, self._recalled = self._recalled, set()
-        self.purses.give_back(key for key in recalled if key not in needs)
-        accounts = self.purses.accounts(needs.items())
+        # Also of what is lacked here, which then is asked for later: of two routers that hold
+        # too little each, one must get enough.
+        self.purses.give_back(recalled)
+        accounts = self.purses.accounts(
+            (key, need) for key, need in needs.items() if key not in recalled
+        )
         told = {each.key for each in accounts}
         return accounts + [self.purses.account(key) for key in recalled - told]
 

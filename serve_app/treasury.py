@@ -77,11 +77,15 @@ class MoneyBell:
 
 @dataclass(slots=True)
 class _Recall:
-    """Who was asked to let go of a budget and has not answered, and who waits for it."""
+    """Who was asked to let go of a budget and has not answered, and who waits for it.
+
+    ``told`` are those that waited, and came again when all had answered.
+    """
 
     at_s: float
     asked: set[str]
-    wanting: set[str] = field(default_factory=set)
+    wanting: set[str]
+    told: set[str] = field(default_factory=set)
 
 
 @dataclass(slots=True)
@@ -183,15 +187,21 @@ class Treasury:
         """Ask who holds what lacks, unless that was just done; ``pending`` while answers come."""
         now_s = self._clock()
         recall = self._recalls.get(line.key)
-        if recall is None or now_s - recall.at_s >= RECALL_AGAIN_S:
-            live = set(self._routers())
-            asked = {name for name in holders.get(line.key, ()) if name in live}
-            recall = self._recalls[line.key] = _Recall(now_s, asked)
-            for name in asked:
-                self._ring(name, recalled=line.key)
-        if not recall.asked or now_s - recall.at_s >= RECALL_WAIT_S:
+        if recall is not None and now_s - recall.at_s < RECALL_AGAIN_S:
+            if router in recall.told:
+                return line
+            if recall.asked and now_s - recall.at_s < RECALL_WAIT_S:
+                recall.wanting.add(router)
+                return replace(line, pending=True)
+            if router in recall.wanting:
+                return line  # somebody does not answer
+        live = set(self._routers())
+        asked = {name for name in holders.get(line.key, ()) if name in live}
+        if not asked:
             return line
-        recall.wanting.add(router)
+        self._recalls[line.key] = _Recall(now_s, asked, {router})
+        for name in asked:
+            self._ring(name, recalled=line.key)
         return replace(line, pending=True)
 
     def _answered(self, router: str, key: BudgetKey) -> None:
@@ -203,6 +213,7 @@ class Treasury:
         if not recall.asked:
             for name in recall.wanting:
                 self._ring(name, ready=key)
+            recall.told |= recall.wanting
             recall.wanting.clear()
 
     def _ring(

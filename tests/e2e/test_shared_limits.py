@@ -23,7 +23,8 @@ SLOTS = 12
 def document() -> dict[str, Any]:
     """Return configs/sim.yaml with three routers, limits and engines that answer at once."""
     found: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "sim.yaml").read_text())
-    _, pool, gateway = found["applications"]
+    control, pool, gateway = found["applications"]
+    control["args"]["forget_after_s"] = 5
     pool["args"]["replicas"]["num_replicas"] = 1
     pool["args"]["engine"] |= {"weights_s": 0.02}
     gateway["args"]["replicas"]["num_replicas"] = ROUTERS
@@ -131,6 +132,28 @@ async def test_slots_are_one_number_for_all_routers(
     assert counted(again) >= SLOTS - 1
 
 
+async def test_a_killed_routers_parts_come_back(
+    stack: Stack, make_key: Callable[[str], str]
+) -> None:
+    key = make_key("slotted")
+    assert counted(await burst(stack, key, 2 * SLOTS, together=2 * SLOTS)) >= SLOTS - 1
+    router = stack.processes("ServeReplica:gateway:Router")[0]
+    router.send_signal(signal.SIGKILL)
+    until(lambda: not router.is_running(), "the router is gone")
+    until(lambda: all(served_by_somebody(stack, key) for _ in range(20)), "nobody is sent to it")
+    body = {"max_tokens": 100, "together": SLOTS}
+    for _ in range(40):
+        answers = await burst(stack, key, SLOTS, **body)
+        if all(each.status_code == 200 for each in answers):
+            break
+        # Until it is known to be dead its slots may be in use, for all anybody knows.
+        codes = {each.json()["error"]["code"] for each in answers if each.status_code != 200}
+        assert codes <= {"limits_unavailable", "rate_limit_exceeded"}, codes
+        await asyncio.sleep(1.0)
+    else:
+        raise AssertionError("its slots never came back")
+
+
 async def test_control_away_is_not_a_limit_used_up(
     stack: Stack, make_key: Callable[[str], str]
 ) -> None:
@@ -148,6 +171,14 @@ async def test_control_away_is_not_a_limit_used_up(
     finally:
         control.send_signal(signal.SIGCONT)
     until(lambda: ask_once(stack, fresh) == 200, "Control is back")
+
+
+def served_by_somebody(stack: Stack, key: str) -> bool:
+    try:
+        with stack.http(key) as client:
+            return client.get("/v1/models").status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def ask_once(stack: Stack, key: str) -> int:

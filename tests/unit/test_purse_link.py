@@ -169,6 +169,16 @@ async def test_what_lies_unused_elsewhere_is_fetched(tmp_path: Path) -> None:
         await until_reserved(site, 1, 900)
 
 
+async def test_of_two_who_hold_too_little_one_gets_enough(tmp_path: Path) -> None:
+    async with made(tmp_path, 2) as site:
+        site.budgets.put(Budget(ACME, 1000, Window.NONE))
+        numbers = [(await site.reserve(place, 500))[0] for place in (0, 1)]
+        for place, number in enumerate(numbers):
+            site.links[place].purses.void(charge(number).request_id)
+        answers = await asyncio.gather(*(site.reserve(place, 800) for place in (0, 1)))
+        assert [answer for _, answer in answers].count(Reserved(800)) == 1
+
+
 async def test_the_strictest_of_several_budgets_holds(tmp_path: Path) -> None:
     async with made(tmp_path, 1) as site:
         site.budgets.put(Budget(ACME, 10**6, Window.NONE))
