@@ -27,7 +27,7 @@ ROLES = {
     "control": ("control", "Control"),
     "haproxy": ("haproxy",),
 }
-LONG_TOKENS = 30_000
+LONG_TOKENS = 120_000
 SAMPLE_S = 1.0
 SHARE_OF_LIMIT = 0.7
 # Allocators and bounded tables (prefixes, tenants, connections) settle in the first part.
@@ -122,7 +122,7 @@ def descriptors(stack: Stack) -> int:
 async def test_a_client_that_reads_a_byte_at_a_time_is_cut_off_and_nobody_else_notices(
     stack: Stack,
 ) -> None:
-    """Its stream is some 6 MB, of which the router keeps 64 KiB, and no kernel buffer the rest."""
+    """Of some 20 MB the router keeps 64 KiB, and the kernel's buffers several MB."""
     failed = stack.metric("headrace_requests_total", outcome="failed")
     body = json.dumps(
         {
@@ -151,7 +151,7 @@ async def test_a_client_that_reads_a_byte_at_a_time_is_cut_off_and_nobody_else_n
     assert answers == 150
     until(lambda: is_idle(stack), "its slot free")
     assert stack.metric("headrace_engine_tokens_total", kind="wasted") < LONG_TOKENS
-    assert "client_too_slow" in stack.output()
+    assert stack.metric("headrace_responses_total", status="408") == 1
 
 
 @pytest.mark.parametrize(
