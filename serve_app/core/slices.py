@@ -20,56 +20,24 @@ cut from it. Parts that come back without their fill known count as full.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from serve_app.core.exchange import RouterId
-from serve_app.core.limits import LimitKind, Moved, SliceKey
+from serve_app.core.limits import Moved, SliceKey
 from serve_app.core.parts import MINUTE_NS, NS_PER_S, WHOLE, split
 from serve_app.core.slice_messages import Bell, Message, Recall, Reply, Want
+from serve_app.core.slice_rest import Holding, Rest, Turn, full
 
 RECALL_WAIT_S = 0.2
 RECALL_WAIT_NS = NS_PER_S // 5
 RECALL_AGAIN_NS = NS_PER_S
 EMPTY_NS = NS_PER_S // 20
+TURN_NS = NS_PER_S // 2
 # What rounding leaves over: nobody is made to hold so little, and be asked for it.
 DUST = WHOLE >> 40
 SWEPT_AT_ONCE = 256
 ROUTERS_REMEMBERED = 10_000
-
-
-@dataclass(slots=True)
-class _Account:
-    """What a router holds of a limit, and whether it owes an answer to a recall."""
-
-    parts: int = 0
-    asked_ns: int | None = None
-    asked_need: int = 0
-    empty_ns: int | None = None
-
-
-@dataclass(slots=True)
-class _Rest:
-    """What the granter holds of a limit, with its fill, and who holds and wants the others."""
-
-    parts: int = WHOLE
-    fill: int = 0
-    at_ns: int = 0
-    claimed: bool = False
-    accounts: dict[RouterId, _Account] = field(default_factory=dict)
-    wanting: dict[RouterId, int] = field(default_factory=dict)
-
-    def drain(self, now_ns: int) -> None:
-        """Let time pass: the rest's bucket drains like everybody's."""
-        drained = self.parts * (now_ns - self.at_ns) // MINUTE_NS
-        self.fill = max(0, self.fill - drained)
-        self.at_ns = now_ns
-
-    def put(self, parts: int, fill: int, now_ns: int) -> None:
-        """Take parts and what lies on them into the rest."""
-        self.drain(now_ns)
-        self.parts += parts
-        self.fill += fill
 
 
 @dataclass(slots=True)
@@ -115,7 +83,7 @@ class Granter:
         self._sessions: dict[RouterId, _Session] = {}
         # Of routers that are gone, too: a message that comes late must not register them again.
         self._sequences: OrderedDict[RouterId, int] = OrderedDict()
-        self._rests: dict[SliceKey, _Rest] = {}
+        self._rests: dict[SliceKey, Rest] = {}
         self._rung: set[RouterId] = set()
         self._sweep: list[SliceKey] = []
 
@@ -247,14 +215,14 @@ class Granter:
             rest = self._rests.get(key)
             if rest is None:
                 # Who used the other parts is not known yet.
-                fill = _full(key, WHOLE - claimed)
-                rest = self._rests[key] = _Rest(fill=fill, at_ns=now_ns, claimed=True)
+                fill = full(key, WHOLE - claimed)
+                rest = self._rests[key] = Rest(fill=fill, at_ns=now_ns, claimed=True)
             rest.drain(now_ns)
             parts = min(claimed, rest.parts)
             rest.parts -= parts
             rest.fill = min(rest.fill, rest.parts)
             if parts:
-                rest.accounts[router] = _Account(parts)
+                rest.accounts[router] = Holding(parts)
             if parts < claimed:
                 outcome.cuts.append(Moved(key, parts, 0))
         if self._awaited.pop(router, None) is not None and not self._awaited:
@@ -267,7 +235,7 @@ class Granter:
             return
         for key, rest in self._rests.items():
             rest.drain(now_ns)
-            rest.fill = _full(key, rest.parts) if rest.claimed else self._doubt(key, now_ns)
+            rest.fill = full(key, rest.parts) if rest.claimed else self._doubt(key, now_ns)
             for router in rest.wanting:
                 self._ring(router, key)
             rest.wanting.clear()
@@ -276,10 +244,11 @@ class Granter:
         del self._sessions[router]
         for key, rest in self._rests.items():
             rest.wanting.pop(router, None)
+            rest.turns.pop(router, None)
             account = rest.accounts.pop(router, None)
             if account is None:
                 continue
-            rest.put(account.parts, _full(key, account.parts), now_ns)
+            rest.put(account.parts, full(key, account.parts), now_ns)
             self._tell_wanting(key, rest)
 
     # What moves
@@ -301,7 +270,7 @@ class Granter:
             del rest.accounts[router]
         self._tell_wanting(moved.key, rest)
 
-    def _tell_wanting(self, key: SliceKey, rest: _Rest) -> None:
+    def _tell_wanting(self, key: SliceKey, rest: Rest) -> None:
         """Ring those whose want can be met now, or cannot be met any more."""
         free = rest.parts - rest.fill
         for router, need in list(rest.wanting.items()):
@@ -323,7 +292,7 @@ class Granter:
         key = want.key
         rest = self._rests.get(key)
         if rest is None:
-            rest = self._rests[key] = _Rest(at_ns=now_ns, fill=self._doubt(key, now_ns))
+            rest = self._rests[key] = Rest(at_ns=now_ns, fill=self._doubt(key, now_ns))
         rest.wanting.pop(router, None)
         if self._awaited:
             rest.wanting[router] = want.need
@@ -334,40 +303,68 @@ class Granter:
         if account is not None and account.parts > want.held:
             # The router lost some, by forgetting the limit when too many were in use.
             lost = account.parts - want.held
-            rest.put(lost, _full(key, lost), now_ns)
+            rest.put(lost, full(key, lost), now_ns)
             account.parts = want.held
+        ahead = rest.ahead(router, now_ns)
         even = WHOLE // len(self._sessions)
         below = even - (0 if account is None else account.parts)
-        spare = below if below > 0 else rest.parts // (2 * len(self._sessions))
-        parts, fill = split(rest.parts, rest.fill, max(want.need, spare), want.need)
-        if parts > DUST or (parts and parts - fill >= want.need):
-            rest.parts -= parts
+        granted, fill = self._portion(rest, want.need, below, sum(ahead.values()))
+        if granted:
+            rest.parts -= granted
             rest.fill -= fill
-            account = rest.accounts.setdefault(router, _Account())
-            account.parts += parts
-            outcome.granted.append(Moved(key, parts, fill))
-        else:
-            parts = fill = 0
-        left = want.need - (parts - fill)
+            account = rest.accounts.setdefault(router, Holding())
+            account.parts += granted
+            outcome.granted.append(Moved(key, granted, fill))
+        left = want.need - (granted - fill)
         if left <= 0:
+            self._end_turn(router, key, rest)
             return
-        waiting, unsure = self._recall(router, key, rest, left, below - parts, now_ns)
-        if waiting:
+        recall = Recall(key, max(0, below - granted), left)
+        waiting, unsure = self._recall(router, recall, rest, ahead, now_ns)
+        if waiting or ahead:
             rest.wanting[router] = left
+            turn = rest.turns.setdefault(router, Turn(left, now_ns + TURN_NS))
+            turn.need = left
             outcome.pending.append(key)
         else:
+            self._end_turn(router, key, rest)
             (outcome.unsure if unsure else outcome.denied).append(key)
 
+    def _portion(self, rest: Rest, need: int, below: int, promised: int) -> tuple[int, int]:
+        """Return the parts to grant and their fill; nothing of what others come first for."""
+        if promised:
+            if rest.parts - rest.fill - promised < need:
+                return 0, 0
+            return split(rest.parts, rest.fill, need, need)
+        spare = below if below > 0 else rest.parts // (2 * len(self._sessions))
+        parts, fill = split(rest.parts, rest.fill, max(need, spare), need)
+        return (parts, fill) if parts > DUST or parts - fill >= need else (0, 0)
+
+    def _end_turn(self, router: RouterId, key: SliceKey, rest: Rest) -> None:
+        """Let those who came later try again."""
+        if rest.turns.pop(router, None) is not None:
+            for name in rest.wanting:
+                self._ring(name, key)
+            rest.wanting.clear()
+
     def _recall(
-        self, router: RouterId, key: SliceKey, rest: _Rest, need: int, below: int, now_ns: int
+        self,
+        router: RouterId,
+        recall: Recall,
+        rest: Rest,
+        ahead: Mapping[RouterId, int],
+        now_ns: int,
     ) -> tuple[bool, bool]:
         """Ask the others; return whether answers are expected, and whether some are overdue.
 
-        ``below`` > 0 is what the asker lacks to an equal share: that is asked of each in
-        proportion to what it has.
+        What the asker lacks to an equal share is asked of each in proportion to what it has.
+        Who is ahead needs what it has.
         """
-        accounts = rest.accounts.items()
-        others = [(name, each) for name, each in accounts if name != router and each.parts]
+        others = [
+            (name, each)
+            for name, each in rest.accounts.items()
+            if name != router and name not in ahead and each.parts
+        ]
         total = sum(each.parts for _, each in others)
         waiting = unsure = False
         for name, account in others:
@@ -377,9 +374,9 @@ class Granter:
                 continue
             if account.empty_ns is not None and now_ns - account.empty_ns < EMPTY_NS:
                 continue
-            parts = max(0, below) * account.parts // total
-            self._ask(name, Recall(key, parts, need))
-            account.asked_ns, account.asked_need = now_ns, need
+            parts = recall.parts * account.parts // total
+            self._ask(name, Recall(recall.key, parts, recall.need))
+            account.asked_ns, account.asked_need = now_ns, recall.need
             waiting = True
         return waiting, unsure
 
@@ -398,7 +395,7 @@ class Granter:
         if self._doubt_ns is None:
             return 0
         drained = WHOLE * (now_ns - self._doubt_ns) // MINUTE_NS
-        return max(0, _full(key, WHOLE) - drained)
+        return max(0, full(key, WHOLE) - drained)
 
     def _sweep_some(self, now_ns: int) -> None:
         """Forget limits that nobody holds, wants or used; a few at a time."""
@@ -412,8 +409,3 @@ class Granter:
             rest.drain(now_ns)
             if not rest.fill:
                 del self._rests[key]
-
-
-def _full(key: SliceKey, parts: int) -> int:
-    """Return the most fill that lies on parts: as much as they hold, none on slots."""
-    return 0 if key.limit is LimitKind.CONCURRENT else parts

@@ -320,7 +320,7 @@ MUTANTS: Sequence[Mutant] = (
     Mutant(
         "a dead router's parts come back empty",
         "slices.py",
-        "            rest.put(account.parts, _full(key, account.parts), now_ns)\n",
+        "            rest.put(account.parts, full(key, account.parts), now_ns)\n",
         "            rest.put(account.parts, 0, now_ns)\n",
         ("slices",),
     ),

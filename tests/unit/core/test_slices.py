@@ -145,6 +145,43 @@ def test_a_router_that_gave_what_was_asked_may_be_asked_for_more_at_once() -> No
     assert desk.want(C, 7).pending == (RATE,)
 
 
+def test_of_two_who_need_what_the_other_has_the_first_gets_it() -> None:
+    desk = Desk(A, B)
+    half, most = WHOLE // 2, WHOLE * 3 // 4
+    desk.want(A, half)
+    desk.want(B, half)
+    assert desk.want(A, most - half, half).pending == (RATE,)
+    second = desk.want(B, most - half, half)
+    assert second.pending == (RATE,)
+    assert second.bell is not None
+    assert [each.key for each in second.bell.recalls] == [RATE]
+    assert not desk.granter.bell(A, 0.0).recalls, "it waits itself, and came first"
+
+    given = (Moved(RATE, half // 2, 0),)
+    crossing = desk.send(B, returned=given, wants=(Want(RATE, half, half // 2),))
+    assert crossing.granted == ()
+    assert crossing.pending == (RATE,)
+    assert desk.granter.bell(A, 0.0).ready == (RATE,)
+    assert desk.parts(desk.want(A, half // 2, half)) == [(half // 2, 0)]
+
+    assert desk.granter.bell(B, 0.0).ready == (RATE,), "now it is the other's turn"
+    assert desk.want(B, half, half // 2).pending == (RATE,)
+    desk.send(A, returned=(Moved(RATE, 0, 0),))
+    assert desk.want(B, half, half // 2).denied == (RATE,)
+
+
+def test_who_does_not_come_back_loses_its_turn() -> None:
+    desk = Desk(A, B)
+    half = WHOLE // 2
+    desk.want(A, half)
+    desk.want(B, half)
+    desk.want(A, half // 2, half)
+    desk.send(B, returned=(Moved(RATE, half // 2, 0),))
+    assert desk.want(B, half // 2, half // 2).pending == (RATE,)
+    desk.now_s = 0.6
+    assert desk.parts(desk.want(B, half // 2, half // 2)) == [(half // 2, 0)]
+
+
 def test_a_dead_routers_parts_come_back_full_and_drain() -> None:
     desk = Desk(A, B)
     desk.want(A, 5)
