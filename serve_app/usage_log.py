@@ -14,6 +14,8 @@ from serve_app.usage import UsageRecord, encode
 logger = logging.getLogger("headrace.usage")
 
 STOP_TIMEOUT_S: Final = 5.0
+# Records that nobody waits for share a sync.
+NOTE_GATHER_S: Final = 0.02
 # As config_rules.DEFAULT_JOURNAL, for a service that was not started by `headrace`.
 DEFAULT_FOLDER: Final = Path(".headrace/journal")
 
@@ -49,6 +51,8 @@ class UsageLog:
         self._sink = sink
         self._shipper = Shipper(self._journal, sink)
         self._sweeper = Sweeper(root, sink)
+        self._noted: list[bytes] = []
+        self._last: asyncio.Future[int] | None = None
 
     @property
     def backlog(self) -> int:
@@ -63,6 +67,10 @@ class UsageLog:
     async def stop(self) -> None:
         """End. What the ledger does not take in a few seconds stays on the disk."""
         await self._sweeper.stop()
+        self._submit_noted()
+        if self._last is not None:
+            # In order: with the last of them, all are on the disk.
+            await asyncio.wait([self._last])
         await self._shipper.stop(STOP_TIMEOUT_S)
         await self._journal.close()
 
@@ -91,7 +99,15 @@ class UsageLog:
 
     def note(self, record: UsageRecord) -> None:
         """Have a record written soon; nobody waits for it."""
-        self._journal.submit(encode(record)).add_done_callback(_complain)
+        if not self._noted:
+            asyncio.get_running_loop().call_later(NOTE_GATHER_S, self._submit_noted)
+        self._noted.append(encode(record))
+
+    def _submit_noted(self) -> None:
+        noted, self._noted = self._noted, []
+        for payload in noted:
+            self._last = self._journal.submit(payload)
+            self._last.add_done_callback(_complain)
 
 
 def _complain(written: asyncio.Future[int]) -> None:

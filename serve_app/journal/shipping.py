@@ -18,7 +18,7 @@ logger = logging.getLogger("headrace.journal")
 Sink = Callable[[list[bytes]], Awaitable[None]]
 
 BATCH_RECORDS: Final = 1000
-GATHER_S: Final = 0.05
+GATHER_S: Final = 0.25
 SINK_TIMEOUT_S: Final = 30.0
 RETRY_S: Final = 1.0
 SWEEP_PERIOD_S: Final = 5.0
@@ -54,7 +54,8 @@ class Shipper:
     async def _ship_on(self) -> None:
         while True:
             await self._journal.unacknowledged(1)
-            await asyncio.sleep(self._gather_s)
+            if self._journal.backlog < BATCH_RECORDS:
+                await asyncio.sleep(self._gather_s)
             try:
                 await self._ship()
             except asyncio.CancelledError:
