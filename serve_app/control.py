@@ -18,6 +18,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from serve_app.config import ControlArgs
+from serve_app.control_link import living_replicas
 from serve_app.core.budget import Account, Balance, Budget, BudgetKey, Line
 from serve_app.core.slice_messages import Bell, Message, Reply
 from serve_app.granter import GrantDesk
@@ -73,7 +74,9 @@ class Control:
         # Journals of processes that died on this node, a router's or an engine's.
         self._sweeper = Sweeper(journal_folder(self._args.journal), self.record_usage)
         self._sweeper.start()
-        self._grants = GrantDesk(GrantStore(database), time.monotonic, self._args.forget_after_s)
+        self._grants = GrantDesk(
+            GrantStore(database), time.monotonic, self._args.forget_after_s, living_replicas
+        )
         await self._grants.begin()
         granter = self._grants.granter
         self._treasury = Treasury(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ray
 from ray import serve
 
 from serve_app.core.budget import Account, Balance, Budget, BudgetKey, Line
@@ -14,6 +15,18 @@ from serve_app.telemetry.exposition import Family
 from serve_app.telemetry.uplink import Heartbeat, Tables
 from serve_app.treasury import MoneyBell
 from serve_app.usage_report import UsageQuery
+
+
+def living_replicas() -> set[str] | None:
+    """Return the ids of all replicas of Serve whose actors there are; None if Ray cannot tell.
+
+    Blocks. A replica's actor is named by it: ``SERVE_REPLICA::app#deployment#id``.
+    """
+    try:
+        named = ray.util.list_named_actors(all_namespaces=True)
+    except Exception:  # noqa: BLE001  # whatever Ray raises where it cannot be asked
+        return None
+    return {each["name"].rpartition("#")[2] for each in named if "#" in each["name"]}
 
 
 class HandleControlLink:

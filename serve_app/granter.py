@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 from serve_app.core.exchange import RouterId
@@ -19,6 +19,7 @@ logger = logging.getLogger("headrace.granter")
 
 BELL_S = 2.0
 PAUSE_S = 3.0
+SUSPECT_S = 3.0
 VERIFIED_S = 3.0
 
 
@@ -37,6 +38,10 @@ class Inheritance(Protocol):
     def gone_lately(self) -> bool:
         """Whether a router was lost within the last minute."""
 
+    @property
+    def alive_lately(self) -> bool:
+        """Whether the Control before was there within the last minute."""
+
 
 class GrantRecord(Protocol):
     """Where grants are fenced. Every method blocks, and raises if this is not the Control."""
@@ -47,19 +52,28 @@ class GrantRecord(Protocol):
     def add(self, router: str, epoch: int) -> None:
         """Record that a router may hold parts."""
 
-    def remove(self, router: str, epoch: int) -> None:
-        """Record that a router holds nothing any more."""
+    def remove(self, router: str, epoch: int, *, lost: bool) -> None:
+        """Record that a router holds nothing any more; ``lost`` if it gave nothing back."""
 
     def is_latest(self, epoch: int) -> bool:
         """Tell whether no other Control has begun since."""
 
 
 class GrantDesk:
-    """One per Control. ``forget_after_s`` is how long a silent router keeps its parts."""
+    """One per Control. ``forget_after_s`` is how long a silent router keeps its parts.
+
+    ``alive`` blocks and returns the routers whose processes there are, None if it cannot tell:
+    one that is not among them has lost its parts as soon as it is silent.
+    """
 
     def __init__(
-        self, record: GrantRecord, clock: Callable[[], float], forget_after_s: float
+        self,
+        record: GrantRecord,
+        clock: Callable[[], float],
+        forget_after_s: float,
+        alive: Callable[[], Collection[str] | None] = lambda: None,
     ) -> None:
+        self._alive = alive
         self._record = record
         self._clock = clock
         self._forget_after_s = forget_after_s
@@ -72,11 +86,15 @@ class GrantDesk:
     async def begin(self) -> None:
         """Take over from the Control before; call once, before anything else."""
         taken = await asyncio.to_thread(self._record.begin)
-        routers = [RouterId(each) for each in taken.routers]
-        self._recorded = set(routers)
+        recorded = [RouterId(each) for each in taken.routers]
+        alive = await asyncio.to_thread(self._alive) if recorded else None
+        awaited = [each for each in recorded if alive is None or each in alive]
+        # Whoever is gone may have used its parts until just now, if there was somebody to ask.
+        lost = len(awaited) < len(recorded) and taken.alive_lately
+        self._recorded = set(recorded)
         self._verified_at_s = self._clock()
         self._granter = Granter(
-            taken.epoch, self._clock(), awaited=routers, doubtful=taken.gone_lately
+            taken.epoch, self._clock(), awaited=awaited, doubtful=taken.gone_lately or lost
         )
         logger.info("limits are granted in epoch %d", taken.epoch)
 
@@ -132,13 +150,19 @@ class GrantDesk:
             for router in granter.routers():
                 granter.heard(router, now_s)
         self._followed_at_s = now_s
-        for router in granter.expire(self._clock(), self._forget_after_s):
+        lost = granter.expire(self._clock(), self._forget_after_s)
+        suspects = granter.silent(self._clock(), SUSPECT_S)
+        alive = await asyncio.to_thread(self._alive) if suspects else None
+        if alive is not None:
+            lost += [router for router in suspects if router not in alive]
+        for router in lost:
+            granter.lose(router, self._clock())
             logger.warning("router %s is gone; its parts of limits are free again", router)
         self._ring()
         for router in [each for each in self._recorded if not granter.knows(each)]:
             self._recorded.discard(router)
             self._bells.pop(router, None)
-            await asyncio.to_thread(self._record.remove, router, granter.epoch)
+            await asyncio.to_thread(self._record.remove, router, granter.epoch, lost=router in lost)
 
     async def _verify(self) -> None:
         began_at_s = self._clock()

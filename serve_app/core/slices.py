@@ -160,22 +160,28 @@ class Granter:
         elif router in self._awaited:
             self._awaited[router] = now_ns
 
-    def expire(self, now_s: float, silent_s: float) -> list[RouterId]:
-        """Forget routers silent for so long; their parts come back, as full as can be."""
+    def silent(self, now_s: float, silent_s: float) -> list[RouterId]:
+        """Return the routers that have not been heard of for so long."""
+        oldest_ns = self._advance(now_s) - int(silent_s * NS_PER_S)
+        found = [name for name, each in self._sessions.items() if each.heard_ns < oldest_ns]
+        return found + [name for name, at_ns in self._awaited.items() if at_ns < oldest_ns]
+
+    def lose(self, router: RouterId, now_s: float) -> None:
+        """Forget a router that is dead; its parts come back, as full as can be."""
         now_ns = self._advance(now_s)
-        oldest_ns = now_ns - int(silent_s * NS_PER_S)
-        dead = [name for name, each in self._sessions.items() if each.heard_ns < oldest_ns]
-        missed = [name for name, at_ns in self._awaited.items() if at_ns < oldest_ns]
-        for router in dead:
+        if router in self._sessions:
             self._forget(router, now_ns)
-        if missed:
+        if self._awaited.pop(router, None) is not None:
             self._doubt_ns = now_ns
-        for router in missed:
-            del self._awaited[router]
-        if missed:
             self._recovered(now_ns)
-        self._sweep_some(now_ns)
-        return dead + missed
+
+    def expire(self, now_s: float, silent_s: float) -> list[RouterId]:
+        """Lose routers silent for so long; forget limits that nobody uses. Return the lost."""
+        lost = self.silent(now_s, silent_s)
+        for router in lost:
+            self.lose(router, now_s)
+        self._sweep_some(self._now_ns)
+        return lost
 
     def _advance(self, now_s: float) -> int:
         self._now_ns = max(self._now_ns, int(now_s * NS_PER_S))

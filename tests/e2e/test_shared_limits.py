@@ -12,6 +12,8 @@ import httpx
 import pytest
 import yaml
 
+from serve_app.ledger.database import Database
+from serve_app.ledger.grants import GrantStore
 from tests.e2e.waiting import until
 from tests.stack import ROOT, Stack, running_stack
 
@@ -23,8 +25,7 @@ SLOTS = 12
 def document() -> dict[str, Any]:
     """Return configs/sim.yaml with three routers, limits and engines that answer at once."""
     found: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "sim.yaml").read_text())
-    control, pool, gateway = found["applications"]
-    control["args"]["forget_after_s"] = 5
+    _, pool, gateway = found["applications"]
     pool["args"]["replicas"]["num_replicas"] = 1
     pool["args"]["engine"] |= {"weights_s": 0.02}
     gateway["args"]["replicas"]["num_replicas"] = ROUTERS
@@ -40,8 +41,16 @@ def document() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def stack() -> Iterator[Stack]:
-    with running_stack(document()) as running:
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A stack whose database knows a router that ended with the machine it ran on."""
+    url = f"sqlite:///{tmp_path_factory.mktemp('books')}/books.db"
+    database = Database(url)
+    grants = GrantStore(database, lambda: time.time() - 3600)
+    grants.add("of-yesterday", grants.begin().epoch)
+    database.close()
+    config = document()
+    config["applications"][0]["args"] |= {"database": url}
+    with running_stack(config) as running:
         until(lambda: running.metric("headrace_control_processes", role="router") == ROUTERS, "3")
         yield running
 

@@ -34,6 +34,7 @@ class Taken:
     epoch: int
     routers: tuple[str, ...]
     gone_lately: bool = False
+    alive_lately: bool = True
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Record:
             raise RuntimeError("superseded")
         self.routers.add(router)
 
-    def remove(self, router: str, epoch: int) -> None:
+    def remove(self, router: str, epoch: int, *, lost: bool) -> None:
         self.routers.discard(router)
 
     def is_latest(self, epoch: int) -> bool:
@@ -221,6 +222,32 @@ async def test_a_control_that_was_stopped_takes_nobody_for_dead() -> None:
         site.clock.added_s += 100
         await site.line.desk.follow()
         assert site.line.desk.granter.routers() == ["router-0"]
+
+
+async def test_a_router_whose_process_is_gone_is_not_waited_for() -> None:
+    clock, record = Clock(), Record(routers={"old", "older"})
+    alive: set[str] | None = set()
+    desk = GrantDesk(record, clock, 30.0, lambda: alive)
+    await desk.begin()
+    assert not desk.granter.recovering
+    await desk.follow()
+    assert record.routers == set()
+
+    line = Line(desk)
+    link = SlicesLink("router-0", line, clock)
+    link.start()
+    await until(lambda: desk.granter.routers() == ["router-0"])
+    for task in link._tasks:
+        task.cancel()
+    clock.added_s += 2.5
+    await desk.follow()
+    clock.added_s += 1.0
+    alive = None
+    await desk.follow()
+    assert desk.granter.routers() == ["router-0"], "nobody can tell"
+    alive = set()
+    await desk.follow()
+    assert desk.granter.routers() == []
 
 
 async def test_a_router_that_is_silent_for_long_loses_its_parts() -> None:

@@ -203,9 +203,19 @@ def test_spending_is_rebuilt_and_checked_like_the_rollups(site: Site, database: 
 def test_a_control_takes_over_routers_and_knows_of_those_just_lost(site: Site) -> None:
     site.grants.add("a", site.epoch)
     site.grants.add("b", site.epoch)
-    site.grants.remove("b", site.epoch)
+    site.grants.add("c", site.epoch)
+    site.grants.remove("c", site.epoch, lost=False)
+    assert not site.grants.begin().gone_lately
+    site.epoch += 1
+    site.grants.remove("b", site.epoch, lost=True)
     taken = site.grants.begin()
+    assert taken.alive_lately
     assert taken.epoch == site.epoch + 1
     assert (taken.routers, taken.gone_lately) == (("a",), True)
     site.wall.at_s += 61
-    assert not site.grants.begin().gone_lately
+    later = site.grants.begin()
+    assert (later.gone_lately, later.alive_lately) == (False, False)
+    site.wall.at_s += 50
+    assert site.grants.is_latest(later.epoch)
+    site.wall.at_s += 50
+    assert site.grants.begin().alive_lately, "it said so meanwhile"
