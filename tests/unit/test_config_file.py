@@ -449,7 +449,7 @@ def test_what_the_router_is_told_of_an_engine_is_compared_with_it(tmp_path: Path
         (
             {"aliases": {"m": {"pool": "sim", "limits": {"concurrent": -1}}}},
             "aliases.m.limits.concurrent: must be greater than or equal to 0; got -1 (Requests "
-            "open at once, in one router)",
+            "open at once)",
         ),
         (
             {"keys": {"k": {"max_output_token": 1}}},
