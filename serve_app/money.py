@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from serve_app.audit import Audit
 from serve_app.books import Books
-from serve_app.core.budget import BudgetKey, BudgetScope
+from serve_app.core.budget import BudgetKey, scopes_of
 from serve_app.core.pricing import FREE, Priced, Rates
 from serve_app.core.purses import Lacking, Overdrawn, Reserved
 from serve_app.core.types import RequestId, Usage
@@ -173,8 +173,6 @@ def refusal(answer: Overdrawn | None) -> ApiError:
 def _keys(audit: Audit) -> list[BudgetKey]:
     """Return whose money a request is, as the ledger books it."""
     assert audit.key is not None, "only who has a key is served"
-    key, user = audit.key, audit.key.user or audit.user
-    found = [BudgetKey(BudgetScope.KEY, key.key_id), BudgetKey(BudgetScope.TENANT, key.tenant)]
-    if user:
-        found.append(BudgetKey(BudgetScope.USER, f"{key.tenant}/{user}"))
-    return found
+    key = audit.key
+    user = key.user or audit.user or ""
+    return scopes_of(tenant=key.tenant, user=user, key=key.key_id, tag=audit.tag)

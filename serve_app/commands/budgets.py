@@ -21,7 +21,7 @@ headrace budgets set tenant acme 500 --window month --alerts 0.5,0.8 --config co
 headrace budgets set key k7f3m2qa 20 --config configs/local.yaml
 headrace budgets add key k7f3m2qa 10 --config configs/local.yaml
 headrace budgets list --config configs/local.yaml"""
-_SCOPES = ("key", "user", "tenant")
+_SCOPES = ("key", "user", "tenant", "tag")
 _WINDOWS = ("none", "day", "week", "month")
 _ROLLING = re.compile(r"rolling:([0-9]{1,5})h")
 
@@ -61,7 +61,7 @@ def add_parser(subparsers: Subparsers) -> None:
         )
     for action in (put, add, remove):
         action.add_argument("scope", choices=_SCOPES, help="whose money it is")
-        action.add_argument("id", metavar="ID", help="key id, tenant, or tenant/user")
+        action.add_argument("id", metavar="ID", help="key id, tenant, tenant/user, or tenant/tag")
     for action in (put, add):
         action.add_argument("amount", metavar="DOLLARS", help="such as 500 or 0.25")
     put.add_argument(
@@ -139,8 +139,9 @@ def _list(args: argparse.Namespace) -> int:
 def _key(args: argparse.Namespace) -> BudgetKey:
     from serve_app.core.budget import BudgetKey, BudgetScope
 
-    if args.scope == "user" and "/" not in args.id:
-        raise ConfigError("a user is named with its tenant: TENANT/USER")
+    if args.scope in {"user", "tag"} and "/" not in args.id:
+        shape = f"TENANT/{args.scope.upper()}"
+        raise ConfigError(f"a {args.scope} is named with its tenant: {shape}")
     if not 0 < len(args.id) <= 400:
         raise ConfigError("an id has 1 to 400 characters")
     return BudgetKey(BudgetScope(args.scope), args.id)

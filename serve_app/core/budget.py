@@ -52,6 +52,20 @@ class BudgetKey(NamedTuple):
     id: str
 
 
+def scopes_of(*, tenant: str, user: str, key: str, tag: str) -> list[BudgetKey]:
+    """Return whose money a request with these dimensions is; empty ones are nobody's.
+
+    Users and tags are a tenant's own: nobody spends another's budget by naming its tag.
+    """
+    named = (
+        (BudgetScope.KEY, key),
+        (BudgetScope.USER, f"{tenant}/{user}" if user else ""),
+        (BudgetScope.TENANT, tenant),
+        (BudgetScope.TAG, f"{tenant}/{tag}" if tag else ""),
+    )
+    return [BudgetKey(scope, name) for scope, name in named if name]
+
+
 @dataclass(frozen=True, slots=True)
 class Budget:
     """An amount for a window. ``rolling_s`` is a rolling window's length, whole hours.

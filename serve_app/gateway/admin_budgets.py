@@ -169,8 +169,9 @@ def _key(request: Request) -> BudgetKey:
         raise NotFound(f"There are no budgets of {scope!r:.40}; of these there are: {known}.")
     if not 0 < len(name) <= _MAX_ID:
         raise InvalidRequest(f"An id has 1 to {_MAX_ID} characters.", param="id")
-    if scope == BudgetScope.USER and "/" not in name:
-        raise InvalidRequest("A user is named with its tenant: TENANT/USER.", param="id")
+    if scope in {BudgetScope.USER, BudgetScope.TAG} and "/" not in name:
+        shape = f"TENANT/{scope.upper()}"
+        raise InvalidRequest(f"A {scope} is named with its tenant: {shape}.", param="id")
     return BudgetKey(BudgetScope(scope), name)
 
 

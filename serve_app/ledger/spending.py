@@ -12,22 +12,11 @@ from typing import Any, Final
 from sqlalchemy import Connection, delete, func, insert, select
 from sqlalchemy.dialects import postgresql, sqlite
 
-from serve_app.core.budget import BudgetKey, BudgetScope, Period
+from serve_app.core.budget import BudgetKey, Period, scopes_of
 from serve_app.ledger.schema import SPENDING, USAGE_ROLLUP
 from serve_app.ledger.tally import Tally
 
 _KEY: Final = ("scope", "id", "hour")
-
-
-def scopes_of(*, tenant: str, user: str, key: str, tag: str) -> list[BudgetKey]:
-    """Return whose money a request with these dimensions is; empty ones are nobody's."""
-    named = (
-        (BudgetScope.KEY, key),
-        (BudgetScope.USER, f"{tenant}/{user}" if user else ""),
-        (BudgetScope.TENANT, tenant),
-        (BudgetScope.TAG, tag),
-    )
-    return [BudgetKey(scope, name) for scope, name in named if name]
 
 
 def add_spending(

@@ -231,3 +231,22 @@ async def test_lacking_is_not_waited_for_on_the_fast_path(site: Site) -> None:
     fare = site.money.fare(*site.request(10))
     assert fare is not None
     assert isinstance(site.money.reserve(fare), Lacking)
+
+
+async def test_a_tags_budget_pays_for_what_bears_the_tag_and_is_its_tenants_own(
+    site: Site,
+) -> None:
+    tag = BudgetKey(BudgetScope.TAG, "acme/nightly")
+    site.link.list = BudgetList(2, frozenset({TENANT, tag}))
+    audit, prepared = site.request(5)
+    audit.tag = "nightly"
+    fare = site.money.fare(audit, prepared)
+    assert fare is not None
+    assert set(fare.keys) == {TENANT, tag}
+    audit.tag = "other"
+    fare = site.money.fare(audit, prepared)
+    assert fare is not None
+    assert set(fare.keys) == {TENANT}
+    site.link.list = BudgetList(3, frozenset({BudgetKey(BudgetScope.TAG, "rival/nightly")}))
+    audit.tag = "nightly"
+    assert site.money.fare(audit, prepared) is None
