@@ -20,9 +20,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from serve_app.core.types import Outcome, TenantId
+
+NS_PER_S: Final = 10**9
 
 
 class Use(StrEnum):
@@ -113,6 +115,16 @@ class Account:
         self.kv_block_ns = 0
         self.use = Use.OPEN
 
+    @property
+    def closed(self) -> bool:
+        """Whether the request has ended."""
+        return self.use is not Use.OPEN
+
+    @property
+    def engine_s(self) -> float:
+        """Engine time up to the request's end, in seconds."""
+        return self.engine_ns / NS_PER_S
+
 
 class Work(NamedTuple):
     """A request's part of a step: its own term, and how much of that is done again."""
@@ -179,9 +191,18 @@ class ReplicaTime:
             self._now = self._without_work()
 
     def step(
-        self, start_ns: int, end_ns: int, work: Iterable[Work], by: StepCoefficients
+        self,
+        start_ns: int,
+        end_ns: int,
+        work: Iterable[Work],
+        by: StepCoefficients,
+        *,
+        steps: int = 1,
     ) -> list[int]:
-        """Split a step that is over; return each share in the order of ``work``."""
+        """Split a step that is over; return each share in the order of ``work``.
+
+        Several ``steps`` of the same requests count as one, with the sum of their terms.
+        """
         self._pass(start_ns)
         duration_ns = max(0, end_ns - self._known_ns)
         self._known_ns += duration_ns
@@ -191,9 +212,9 @@ class ReplicaTime:
             return []
         if by.provisional:
             self._provisional_ns += duration_ns
-        shares = shares_ns(duration_ns, [part.own_ps for part in parts], by.step_ps)
+        shares = shares_ns(duration_ns, [part.own_ps for part in parts], steps * by.step_ps)
         for (account, own_ps, recomputed_ps), share_ns in zip(parts, shares, strict=True):
-            if recomputed_ps or account.use is not Use.OPEN:
+            if recomputed_ps or account.closed:
                 again_ns = share_ns * recomputed_ps // own_ps if own_ps else 0
                 self._charge(account, share_ns, again_ns)
             else:

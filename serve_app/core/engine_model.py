@@ -300,7 +300,7 @@ class EngineModel:
         self._on_run(
             StepRun(
                 self._start / _TICKS_PER_S,
-                duration / _TICKS_PER_S,
+                (self._start + duration) / _TICKS_PER_S,
                 steps,
                 tuple(self._decodes),
                 tuple(self._prefills),
@@ -546,6 +546,10 @@ class EngineModel:
 
     def _preempt(self, victim: Sequence, in_flight: bool) -> None:
         victim._generated = self.generated(victim)
+        computed = victim.computed_tokens
+        if victim.phase is _DECODE:
+            computed = victim.prompt_tokens + victim._generated - 1
+        victim.lost_tokens = max(victim.lost_tokens, computed)
         self._name_privately(victim, self._held_tokens(victim, in_flight))
         self._remove_running(victim, in_flight)
         victim.phase = _WAITING

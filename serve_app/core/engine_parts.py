@@ -73,7 +73,8 @@ class Sequence:
 
     ``cached_tokens`` is the prefix hit of its first admission and ``started_s`` when
     that was; ``first_token_s`` and ``finished_s`` are None until they happen.
-    ``computed_tokens`` is meaningful while the prompt is being processed.
+    ``computed_tokens`` is meaningful while the prompt is being processed; below
+    ``lost_tokens`` it repeats what a preemption threw away.
     """
 
     __slots__ = (
@@ -87,6 +88,7 @@ class Sequence:
         "finished_s",
         "first_token_s",
         "hashes",
+        "lost_tokens",
         "name",
         "order",
         "output_tokens",
@@ -116,6 +118,7 @@ class Sequence:
         self.preemptions = 0
         self.cached_tokens = 0
         self.computed_tokens = 0
+        self.lost_tokens = 0
         self.started_s: float | None = None
         self.first_token_s: float | None = None
         self.finished_s: float | None = None
@@ -135,10 +138,15 @@ class StepRun:
 
     ``decodes`` holds each decoding sequence with its context in the run's first step;
     it grows by one token a step. ``prefills`` holds chunk sizes; such a run is one step.
+    A run that follows another without a gap starts at the very float the other ends at.
     """
 
     start_s: float
-    duration_s: float
+    end_s: float
     steps: int
     decodes: tuple[tuple[Sequence, int], ...]
     prefills: tuple[tuple[Sequence, int], ...]
+
+    @property
+    def duration_s(self) -> float:
+        return self.end_s - self.start_s

@@ -17,6 +17,7 @@ import msgspec
 
 from serve_app.core.types import Outcome, PriorityClass, ReplicaId, ReplicaView, RequestId, Usage
 from serve_app.engine.address import Address, ReplyTo
+from serve_app.engine.cost_meter import EngineCosts
 from serve_app.usage import Charge
 
 STREAM_END = b"data: [DONE]\n\n"
@@ -194,6 +195,9 @@ class Engine(Protocol):
 
     def on_metered(self, listener: Callable[[Metered], None]) -> None:
         """Call ``listener`` once for every request that ends, cancelled ones included."""
+
+    def costs(self) -> EngineCosts | None:
+        """Where this replica's time went so far; None if the engine does not measure it."""
 
     async def check_health(self) -> None:
         """Return if the engine can generate.

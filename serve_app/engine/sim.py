@@ -5,7 +5,8 @@ renders it. It passes the same contract suite as the real engine, so that a clus
 without GPUs, a load test and a fault drill run the product's own code.
 
 With ``zero_latency`` the model's time jumps instead of being waited for: one step per
-turn of the event loop, for measuring what everything around an engine costs.
+turn of the event loop, for measuring what everything around an engine costs. Then no
+engine time is attributed either: none passes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 
 from serve_app.config import SimSettings
-from serve_app.core.engine_model import EngineModel, EngineParams
+from serve_app.core.engine_model import EngineModel, EngineParams, StepRun
 from serve_app.core.types import Outcome, PoolName, ReplicaId, ReplicaView, RequestId
 from serve_app.engine.api import (
     Endpoint,
@@ -30,6 +31,7 @@ from serve_app.engine.api import (
     Metered,
     Refusal,
 )
+from serve_app.engine.cost_meter import CostMeter, EngineCosts
 from serve_app.engine.sim_generation import Generation
 from serve_app.engine.sim_text import Job, read_job
 from serve_app.engine.sim_wire import Header
@@ -77,6 +79,9 @@ class SimEngine:
         self._replica = replica
         self._clock = clock
         self._model = EngineModel(EngineParams())
+        self._costs: CostMeter | None = None
+        if not settings.zero_latency:
+            self._costs = CostMeter(clock(), settings.block_tokens)
         self._origin_s = 0.0
         self._virtual_s = 0.0
         self._live: dict[RequestId, Generation] = {}
@@ -94,9 +99,12 @@ class SimEngine:
         """Be ready after the configured cold start; see ``Engine.start``."""
         settings = self._settings
         began_s = self._clock()
-        self._model = EngineModel(engine_params(settings))
+        on_run = None if self._costs is None else self._stepped
+        self._model = EngineModel(engine_params(settings), on_run=on_run)
         await asyncio.sleep(settings.start_delay_s)
         self._origin_s = self._clock()
+        if self._costs is not None:
+            self._costs.ready(self._origin_s)
         self._unavailable = None
         self._pump = asyncio.create_task(self._run(), name=f"sim engine {self._replica}")
         self._pump.add_done_callback(self._pump_ended)
@@ -172,6 +180,16 @@ class SimEngine:
         """Call ``listener`` once for every generation that ends."""
         self._listeners.append(listener)
 
+    def costs(self) -> EngineCosts | None:
+        """Return where this replica's time went; None with ``zero_latency``."""
+        if self._costs is None:
+            return None
+        now_s = self._clock()
+        if self._pump is not None and not self._dead:
+            self._advance(self._now_virtual_s())
+            now_s = self._wall_s(self._virtual_s)
+        return self._costs.read(now_s)
+
     async def check_health(self) -> None:
         """Return if the engine generates.
 
@@ -185,6 +203,8 @@ class SimEngine:
         """Refuse new work; return when running work has ended, or after ``deadline_s``."""
         self._draining = True
         self._unavailable = "the engine is draining"
+        if self._costs is not None:
+            self._costs.drain(self._clock())
         try:
             async with asyncio.timeout(deadline_s):
                 await self._idle.wait()
@@ -195,6 +215,8 @@ class SimEngine:
         """Abort what runs and end the loop. Idempotent."""
         self._draining = True
         self._unavailable = "the engine has stopped"
+        if self._costs is not None:
+            self._costs.drain(self._clock())
         for generation in list(self._live.values()):
             generation.abort(self._now_virtual_s())
         pump, self._pump = self._pump, None
@@ -232,8 +254,14 @@ class SimEngine:
             created_s=int(time.time()),
             model=job.model,
         )
-        generation = Generation(call, job, header, self._model, self._clock())
-        generation.submit(self._now_virtual_s(), self._settings)
+        account = None if self._costs is None else self._costs.open(call.tenant)
+        generation = Generation(call, job, header, self._model, self._clock(), account)
+        now_s = self._now_virtual_s()
+        if self._costs is not None:
+            # The time up to this request is idle if nothing else is there.
+            self._advance(now_s)
+            self._costs.occupied(self._wall_s(now_s))
+        generation.submit(now_s, self._settings)
         self._live[call.request_id] = generation
         self._idle.clear()
         self._work.set()
@@ -251,6 +279,8 @@ class SimEngine:
             outcome = Outcome.COMPLETED
         else:
             outcome = Outcome.FAILED if self._dead else Outcome.CANCELLED
+        if self._costs is not None and generation.account is not None:
+            self._costs.close(generation.account, outcome)
         metered = Metered(
             request_id=generation.call.request_id,
             tenant=generation.call.tenant,
@@ -286,6 +316,21 @@ class SimEngine:
             self._virtual_s = max(self._virtual_s, elapsed_s)
         return self._virtual_s
 
+    def _wall_s(self, virtual_s: float) -> float:
+        """Return when, on this engine's clock, the model's time is ``virtual_s``."""
+        return self._origin_s + virtual_s / self._settings.speed
+
+    def _advance(self, until_s: float) -> None:
+        """Run the model up to ``until_s`` and notice when it has no work left."""
+        self._model.advance(until_s)
+        if self._costs is not None and not self._model.busy:
+            self._costs.vacant()
+
+    def _stepped(self, run: StepRun) -> None:
+        """Account for steps of the model that are over."""
+        assert self._costs is not None
+        self._costs.stepped(run, self._wall_s(run.start_s), self._wall_s(run.end_s))
+
     async def _run(self) -> None:
         """Complete each step when its time has come and wake who got tokens."""
         model = self._model
@@ -302,7 +347,7 @@ class SimEngine:
                 ahead_s = step_ends_s - self._now_virtual_s()
                 await asyncio.sleep(max(0.0, ahead_s / self._settings.speed))
                 self._now_virtual_s()
-            model.advance(self._virtual_s)
+            self._advance(self._virtual_s)
             for generation in self._live.values():
                 generation.wake_if_progressed()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from serve_app.config import SimSettings
+from serve_app.core.attribution import Account
 from serve_app.core.engine_model import EngineModel, Phase, Sequence
 from serve_app.core.types import Usage
 from serve_app.engine.api import STREAM_END, GenerateCall
@@ -38,15 +39,23 @@ class Generation:
         "_submitted_s",
         "_waiter",
         "aborted",
+        "account",
         "began_s",
         "call",
         "streams",
     )
 
     def __init__(
-        self, call: GenerateCall, job: Job, header: Header, model: EngineModel, began_s: float
+        self,
+        call: GenerateCall,
+        job: Job,
+        header: Header,
+        model: EngineModel,
+        began_s: float,
+        account: Account | None = None,
     ) -> None:
         self.call = call
+        self.account = account
         self.began_s = began_s
         self.aborted = False
         self.streams: list[_Stream] = []
@@ -82,7 +91,7 @@ class Generation:
                     # The answer's blocks are cached too: the next turn begins with them.
                     text += answer.text(0, answer.tokens)
                 stream.sequence = self._model.add(
-                    call.request_id,
+                    self.account,
                     now_s,
                     prompt_tokens=prompt.tokens + resumed,
                     output_tokens=max(1, answer.tokens - resumed),
@@ -144,7 +153,8 @@ class Generation:
                 prompt_tokens += prompt.tokens
                 # The first choice pays for the prompt, the others find it in the cache.
                 cached_tokens += min(sequences[0].cached_tokens, prompt.tokens)
-        return Usage(prompt_tokens, cached_tokens, completion_tokens)
+        engine_s = 0.0 if self.account is None else self.account.engine_s
+        return Usage(prompt_tokens, cached_tokens, completion_tokens, engine_s)
 
     def virtual_timings_s(self) -> tuple[float | None, float | None]:
         """Return waits until admission and first token of choice 0, in the model's time."""

@@ -178,6 +178,9 @@ class VllmEngine:
         """Call ``listener`` once for every request that the engine took and that ended."""
         self._listeners.append(listener)
 
+    def costs(self) -> None:
+        """Return None: what vLLM's steps contained is not recorded."""
+
     @property
     def processes(self) -> list[psutil.Process]:
         """Return vLLM's processes: the engine core, then its workers. Empty once stopped."""

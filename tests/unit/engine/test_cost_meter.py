@@ -1,0 +1,317 @@
+"""The cost of every request in the simulated engine, against the life of its replica."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import random
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from serve_app.config import SimSettings
+from serve_app.core.attribution import Account, Use
+from serve_app.core.engine_model import EngineModel, EngineParams, Phase, Sequence, StepRun
+from serve_app.core.types import Outcome, PoolName, PriorityClass, ReplicaId, RequestId, TenantId
+from serve_app.engine import cost_meter
+from serve_app.engine.api import Endpoint, Final, GenerateCall, GenerateItem, Metered
+from serve_app.engine.cost_meter import CostMeter, EngineCosts
+from serve_app.engine.sim import SimEngine
+
+UNATTRIBUTED_RATIO_MAX = 0.001
+SMALL = EngineParams(max_num_seqs=6, token_budget=64, kv_blocks=24, block_tokens=4)
+
+
+class Replica:
+    """An engine model in a time of its own, metered as the simulated engine does it."""
+
+    def __init__(self, params: EngineParams) -> None:
+        self.meter = CostMeter(0.0, params.block_tokens)
+        self.model = EngineModel(params, on_run=self._stepped)
+        self.present: list[tuple[Account, Sequence]] = []
+        self.accounts: list[Account] = []
+        self.runs: list[StepRun] = []
+        self.now_s = 0.0
+        self.idle_s = 0.0
+        self.meter.ready(0.0)
+
+    def _stepped(self, run: StepRun) -> None:
+        self.runs.append(run)
+        self.meter.stepped(run, run.start_s, run.end_s)
+
+    def add(self, prompt: int, output: int, priority: int, family: int, tenant: str) -> None:
+        if prompt + output > self.model.capacity_tokens:
+            return
+        self.meter.occupied(self.now_s)
+        account = self.meter.open(tenant)
+        hashes = tuple(family * 1000 + index for index in range(10 if family else 0))
+        sequence = self.model.add(
+            account,
+            self.now_s,
+            prompt_tokens=prompt,
+            output_tokens=output,
+            priority=priority,
+            hashes=hashes,
+        )
+        self.accounts.append(account)
+        self.present.append((account, sequence))
+
+    def abort(self, index: int) -> None:
+        if index < len(self.present):
+            account, sequence = self.present.pop(index)
+            self.model.abort(sequence, self.now_s)
+            self.meter.close(account, Outcome.CANCELLED)
+
+    def advance(self, until_s: float) -> None:
+        """Run on; ``idle_s`` is counted from the model's own word, step by step."""
+        while not math.isinf(step_s := self.model.next_step_s()) and step_s <= until_s:
+            self._to(step_s)
+        if not self.model.busy:
+            self.idle_s += until_s - self.now_s
+        self._to(until_s)
+
+    def finish(self) -> EngineCosts:
+        while self.model.busy:
+            self.advance(self.model.next_step_s())
+        return self.meter.read(self.now_s)
+
+    def _to(self, now_s: float) -> None:
+        self.now_s = now_s
+        self.model.advance(now_s)
+        for account, sequence in self.present:
+            if sequence.phase is Phase.ENDED:
+                self.meter.close(account, Outcome.COMPLETED)
+        self.present = [each for each in self.present if each[1].phase is not Phase.ENDED]
+        if not self.model.busy:
+            self.meter.vacant()
+
+
+def check(replica: Replica, costs: EngineCosts) -> None:
+    use = costs.use
+    uses = use.uses
+    assert sum(uses.values()) == use.lifetime_ns == round(replica.now_s * 1e9)
+    assert uses[Use.UNATTRIBUTED] <= UNATTRIBUTED_RATIO_MAX * use.lifetime_ns
+    assert uses[Use.IDLE] == pytest.approx(replica.idle_s * 1e9, abs=2 * len(replica.runs) + 2)
+    assert uses[Use.OPEN] == 0
+    steps_ns = sum(run.duration_s for run in replica.runs) * 1e9
+    paid_ns = sum(each.engine_ns + each.late_ns for each in replica.accounts)
+    assert paid_ns == pytest.approx(steps_ns, abs=2 * len(replica.runs) + 2)
+    requests = (Use.USEFUL, Use.CANCELLED, Use.PREEMPTED, Use.FAILED)
+    assert sum(uses[each] for each in requests) == paid_ns
+    assert use.late_ns == sum(each.late_ns for each in replica.accounts)
+
+
+OPERATIONS = st.lists(
+    st.one_of(
+        st.tuples(
+            st.just("add"),
+            st.integers(1, 60),
+            st.integers(1, 40),
+            st.integers(0, 2),
+            st.integers(0, 2),
+            st.sampled_from(["acme", "globex"]),
+        ),
+        st.tuples(st.just("abort"), st.integers(0, 3)),
+        st.tuples(st.just("wait"), st.sampled_from([0.0, 0.000_3, 0.004, 0.05, 0.9])),
+    ),
+    min_size=3,
+    max_size=40,
+)
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(OPERATIONS)
+def test_requests_and_idle_time_are_the_life_of_the_replica(operations: list[tuple]) -> None:
+    replica = Replica(SMALL)
+    for operation, *arguments in operations:
+        if operation == "add":
+            replica.add(*arguments)
+        elif operation == "abort":
+            replica.abort(*arguments)
+        else:
+            replica.advance(replica.now_s + arguments[0])
+    check(replica, replica.finish())
+
+
+def test_a_busy_hour_with_cancellations_preemptions_prefix_hits_and_idle_stretches() -> None:
+    replica = Replica(replace(SMALL, max_num_seqs=16, kv_blocks=64))
+    source = random.Random(6)
+    for _ in range(120):
+        for _ in range(source.randrange(8)):
+            tenant = source.choice(["acme", "globex"])
+            prompt, output = source.randrange(1, 90), source.randrange(1, 60)
+            replica.add(prompt, output, source.randrange(3), source.randrange(3), tenant)
+        replica.advance(replica.now_s + source.choice([0.01, 0.1, 0.3, 2.0]))
+        if source.random() < 0.4:
+            replica.abort(source.randrange(6))
+    costs = replica.finish()
+    check(replica, costs)
+    uses = costs.use.uses
+    assert replica.model.preemptions_total > 20
+    assert replica.model.prefix_hit_tokens > 1000
+    for use in (Use.USEFUL, Use.CANCELLED, Use.PREEMPTED, Use.IDLE):
+        assert uses[use] > 0.001 * costs.use.lifetime_ns
+    assert not costs.coefficients.provisional
+    assert costs.fit_error_ratio < 0.05
+    assert set(costs.kv_block_s) == {"acme", "globex"}
+
+
+def one_run(params: EngineParams, *prompts: int, output: int = 1) -> Replica:
+    replica = Replica(params)
+    for prompt in prompts:
+        replica.add(prompt, output, 1, 0, "acme")
+    replica.finish()
+    return replica
+
+
+def test_a_long_prompt_pays_for_its_tokens_and_a_short_one_hardly() -> None:
+    long, short = one_run(EngineParams(), 8000, 10).accounts
+    assert long.engine_ns > 50 * short.engine_ns
+
+
+def test_several_sequences_of_a_request_are_one_request() -> None:
+    replica = Replica(EngineParams(overhead_s=1.0))
+    replica.meter.occupied(0.0)
+    four, one = replica.meter.open("acme"), replica.meter.open("acme")
+    for account in (four, four, four, four, one):
+        replica.model.add(account, 0.0, prompt_tokens=1, output_tokens=1)
+    replica.finish()
+    # Nearly all of the step is the part that a request shares as one of two, not of five.
+    assert four.engine_ns == pytest.approx(one.engine_ns, rel=0.05)
+
+
+def test_what_a_preemption_throws_away_is_its_cost_and_not_the_requests_own() -> None:
+    params = EngineParams(
+        kv_blocks=10, block_tokens=4, prefix_caching=False, overhead_s=0.0, weights_s=0.0
+    )
+    replica = one_run(params, 16, 16, output=9)
+    first, second = replica.accounts
+    assert replica.model.preemptions_total == 1
+    assert first.recomputed_ns == 0
+    (rerun,) = [run for run in replica.runs[1:] if run.prefills]
+    # It had computed 20 of its 21 tokens; the last is new, and so is its token.
+    assert rerun.prefills[0][1] - 1 == rerun.prefills[0][0].lost_tokens
+    assert 0.9 * rerun.duration_s < second.recomputed_ns / 1e9 < rerun.duration_s
+
+
+def test_steps_taken_together_cost_each_request_what_they_cost_one_by_one() -> None:
+    together, single = (Replica(EngineParams()) for _ in range(2))
+    for replica in (together, single):
+        replica.add(3000, 200, 1, 0, "acme")
+        replica.add(10, 200, 1, 0, "globex")
+    together.now_s = together.model.next_step_s()
+    together.model.advance(together.now_s)
+    together.model.advance(60.0)
+    single.finish()
+    assert len(together.runs) < len(single.runs) / 20
+    for one, other in zip(together.accounts, single.accounts, strict=True):
+        assert one.engine_ns == pytest.approx(other.engine_ns, rel=0.001)
+        assert one.kv_block_ns == pytest.approx(other.kv_block_ns, rel=0.001)
+
+
+def test_blocks_are_held_as_long_as_the_steps_last() -> None:
+    replica = one_run(replace(SMALL, block_tokens=4), 7)
+    (account,) = replica.accounts
+    assert account.kv_block_ns == 2 * account.engine_ns
+    assert replica.meter.read(replica.now_s).kv_block_s == {
+        "acme": pytest.approx(2 * account.engine_ns / 1e9)
+    }
+
+
+def test_tenants_without_end_share_one_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost_meter, "TENANTS_MAX", 2)
+    replica = Replica(SMALL)
+    for number in range(5):
+        replica.add(8, 1, 1, 0, f"tenant {number}")
+    costs = replica.finish()
+    assert set(costs.kv_block_s) == {"tenant 0", "tenant 1", TenantId("")}
+
+
+# ---- the engine itself -------------------------------------------------------------
+
+
+def call(name: str, tenant: str, text: str, max_tokens: int) -> GenerateCall:
+    body: dict[str, Any] = {
+        "messages": [{"role": "user", "content": text}],
+        "max_tokens": max_tokens,
+    }
+    return GenerateCall(
+        request_id=RequestId(name),
+        endpoint=Endpoint.CHAT,
+        body=json.dumps(body).encode(),
+        stream=True,
+        tenant=tenant,
+        cache_salt=tenant,
+        priority_class=PriorityClass.STANDARD,
+    )
+
+
+async def use(items: AsyncGenerator[GenerateItem, None], frames_max: int | None) -> Final | None:
+    """Read a stream, up to so many frames; the end of the request if it was reached."""
+    try:
+        count = 0
+        async for item in items:
+            if isinstance(item, Final):
+                return item
+            count += 1
+            if count == frames_max:
+                return None
+    finally:
+        await items.aclose()
+    return None
+
+
+async def test_the_simulated_engine_says_what_each_request_cost_and_where_the_rest_went() -> None:
+    settings_ = SimSettings(
+        speed=20.0, max_model_len=2048, kv_blocks=150, max_num_seqs=16, start_delay_s=0.01
+    )
+    engine = SimEngine(settings_, PoolName("pool"), ReplicaId("r0"), time.monotonic)
+    metered: list[Metered] = []
+    engine.on_metered(metered.append)
+    await engine.start()
+    for round_ in range(3):
+        streams = [
+            use(
+                engine.generate(
+                    call(f"{round_}-{n}", "acme" if n % 2 else "globex", "same start " * 40, 400)
+                ),
+                frames_max=5 if n % 4 == 3 else None,
+            )
+            for n in range(12)
+        ]
+        finals = await asyncio.gather(*streams)
+        await asyncio.sleep(0.02)  # an idle stretch
+    assert engine.snapshot().preemptions_total > 0
+    await engine.drain(5.0)
+    await engine.stop()
+    costs = engine.costs()
+    assert costs is not None
+    uses = costs.use.uses
+    lifetime_ns = costs.use.lifetime_ns
+    assert sum(uses.values()) == lifetime_ns
+    assert uses[Use.UNATTRIBUTED] <= UNATTRIBUTED_RATIO_MAX * lifetime_ns
+    assert uses[Use.OPEN] == 0
+    for each in (Use.START_UP, Use.USEFUL, Use.CANCELLED, Use.PREEMPTED, Use.IDLE):
+        assert uses[each] > 0
+    assert {each.outcome for each in metered} == {Outcome.COMPLETED, Outcome.CANCELLED}
+    recorded_ns = sum(round(each.usage.engine_s * 1e9) for each in metered) + costs.use.late_ns
+    requests = (Use.USEFUL, Use.CANCELLED, Use.PREEMPTED)
+    assert recorded_ns == sum(uses[each] for each in requests)
+    assert any(each is not None and each.usage.engine_s > 0 for each in finals)
+
+
+async def test_an_engine_without_latency_claims_no_engine_time() -> None:
+    settings_ = SimSettings(zero_latency=True, max_model_len=2048)
+    engine = SimEngine(settings_, PoolName("pool"), ReplicaId("r0"), time.monotonic)
+    await engine.start()
+    final = await use(engine.generate(call("a", "acme", "hello", 5)), None)
+    await engine.stop()
+    assert final is not None
+    assert final.usage.engine_s == 0.0
+    assert engine.costs() is None
