@@ -17,10 +17,11 @@ time of requests that have not ended. All of it is whole nanoseconds, so it adds
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final, NamedTuple
+from types import MappingProxyType
+from typing import Final
 
 from serve_app.core.types import Outcome, TenantId
 
@@ -100,7 +101,7 @@ class Account:
     """One request's engine time so far, in nanoseconds; made when the engine takes it.
 
     ``recomputed_ns`` is the part that repeats work lost to a preemption. ``late_ns`` came
-    after the request had ended: of the step it was in when it was cancelled.
+    after the request had ended, of the step it was in when it was cancelled.
     ``kv_block_ns`` is KV blocks held times how long, with blocks of a shared prefix counted
     for everyone who holds them.
     """
@@ -122,16 +123,8 @@ class Account:
 
     @property
     def engine_s(self) -> float:
-        """Engine time up to the request's end, in seconds."""
+        """Engine time up to now, in seconds."""
         return self.engine_ns / NS_PER_S
-
-
-class Work(NamedTuple):
-    """A request's part of a step: its own term, and how much of that is done again."""
-
-    account: Account
-    own_ps: int
-    recomputed_ps: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,33 +187,38 @@ class ReplicaTime:
         self,
         start_ns: int,
         end_ns: int,
-        work: Iterable[Work],
+        own_ps: Mapping[Account, int],
         by: StepCoefficients,
         *,
+        recomputed_ps: Mapping[Account, int] = MappingProxyType({}),
         steps: int = 1,
-    ) -> list[int]:
-        """Split a step that is over; return each share in the order of ``work``.
+    ) -> None:
+        """Split a step that is over over the requests in it, by their own terms.
 
-        Several ``steps`` of the same requests count as one, with the sum of their terms.
+        ``recomputed_ps`` is how much of an own term, above zero, is work done again.
+        Several ``steps`` of the same requests count as one, with the sums of their terms.
         """
         self._pass(start_ns)
         duration_ns = max(0, end_ns - self._known_ns)
         self._known_ns += duration_ns
-        parts = list(work)
-        if not parts:
+        if not own_ps:
             self._uses[Use.UNATTRIBUTED] += duration_ns
-            return []
+            return
         if by.provisional:
             self._provisional_ns += duration_ns
-        shares = shares_ns(duration_ns, [part.own_ps for part in parts], steps * by.step_ps)
-        for (account, own_ps, recomputed_ps), share_ns in zip(parts, shares, strict=True):
-            if recomputed_ps or account.closed:
-                again_ns = share_ns * recomputed_ps // own_ps if own_ps else 0
-                self._charge(account, share_ns, again_ns)
-            else:
-                account.engine_ns += share_ns
-                self._uses[Use.OPEN] += share_ns
-        return shares
+        self._uses[Use.OPEN] += duration_ns
+        shares = shares_ns(duration_ns, list(own_ps.values()), steps * by.step_ps)
+        late: list[tuple[Account, int]] = []
+        for account, share_ns in zip(own_ps, shares, strict=True):
+            account.engine_ns += share_ns
+            if account.use is not Use.OPEN:
+                late.append((account, share_ns))
+        for account, share_ns in late:
+            self._came_late(account, share_ns)
+        if recomputed_ps:
+            share_of = dict(zip(own_ps, shares, strict=True))
+            for account, again_ps in recomputed_ps.items():
+                self._came_again(account, share_of[account] * again_ps // own_ps[account])
 
     def close(self, account: Account, outcome: Outcome) -> None:
         """A request has ended; its time goes where its outcome says."""
@@ -239,16 +237,17 @@ class ReplicaTime:
             self._known_ns - self._born_ns, dict(self._uses), self._late_ns, self._provisional_ns
         )
 
-    def _charge(self, account: Account, share_ns: int, again_ns: int) -> None:
-        if account.use is Use.OPEN:
-            account.engine_ns += share_ns
-            account.recomputed_ns += again_ns
-            self._uses[Use.OPEN] += share_ns
-            return
+    def _came_late(self, account: Account, share_ns: int) -> None:
         account.late_ns += share_ns
         self._late_ns += share_ns
-        self._uses[account.use] += share_ns - again_ns
-        self._uses[Use.PREEMPTED] += again_ns
+        self._uses[Use.OPEN] -= share_ns
+        self._uses[account.use] += share_ns
+
+    def _came_again(self, account: Account, again_ns: int) -> None:
+        account.recomputed_ns += again_ns
+        if account.closed:
+            self._uses[account.use] -= again_ns
+            self._uses[Use.PREEMPTED] += again_ns
 
     def _pass(self, until_ns: int) -> None:
         """Let time pass in which no step ended."""

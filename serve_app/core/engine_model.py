@@ -89,7 +89,8 @@ class EngineModel:
         self._plan_first = 0
         self._plan_growth = 0
         self._prefills: list[tuple[Sequence, int]] = []
-        self._decodes: list[tuple[Sequence, int]] = []
+        self._decodes: tuple[tuple[Sequence, int], ...] = ()
+        self._passed = 0  # steps of the plan that are over
         self._events: list[Event] = []
 
     # ---- what callers do ---------------------------------------------------------
@@ -302,11 +303,12 @@ class EngineModel:
                 self._start / _TICKS_PER_S,
                 (self._start + duration) / _TICKS_PER_S,
                 steps,
-                tuple(self._decodes),
+                self._decodes,
                 tuple(self._prefills),
+                self._passed,
             )
         )
-        self._decodes = [(sequence, context + steps) for sequence, context in self._decodes]
+        self._passed += steps
 
     def _cut_plan(self) -> None:
         """Compose anew after the step in flight."""
@@ -393,11 +395,14 @@ class EngineModel:
             others = self._decoding.next_finish() - step - 1
             self._plan_steps = 1 + self._decoding.steps_within(step + 1, others, self.kv.free())
         if self._on_run is not None:
-            self._decodes = [
-                (sequence, sequence.prompt_tokens + self.generated(sequence))
-                for sequence in self._running.values()
-                if sequence.phase is _DECODE
-            ]
+            self._passed = 0
+            self._decodes = tuple(
+                [
+                    (sequence, sequence.prompt_tokens + self.generated(sequence))
+                    for sequence in self._running.values()
+                    if sequence.phase is _DECODE
+                ]
+            )
 
     def _admit(self, budget: int) -> None:
         """Admit waiting sequences while budget, slots and blocks last."""

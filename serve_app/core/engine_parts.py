@@ -136,9 +136,11 @@ Event = tuple[float, EventKind, Sequence]
 class StepRun:
     """Consecutive steps of one composition, for splitting their time over requests.
 
-    ``decodes`` holds each decoding sequence with its context in the run's first step;
-    it grows by one token a step. ``prefills`` holds chunk sizes; such a run is one step.
-    A run that follows another without a gap starts at the very float the other ends at.
+    ``decodes`` holds each decoding sequence with its context ``passed`` steps before the
+    run's first one; it grows by one token a step. Runs of one composition share it, follow
+    one another without a gap and say 0, 1, 2 and so on of steps ``passed``. ``prefills``
+    holds chunk sizes; such a run is one step. Where one run ends and the next starts is
+    the same float.
     """
 
     start_s: float
@@ -146,6 +148,7 @@ class StepRun:
     steps: int
     decodes: tuple[tuple[Sequence, int], ...]
     prefills: tuple[tuple[Sequence, int], ...]
+    passed: int = 0
 
     @property
     def duration_s(self) -> float:

@@ -15,9 +15,9 @@ from serve_app.core.attribution import (
     ReplicaTime,
     ReplicaUse,
     StepCoefficients,
-    Work,
+    Use,
 )
-from serve_app.core.engine_parts import StepRun
+from serve_app.core.engine_parts import Sequence, StepRun
 from serve_app.core.step_fit import StepFit
 from serve_app.core.types import Outcome, TenantId
 
@@ -43,6 +43,18 @@ class EngineCosts:
     kv_block_s: dict[TenantId, float] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class _Whole:
+    """Steps of one composition, put together."""
+
+    decodes: tuple[tuple[Sequence, int], ...]
+    prefills: tuple[tuple[Sequence, int], ...]
+    passed: int
+    steps: int
+    start_ns: int
+    end_ns: int
+
+
 class CostMeter:
     """Times are the replica's monotonic seconds; sequences' names are their accounts."""
 
@@ -51,6 +63,7 @@ class CostMeter:
         self._fit = StepFit()
         self._block_tokens = block_tokens
         self._stepped_ns = 0
+        self._whole: _Whole | None = None
         self._kv_block_ns: dict[TenantId, int] = {}
 
     def ready(self, now_s: float) -> None:
@@ -67,6 +80,7 @@ class CostMeter:
 
     def vacant(self) -> None:
         """The engine has had no unfinished request since its last step ended."""
+        self._split()
         self._time.vacant(self._stepped_ns)
 
     def open(self, tenant: str) -> Account:
@@ -75,51 +89,33 @@ class CostMeter:
 
     def close(self, account: Account, outcome: Outcome) -> None:
         """Book a request that has ended."""
+        self._split()
         self._time.close(account, outcome)
         self._hold(account.tenant, account.kv_block_ns)
 
     def stepped(self, run: StepRun, start_s: float, end_s: float) -> None:
-        """Split a run of steps that lasted from ``start_s`` to ``end_s``.
+        """Take in a run of steps that lasted from ``start_s`` to ``end_s``.
 
-        Several steps of one composition are split as one: each request with the sum of
-        what it did in them.
+        Runs of one composition are put together and split as one, each request with the
+        sum of what it did in them: nothing is done per request before somebody joins,
+        leaves or asks.
         """
-        start_ns, end_ns = _ns(start_s), _ns(end_s)
-        steps, by = run.steps, self._fit.coefficients
-        own: dict[Account, int] = {}
-        again: dict[Account, int] = {}
-        growth = steps * (steps - 1) // 2
-        prefill_tokens = kv_tokens = 0
-        for sequence, context in run.decodes:
-            account = sequence.name
-            assert isinstance(account, Account)
-            read = steps * context + growth
-            kv_tokens += read
-            own[account] = own.get(account, 0) + by.own_ps(0, steps, read)
-        for sequence, chunk in run.prefills:
-            account = sequence.name
-            assert isinstance(account, Account)
-            prefill_tokens += chunk
-            own[account] = own.get(account, 0) + by.own_ps(chunk, 0, 0)
-            repeated = min(sequence.lost_tokens, sequence.computed_tokens)
-            repeated -= sequence.computed_tokens - chunk
-            if repeated > 0:
-                again[account] = again.get(account, 0) + by.own_ps(repeated, 0, 0)
-        work = [Work(account, ps, again.get(account, 0)) for account, ps in own.items()]
-        # Of several steps each has its own fixed part.
-        self._time.step(start_ns, end_ns, work, by, steps=steps)
-        self._stepped_ns = end_ns
-        self._hold_blocks(run, end_ns - start_ns)
-        self._fit.observe(
-            end_ns - start_ns,
-            prefill_tokens=prefill_tokens,
-            decode_sequences=steps * len(run.decodes),
-            kv_tokens_read=kv_tokens,
-            steps=steps,
+        whole = self._whole
+        if whole is not None and run.decodes is whole.decodes and not run.prefills:
+            whole.steps += run.steps
+            whole.end_ns = _ns(end_s)
+            return
+        self._split()
+        self._whole = _Whole(
+            run.decodes, run.prefills, run.passed, run.steps, _ns(start_s), _ns(end_s)
         )
+        if run.prefills:
+            # How much of a prompt is computed is known now, and not once more is.
+            self._split()
 
     def read(self, now_s: float) -> EngineCosts:
         """Return the figures so far; with work under way, up to the last step."""
+        self._split()
         return EngineCosts(
             self._time.read(_ns(now_s)),
             self._fit.error_ratio,
@@ -128,18 +124,67 @@ class CostMeter:
             {tenant: held / NS_PER_S for tenant, held in self._kv_block_ns.items()},
         )
 
-    def _hold_blocks(self, run: StepRun, duration_ns: int) -> None:
-        size, steps = self._block_tokens, run.steps
-        for sequence, context in run.decodes:
-            blocks = _blocks_upto(context + steps - 1, size) - _blocks_upto(context - 1, size)
-            self._held(sequence.name, blocks * duration_ns // steps)
-        for sequence, _ in run.prefills:
-            self._held(sequence.name, -(-sequence.computed_tokens // size) * duration_ns)
+    def _split(self) -> None:
+        """Split the steps taken in so far."""
+        whole, self._whole = self._whole, None
+        if whole is None:
+            return
+        by, duration_ns = self._fit.coefficients, whole.end_ns - whole.start_ns
+        own_ps: dict[Account, int] = {}
+        kv_tokens = self._decode_terms(whole, by, own_ps)
+        again_ps = self._prefill_terms(whole, by, own_ps)
+        self._time.step(
+            whole.start_ns, whole.end_ns, own_ps, by, recomputed_ps=again_ps, steps=whole.steps
+        )
+        self._stepped_ns = whole.end_ns
+        self._fit.observe(
+            duration_ns,
+            prefill_tokens=sum([chunk for _, chunk in whole.prefills]),
+            decode_sequences=whole.steps * len(whole.decodes),
+            kv_tokens_read=kv_tokens,
+            steps=whole.steps,
+        )
 
-    def _held(self, account: object, block_ns: int) -> None:
-        assert isinstance(account, Account)
+    def _decode_terms(self, whole: _Whole, by: StepCoefficients, own_ps: dict[Account, int]) -> int:
+        """Add the own terms of those that decode; return the KV tokens they read."""
+        steps, size = whole.steps, self._block_tokens
+        duration_ns = whole.end_ns - whole.start_ns
+        decode_ps, kv_token_ps = steps * by.decode_sequence_ps, by.kv_token_ps
+        growth = steps * whole.passed + steps * (steps - 1) // 2
+        last = whole.passed + steps - 1
+        kv_tokens = 0
+        for sequence, context in whole.decodes:
+            account: Account = sequence.name  # type: ignore[assignment]  # see the class
+            read = steps * context + growth
+            kv_tokens += read
+            own_ps[account] = own_ps.get(account, 0) + decode_ps + kv_token_ps * read
+            if steps == 1:
+                blocks = (context + last + size - 1) // size
+            else:
+                before = context + whole.passed - 1
+                blocks = _blocks_upto(context + last, size) - _blocks_upto(before, size)
+            self._held(account, blocks * duration_ns // steps)
+        return kv_tokens
+
+    def _prefill_terms(
+        self, whole: _Whole, by: StepCoefficients, own_ps: dict[Account, int]
+    ) -> dict[Account, int]:
+        """Add the own terms of prompts; return how much of them is work done again."""
+        duration_ns = whole.end_ns - whole.start_ns
+        again_ps: dict[Account, int] = {}
+        for sequence, chunk in whole.prefills:
+            account: Account = sequence.name  # type: ignore[assignment]  # see the class
+            own_ps[account] = own_ps.get(account, 0) + by.prefill_token_ps * chunk
+            computed = sequence.computed_tokens
+            repeated = min(sequence.lost_tokens, computed) - (computed - chunk)
+            if repeated > 0 and by.prefill_token_ps:
+                again_ps[account] = again_ps.get(account, 0) + by.prefill_token_ps * repeated
+            self._held(account, -(-computed // self._block_tokens) * duration_ns)
+        return again_ps
+
+    def _held(self, account: Account, block_ns: int) -> None:
         account.kv_block_ns += block_ns
-        if account.closed:
+        if account.use is not Use.OPEN:
             self._hold(account.tenant, block_ns)
 
     def _hold(self, tenant: TenantId, block_ns: int) -> None:

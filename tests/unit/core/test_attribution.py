@@ -14,7 +14,6 @@ from serve_app.core.attribution import (
     ReplicaTime,
     StepCoefficients,
     Use,
-    Work,
     shares_ns,
 )
 from serve_app.core.types import Outcome, TenantId
@@ -114,8 +113,8 @@ def test_each_stretch_of_a_life_is_what_it_was() -> None:
     time.ready(150)
     time.occupied(180)
     done, left, broke = account(), account(), account()
-    time.step(185, 215, [Work(done, 100), Work(left, 100)], BY)
-    time.step(215, 225, [Work(broke, 10)], BY)
+    time.step(185, 215, {done: 100, left: 100}, BY)
+    time.step(215, 225, {broke: 10}, BY)
     time.close(done, Outcome.COMPLETED)
     time.close(left, Outcome.CANCELLED)
     time.close(broke, Outcome.FAILED)
@@ -141,7 +140,7 @@ def test_work_done_again_is_the_preemptions_and_the_rest_the_requests() -> None:
     time.ready(0)
     time.occupied(0)
     one = account()
-    time.step(0, 80, [Work(one, own_ps=400, recomputed_ps=100)], BY)
+    time.step(0, 80, {one: 400}, BY, recomputed_ps={one: 100})
     assert time.read(80).uses[Use.OPEN] == 80
     time.close(one, Outcome.COMPLETED)
     uses = time.read(80).uses
@@ -155,12 +154,12 @@ def test_the_step_under_way_when_a_request_left_is_still_its_and_not_idle() -> N
     time.occupied(0)
     one = account()
     time.close(one, Outcome.CANCELLED)
-    time.step(0, 70, [Work(one, 1)], BY)
+    time.step(0, 70, {one: 1}, BY)
     time.vacant(70)
     use = time.read(100)
     assert (use.uses[Use.CANCELLED], use.uses[Use.IDLE]) == (70, 30)
     assert use.late_ns == one.late_ns == 70
-    assert one.engine_ns == 0
+    assert one.engine_ns == 70
 
 
 def test_work_without_a_known_step_is_unattributed_and_never_idle() -> None:
@@ -177,7 +176,7 @@ def test_a_replica_that_drains_is_never_idle_again() -> None:
     time.ready(0)
     time.occupied(10)
     time.drain(20)
-    time.step(10, 30, [Work(account(), 1)], BY)
+    time.step(10, 30, {account(): 1}, BY)
     time.vacant(30)
     uses = time.read(50).uses
     assert (uses[Use.OPEN], uses[Use.DRAIN], uses[Use.IDLE]) == (20, 20, 10)
@@ -187,8 +186,8 @@ def test_an_empty_step_and_a_backward_clock_break_no_sum() -> None:
     time = ReplicaTime(100)
     time.ready(90)
     time.occupied(120)
-    time.step(110, 130, [], BY)
-    time.step(125, 128, [Work(account(), 1)], BY)
+    time.step(110, 130, {}, BY)
+    time.step(125, 128, {account(): 1}, BY)
     use = time.read(50)
     assert use.lifetime_ns == sum(use.uses.values()) == 30
     assert use.uses[Use.UNATTRIBUTED] == 10
@@ -198,8 +197,8 @@ def test_time_split_by_defaults_is_marked() -> None:
     time = ReplicaTime(0)
     time.ready(0)
     time.occupied(0)
-    time.step(0, 30, [Work(account(), 1)], StepCoefficients())
-    time.step(30, 50, [Work(account(), 1)], BY)
+    time.step(0, 30, {account(): 1}, StepCoefficients())
+    time.step(30, 50, {account(): 1}, BY)
     assert time.read(50).provisional_ns == 30
 
 
@@ -221,12 +220,13 @@ def test_the_uses_of_a_life_sum_to_it_whatever_is_said_of_it(
 ) -> None:
     time = ReplicaTime(0)
     accounts = [account() for _ in range(4)]
-    charged = now_ns = lifetime_ns = 0
+    now_ns = lifetime_ns = 0
     for what, wait_ns, duration_ns, number in events:
         now_ns += wait_ns
         if what == "step":
-            work = [Work(each, 5 * i, 2 * i) for i, each in enumerate(accounts[:number])]
-            charged += sum(time.step(now_ns, now_ns + duration_ns, work, BY))
+            own_ps = {each: 5 * i + 1 for i, each in enumerate(accounts[:number])}
+            again_ps = {each: 2 * i for i, each in enumerate(accounts[:number]) if i}
+            time.step(now_ns, now_ns + duration_ns, own_ps, BY, recomputed_ps=again_ps)
         elif what == "close":
             if accounts[number].use is Use.OPEN:
                 time.close(accounts[number], Outcome.COMPLETED)
@@ -236,4 +236,6 @@ def test_the_uses_of_a_life_sum_to_it_whatever_is_said_of_it(
         assert sum(use.uses.values()) == use.lifetime_ns >= lifetime_ns
         assert min(use.uses.values()) >= 0
         lifetime_ns = use.lifetime_ns
-    assert sum(each.engine_ns + each.late_ns for each in accounts) == charged
+    requests = (Use.OPEN, Use.USEFUL, Use.PREEMPTED)
+    uses = time.read(now_ns).uses
+    assert sum(each.engine_ns for each in accounts) == sum(uses[each] for each in requests)

@@ -373,10 +373,14 @@ def test_recorded_runs_cover_the_busy_time_and_every_token() -> None:
         )
         tokens[sequence] = 0
     drain(model)
+    produced = dict.fromkeys(tokens, 0)
     for run in runs:
         for sequence, context in run.decodes:
+            assert context + run.passed == sequence.prompt_tokens + produced[sequence]
             tokens[sequence] += run.steps
-            assert context > sequence.prompt_tokens
+            produced[sequence] += run.steps
+        for sequence, _ in run.prefills:
+            produced[sequence] += 1
     assert sum(run.duration_s for run in runs) == pytest.approx(model.busy_ticks / 1e12)
     # Each prefill, also the repeated one of a preempted sequence, produced one token more.
     for sequence, decoded in tokens.items():
