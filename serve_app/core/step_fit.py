@@ -26,7 +26,7 @@ REFIT_STEPS: Final = 64
 
 # Regressors are brought near 1, so that the matrix can be solved in floats.
 _SCALES: Final = (1.0, 1000.0, 100.0, 100_000.0)
-_PULL: Final = 1e-5
+_PULL: Final = 1e-8
 _SIZE: Final = len(_SCALES)
 _PS_PER_MS: Final = 10**9
 _NS_PER_MS: Final = 10**6

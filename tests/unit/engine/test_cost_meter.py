@@ -71,17 +71,17 @@ class Replica:
     def advance(self, until_s: float) -> None:
         """Run on; ``idle_s`` is counted from the model's own word, step by step."""
         while not math.isinf(step_s := self.model.next_step_s()) and step_s <= until_s:
-            self._to(step_s)
+            self.go_to(step_s)
         if not self.model.busy:
             self.idle_s += until_s - self.now_s
-        self._to(until_s)
+        self.go_to(until_s)
 
     def finish(self) -> EngineCosts:
         while self.model.busy:
             self.advance(self.model.next_step_s())
         return self.meter.read(self.now_s)
 
-    def _to(self, now_s: float) -> None:
+    def go_to(self, now_s: float) -> None:
         self.now_s = now_s
         self.model.advance(now_s)
         for account, sequence in self.present:
@@ -105,6 +105,25 @@ def check(replica: Replica, costs: EngineCosts) -> None:
     requests = (Use.USEFUL, Use.CANCELLED, Use.PREEMPTED, Use.FAILED)
     assert sum(uses[each] for each in requests) == paid_ns
     assert use.late_ns == sum(each.late_ns for each in replica.accounts)
+    held_ns = sum(each.kv_block_ns for each in replica.accounts)
+    assert sum(costs.kv_block_s.values()) == pytest.approx(held_ns / 1e9)
+    check_who_paid(replica)
+
+
+def check_who_paid(replica: Replica) -> None:
+    """Nobody pays for a step that it was not in, and who was in it alone pays for all of it."""
+    least_s = dict.fromkeys(replica.accounts, 0.0)
+    most_s = dict.fromkeys(replica.accounts, 0.0)
+    for run in replica.runs:
+        inside = {sequence.name for sequence, _ in (*run.decodes, *run.prefills)}
+        for account in replica.accounts:
+            if account in inside:
+                most_s[account] += run.duration_s
+                least_s[account] += run.duration_s if len(inside) == 1 else 0.0
+    slack_ns = 2 * len(replica.runs)
+    for account in replica.accounts:
+        paid_ns = account.engine_ns
+        assert least_s[account] * 1e9 - slack_ns <= paid_ns <= most_s[account] * 1e9 + slack_ns
 
 
 OPERATIONS = st.lists(
@@ -216,6 +235,22 @@ def test_steps_taken_together_cost_each_request_what_they_cost_one_by_one() -> N
         assert one.kv_block_ns == pytest.approx(other.kv_block_ns, rel=0.001)
 
 
+def test_asking_after_every_step_changes_nothing_and_teaches_the_same() -> None:
+    params = EngineParams(overhead_s=0.001, weights_s=0.0, context_s_per_token=1e-4)
+    asked, left_alone = Replica(params), Replica(params)
+    for replica in (asked, left_alone):
+        replica.add(10, 700, 1, 0, "acme")
+        replica.add(300, 700, 1, 0, "globex")
+    while asked.model.busy:
+        asked.go_to(asked.model.next_step_s() + 1e-7)
+        costs = asked.meter.read(asked.now_s)
+    left_alone.finish()
+    assert costs.coefficients.kv_token_ps == pytest.approx(10**8, rel=0.01)
+    assert max(run.passed for run in asked.runs) > 100
+    for one, other in zip(asked.accounts, left_alone.accounts, strict=True):
+        assert one.kv_block_ns == pytest.approx(other.kv_block_ns, rel=1e-4)
+
+
 def test_blocks_are_held_as_long_as_the_steps_last() -> None:
     replica = one_run(replace(SMALL, block_tokens=4), 7)
     (account,) = replica.accounts
@@ -305,6 +340,31 @@ async def test_the_simulated_engine_says_what_each_request_cost_and_where_the_re
     requests = (Use.USEFUL, Use.CANCELLED, Use.PREEMPTED)
     assert recorded_ns == sum(uses[each] for each in requests)
     assert any(each is not None and each.usage.engine_s > 0 for each in finals)
+
+
+async def test_time_after_the_last_step_is_idle_even_if_nobody_looked() -> None:
+    now_s = 100.0
+    settings_ = SimSettings(speed=2.0, max_model_len=2048, weights_s=0.199, overhead_s=0.001)
+    engine = SimEngine(settings_, PoolName("pool"), ReplicaId("r0"), lambda: now_s)
+    await engine.start()
+    for number in range(2):
+        now_s = 100.0 + 5.0 * number
+        leaves = asyncio.ensure_future(
+            anext(engine.generate(call(f"{number}", "acme", "hello", 5)))
+        )
+        for _ in range(5):  # turns in which the first step is composed
+            await asyncio.sleep(0)
+        leaves.cancel()
+        await asyncio.wait([leaves])
+    now_s = 110.0
+    costs = engine.costs()
+    await engine.stop()
+    assert costs is not None
+    uses = costs.use.uses
+    # The first left in a step of 0.2 s of the model's time, 0.1 s; the second before any.
+    assert uses[Use.CANCELLED] == pytest.approx(0.1e9, rel=0.01)
+    assert uses[Use.IDLE] == 10 * 10**9 - uses[Use.CANCELLED]
+    assert uses[Use.UNATTRIBUTED] == 0
 
 
 async def test_an_engine_without_latency_claims_no_engine_time() -> None:
