@@ -180,6 +180,7 @@ class EngineReplica:
 
     def _families(self) -> Mapping[str, Family]:
         self._metrics.engine_load(self._engine.snapshot())
+        self._metrics.engine_costs(self._engine.costs())
         return render_families(REGISTRY, {"pool": self._args.name, "replica": self._replica})
 
 

@@ -14,6 +14,7 @@ from typing import Protocol
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from serve_app.core.types import Outcome, PoolName, PriorityClass, ReplicaView, Usage
+from serve_app.telemetry.cost_metrics import CostMetrics, EngineCosts
 from serve_app.telemetry.policy_metrics import PolicyMetrics
 
 LATENCY_BUCKETS_S = (
@@ -249,6 +250,7 @@ class EngineMetrics(ProcessMetrics):
         super().__init__(registry)
         self._declare_engine()
         self._preemptions_seen = 0
+        self._costs: CostMetrics | None = None
 
     def _declare_engine(self) -> None:
         registry = self.registry
@@ -326,6 +328,17 @@ class EngineMetrics(ProcessMetrics):
         before = 0 if restarted else self._preemptions_seen
         self.engine_preemptions_total.inc(view.preemptions_total - before)
         self._preemptions_seen = view.preemptions_total
+
+    def engine_costs(self, costs: EngineCosts | None) -> None:
+        """Record where the engine's time went.
+
+        An engine that does not measure it (None) shows no such metric, instead of zeros.
+        """
+        if costs is None:
+            return
+        if self._costs is None:
+            self._costs = CostMetrics(self.registry)
+        self._costs.record(costs)
 
     def engine_metered(self, metered: EngineMetered) -> None:
         """Count a request that ended in the engine, and its tokens."""
