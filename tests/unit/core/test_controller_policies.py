@@ -550,3 +550,25 @@ def test_ten_thousand_tenants_in_a_minute_leave_nothing_behind() -> None:
     assert figures.tenants_active == 0
     assert figures.tenants_known <= 501
     assert bench.core.open_requests() == 0
+
+
+def test_fairness_by_engine_seconds_charges_what_was_measured_and_not_the_tokens() -> None:
+    fairness = FairnessPolicy(by_engine_seconds=True)
+    bench = Bench(PoolPolicy(fairness=fairness))
+    debts = {}
+    for number in range(50):
+        for tenant, engine_s in (("slow", 0.3), ("fast", 0.1)):
+            name = f"{tenant} {number}"
+            bench.offer(name, 0.0, tenant=tenant)
+            usage = Usage(100, 0, 100, engine_s)
+            bench.core.finish(RequestId(name), usage, Outcome.COMPLETED, 0.0)
+            debts[tenant] = bench.core.fairness_debt(POOL, TenantId(tenant))
+    # The same tokens; of the engine's time one took three times the other's.
+    assert debts["slow"] > debts["fast"]
+    by_tokens = Bench(PoolPolicy())
+    by_tokens.offer("a", 0.0, tenant="slow")
+    by_tokens.core.finish(RequestId("a"), Usage(100, 0, 100, 0.3), Outcome.COMPLETED, 0.0)
+    by_tokens.offer("b", 0.0, tenant="fast")
+    by_tokens.core.finish(RequestId("b"), Usage(100, 0, 100, 0.1), Outcome.COMPLETED, 0.0)
+    slow, fast = (by_tokens.core.fairness_debt(POOL, TenantId(name)) for name in ("slow", "fast"))
+    assert slow == pytest.approx(fast)
