@@ -41,7 +41,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RAY_ENV = ROOT / "configs" / "ray.env"
 KEY = "stack-bootstrap-key-0123456789"
 POLL_S = 0.1
-ROUTER_PORTS = 20
+# Ray Serve 2.60 never gives back the port of a replica that was killed.
+ROUTER_PORTS = 200
 STOP_TIMEOUT_S = 30.0
 TAIL_CHARACTERS = 6000
 HAPROXY_SOCKET_PATH_CHARACTERS = 97
