@@ -347,13 +347,12 @@ async def test_time_after_the_last_step_is_idle_even_if_nobody_looked() -> None:
     settings_ = SimSettings(speed=2.0, max_model_len=2048, weights_s=0.199, overhead_s=0.001)
     engine = SimEngine(settings_, PoolName("pool"), ReplicaId("r0"), lambda: now_s)
     await engine.start()
-    for number in range(2):
-        now_s = 100.0 + 5.0 * number
-        leaves = asyncio.ensure_future(
-            anext(engine.generate(call(f"{number}", "acme", "hello", 5)))
-        )
+    for name, comes_s, leaves_s in (("first", 100.0, 100.0), ("second", 105.0, 110.0)):
+        now_s = comes_s
+        leaves = asyncio.ensure_future(anext(engine.generate(call(name, "acme", "hello", 5))))
         for _ in range(5):  # turns in which the first step is composed
             await asyncio.sleep(0)
+        now_s = leaves_s
         leaves.cancel()
         await asyncio.wait([leaves])
     now_s = 110.0
@@ -361,8 +360,8 @@ async def test_time_after_the_last_step_is_idle_even_if_nobody_looked() -> None:
     await engine.stop()
     assert costs is not None
     uses = costs.use.uses
-    # The first left in a step of 0.2 s of the model's time, 0.1 s; the second before any.
-    assert uses[Use.CANCELLED] == pytest.approx(0.1e9, rel=0.01)
+    # Steps of 0.2 s of the model's time, 0.1 s: the first left in one, the second after five.
+    assert uses[Use.CANCELLED] == pytest.approx(0.6e9, rel=0.01)
     assert uses[Use.IDLE] == 10 * 10**9 - uses[Use.CANCELLED]
     assert uses[Use.UNATTRIBUTED] == 0
 
