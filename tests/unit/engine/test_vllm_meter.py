@@ -84,4 +84,6 @@ def test_every_listener_hears_of_a_request_once() -> None:
         },
         "outcome": Outcome.CANCELLED,
         "timings": {"queued_s": 0.5, "first_token_s": 1.5, "total_s": 2.0},
+        "charge": None,
+        "attempt": 1,
     }
