@@ -58,7 +58,7 @@ class EdgeHeaders:
             "headers": [*kept, (b"x-request-id", request_id.encode())],
             SCOPE_REQUEST_ID: request_id,
             SCOPE_CLIENT_LABEL: label,
-            SCOPE_SERVER_SEND: (send, asyncio.get_running_loop()),
+            SCOPE_SERVER_SEND: _ServerSend(send, asyncio.get_running_loop()),
         }
         names = [
             (b"x-request-id", (label or request_id).encode()),
@@ -98,8 +98,20 @@ def server_send(scope: Scope) -> Send | None:
     None without the edge layer, and where the application runs on another loop. What begins
     and what ends a response goes through every layer: Serve counts and names it there.
     """
-    send, loop = scope.get(SCOPE_SERVER_SEND, (None, None))
-    return send if send is not None and loop is asyncio.get_running_loop() else None
+    known: _ServerSend | None = scope.get(SCOPE_SERVER_SEND)
+    return known.send if known and known.loop is asyncio.get_running_loop() else None
+
+
+class _ServerSend:
+    """A server's ``send`` and its loop; in another process, where Serve's fallback proxy may
+    send the scope, neither."""
+
+    def __init__(self, send: Send | None = None, loop: asyncio.AbstractEventLoop | None = None):
+        self.send = send
+        self.loop = loop
+
+    def __reduce__(self) -> tuple[type[_ServerSend], tuple[()]]:
+        return (_ServerSend, ())
 
 
 def _is_serves_own(name: bytes) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from typing import Any
 
 import pytest
@@ -181,3 +182,17 @@ def test_a_server_on_another_loop_is_not_written_to_from_here() -> None:
 
     asyncio.run(EdgeHeaders(application)({"type": "http", "headers": []}, nothing, nothing))
     assert asyncio.run(elsewhere()) is None
+
+
+async def test_serves_fallback_proxy_can_send_the_scope_to_a_router() -> None:
+    """It pickles the scope; what belongs to this process stays behind."""
+    inner: list[Scope] = []
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        inner.append(pickle.loads(pickle.dumps(scope)))
+
+    async def nothing(*_: Any) -> Any:
+        return {}
+
+    await EdgeHeaders(application)({"type": "http", "headers": []}, nothing, nothing)
+    assert server_send(inner[0]) is None
