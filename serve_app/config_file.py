@@ -16,6 +16,7 @@ from typing import Any, Final
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from serve_app import config_rules
 from serve_app.config import ControlArgs, GatewayArgs, PoolArgs, RouterConfig
 from serve_app.config_masking import masked
 from serve_app.config_problems import from_validation, path, unknown
@@ -32,7 +33,6 @@ from serve_app.config_rules import (
     POOL,
     Application,
     cross_problems,
-    journal_folder,
     warnings,
 )
 from serve_app.errors import ConfigError
@@ -94,11 +94,17 @@ class ServeFile:
         """The HTTP port."""
         return int((self.document.get("http_options") or {}).get("port", DEFAULT_PORT))
 
+    @property
+    def journal_folder(self) -> str:
+        """The folder of a node's journals."""
+        return config_rules.journal_folder(self.applications)
+
     def resolved(self) -> dict[str, Any]:
         """Return the document with every default of ours filled in."""
         document = dict(self.document)
+        folder = self.journal_folder
         pairs = zip(document["applications"], self.applications, strict=True)
-        document["applications"] = [_resolved(raw, application) for raw, application in pairs]
+        document["applications"] = [_resolved(raw, each, folder) for raw, each in pairs]
         return document
 
     def to_yaml(self, *, mask_secrets: bool = True) -> str:
@@ -126,8 +132,6 @@ def load(file: Path | str) -> ServeFile:
     if not problems:
         problems = cross_problems(applications)
     _raise_if_any(location, problems)
-    document = _with_journals(document, applications)
-    applications, _ = _applications(document)
     return ServeFile(location, document, tuple(applications), tuple(warnings(applications)))
 
 
@@ -163,26 +167,6 @@ def parse_port(text: str, where: str) -> int:
 def _raise_if_any(location: Path, problems: list[str]) -> None:
     if problems:
         raise ConfigError("\n".join(f"{location}: {line}" for line in dict.fromkeys(problems)))
-
-
-def _with_journals(document: dict[str, Any], applications: list[Application]) -> dict[str, Any]:
-    """Return the document with the folder of journals in each of our applications.
-
-    Two services in one folder must not find each other's journals, so that it goes by the
-    name of the database.
-    """
-    folder = journal_folder(applications)
-    entries = [
-        entry
-        if application.args is None
-        else {**entry, "args": _with_folder(entry.get("args") or {}, folder)}
-        for entry, application in zip(document["applications"], applications, strict=True)
-    ]
-    return {**document, "applications": entries}
-
-
-def _with_folder(args: dict[str, Any], folder: str) -> dict[str, Any]:
-    return {**args, "journal": {"folder": folder, **(args.get("journal") or {})}}
 
 
 class _Loader(yaml.SafeLoader):
@@ -350,10 +334,11 @@ def _model(
         return None
 
 
-def _resolved(raw: Mapping[str, Any], application: Application) -> dict[str, Any]:
+def _resolved(raw: Mapping[str, Any], application: Application, folder: str) -> dict[str, Any]:
     entry = dict(raw)
     if application.args is not None:
         entry["args"] = application.args.model_dump(mode="json")
+        entry["args"]["journal"]["folder"] = folder
     if application.router is not None:
         entry["deployments"] = [
             {**override, "user_config": application.router.model_dump(mode="json")}

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Final
 
 from serve_app.config import ControlArgs, GatewayArgs, PoolArgs, RouterConfig, VllmSettings
+from serve_app.usage_log import DEFAULT_FOLDER
 
 GATEWAY: Final = "serve_app.app:gateway"
 POOL: Final = "serve_app.app:pool"
 CONTROL: Final = "serve_app.app:control"
 POOL_PREFIX: Final = "pool-"
-DEFAULT_JOURNAL: Final = ".headrace/journal"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +81,12 @@ def _pool_problems(gateway: Application, pools: list[Application]) -> list[str]:
     return problems
 
 
-def journal_folder(applications: list[Application]) -> str:
-    """Return the folder of journals: the one that is set, or one beside the SQLite file."""
+def journal_folder(applications: Sequence[Application]) -> str:
+    """Return the folder of journals: the one that is set, or one beside the SQLite file.
+
+    Two services in one folder must not find each other's journals, so that it goes by the
+    name of the database.
+    """
     given = [a.args.journal.folder for a in applications if a.args is not None]
     for folder in given:
         if folder is not None:
@@ -91,7 +96,7 @@ def journal_folder(applications: list[Application]) -> str:
             path = application.args.database.removeprefix("sqlite:///")
             if path != application.args.database:
                 return str(PurePath(path).with_suffix(".journal"))
-    return DEFAULT_JOURNAL
+    return str(DEFAULT_FOLDER)
 
 
 def _control_problems(control: Application, reporting: list[Application]) -> list[str]:

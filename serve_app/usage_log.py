@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -16,8 +17,9 @@ logger = logging.getLogger("headrace.usage")
 STOP_TIMEOUT_S: Final = 5.0
 # Records that nobody waits for share a sync.
 NOTE_GATHER_S: Final = 0.02
-# As config_rules.DEFAULT_JOURNAL, for a service that was not started by `headrace`.
 DEFAULT_FOLDER: Final = Path(".headrace/journal")
+# Set by `headrace up`, which knows the database: two services of one folder are two.
+FOLDER_VARIABLE: Final = "HEADRACE_JOURNAL"
 
 
 class Settings(Protocol):
@@ -32,8 +34,8 @@ class Settings(Protocol):
 
 
 def journal_folder(settings: Settings) -> Path:
-    """Return the folder of this node's journals."""
-    return DEFAULT_FOLDER if settings.folder is None else Path(settings.folder)
+    """Return the folder of this node's journals: what is set, the environment's, the default."""
+    return Path(settings.folder or os.environ.get(FOLDER_VARIABLE) or DEFAULT_FOLDER)
 
 
 class UsageLog:

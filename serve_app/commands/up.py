@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     """
     # Imported here, like everything heavy in a command: `headrace --help` stays quick.
     from serve_app import config_file
+    from serve_app.usage_log import FOLDER_VARIABLE
 
     started_at_s = time.monotonic()
     say = _narrator(started_at_s)
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if port:
         file = config_file.with_port(file, config_file.parse_port(port, "HEADRACE_PORT"))
     os.environ.update(ray_env.missing(args.file.parent / ray_env.FILE_NAME, os.environ))
+    os.environ.setdefault(FOLDER_VARIABLE, file.journal_folder)
     config_file.ask_ray(file)
     _prepare_models(file, say)
     secret = _first_key(file)

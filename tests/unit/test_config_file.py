@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -480,16 +481,23 @@ def test_the_processes_of_a_node_share_a_folder_of_journals(tmp_path: Path) -> N
     shared = document()
     shared["applications"][0]["args"] = {"database": "sqlite:////srv/books.db"}
     file = loaded(tmp_path, shared)
-    assert {a.args.journal.folder for a in file.applications if a.args} == {"/srv/books.journal"}
-    assert all(
-        entry["args"]["journal"] == {"folder": "/srv/books.journal"}
-        for entry in file.document["applications"]
-    )
+    assert file.journal_folder == "/srv/books.journal"
+    assert journals(file.resolved()) == ["/srv/books.journal"] * 3
     shared["applications"][0]["args"] = {"database": "postgresql+psycopg://db/headrace"}
     shared["applications"][2]["args"] = {"journal": {"folder": "/var/own", "segments": 9}}
     file = loaded(tmp_path, shared)
-    assert file.pools["sim"].journal.folder == file.control.journal.folder == "/var/own"
-    assert (file.gateway.journal.folder, file.gateway.journal.segments) == ("/var/own", 9)
+    assert journals(file.resolved()) == ["/var/own"] * 3
+    assert file.resolved()["applications"][2]["args"]["journal"]["segments"] == 9
+
+
+def test_serve_gets_the_applications_as_the_file_has_them(tmp_path: Path) -> None:
+    """`serve deploy` of the same file must change nothing, so that nothing is filled in."""
+    written = document()
+    assert loaded(tmp_path, written).document == written
+
+
+def journals(resolved: Mapping[str, Any]) -> list[str]:
+    return [entry["args"]["journal"]["folder"] for entry in resolved["applications"]]
 
 
 def test_journals_in_different_folders_are_refused(tmp_path: Path) -> None:

@@ -111,6 +111,9 @@ async def test_records_nobody_waits_for_share_a_sync(
     assert [decode(p).charge for p in submitted] == [charge(n) for n in range(30)]
 
 
-def test_the_folder_is_the_one_that_is_set() -> None:
-    assert journal_folder(Settings("/var/own")) == Path("/var/own")
+def test_the_folder_is_the_one_that_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HEADRACE_JOURNAL", raising=False)
     assert journal_folder(Settings(None)) == Path(".headrace/journal")
+    monkeypatch.setenv("HEADRACE_JOURNAL", "/srv/books.journal")
+    assert journal_folder(Settings(None)) == Path("/srv/books.journal")
+    assert journal_folder(Settings("/var/own")) == Path("/var/own")

@@ -404,6 +404,7 @@ async def test_nobody_without_the_key_gets_in(channel: Case) -> None:
     context = zmq.Context()
     for address in (channel.router.address, channel.replica.channel.address):
         socket = context.socket(zmq.PUSH)
+        socket.linger = 0  # what is never let in must not hold the context's end
         socket.connect(address.endpoint)
         for stream in range(20):
             socket.send(pack(Batch([(stream, 0, b"data: forged\n\n", ())])))
