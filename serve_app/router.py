@@ -255,4 +255,5 @@ def _channel(settings: ChannelSettings) -> RouterChannel:
     """Return this router's end of the channel; the other routers use it in any case."""
     first, last = settings.ports
     host = ray.util.get_node_ip_address()
-    return RouterChannel(host, range(first, last + 1), settings.stream_buffer_bytes)
+    ports = range(first, last + 1)
+    return RouterChannel(host, ports, settings.stream_buffer_bytes, coalesce=settings.coalesce)

@@ -87,12 +87,19 @@ class Inflow:
     """One stream at the router: frames that arrived, and how it ended."""
 
     def __init__(
-        self, reply: ReplyTo, line: Line, buffer_bytes: int, on_overflow: Callable[[], None]
+        self,
+        reply: ReplyTo,
+        line: Line,
+        buffer_bytes: int,
+        on_overflow: Callable[[], None],
+        *,
+        coalesce: bool = True,
     ) -> None:
         self.reply = reply
         self.line = line
         self._buffer_bytes = buffer_bytes
         self._on_overflow = on_overflow
+        self._coalesce = coalesce
         self._frames: deque[tuple[bytes, Sequence[int]]] = deque()
         self._bytes = 0
         self._arrived = 0
@@ -145,8 +152,8 @@ class Inflow:
     async def take(self) -> Frame | Final | Refusal:
         """Return the next frame, or the result after the last one.
 
-        Frames that came in while the reader was busy are handed over as one: events keep
-        their bounds, and a reader that keeps up gets each by itself.
+        Frames that came in while the reader was busy are handed over as one, unless told
+        otherwise: events keep their bounds, and a reader that keeps up gets each by itself.
 
         Raises:
             EngineDead, ReaderTooSlow: the stream failed.
@@ -166,14 +173,14 @@ class Inflow:
 
     def _next(self) -> Frame:
         frames = self._frames
-        if len(frames) == 1:
+        if len(frames) == 1 or not self._coalesce:
             data, token_ids = frames.popleft()
         else:
             data = b"".join(each for each, _ in frames)
             token_ids = [token for _, tokens in frames for token in tokens]
             frames.clear()
-        self._bytes = 0
-        return Frame(self._arrived - 1, data, tuple(token_ids))
+        self._bytes = self._bytes - len(data) if frames else 0
+        return Frame(self._arrived - len(frames) - 1, data, tuple(token_ids))
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -23,8 +23,12 @@ class RouterChannel:
     that nobody reads any more.
     """
 
-    def __init__(self, host: str, ports: range, stream_buffer_bytes: int) -> None:
+    def __init__(
+        self, host: str, ports: range, stream_buffer_bytes: int, *, coalesce: bool = True
+    ) -> None:
         """Bind a free port of ``ports``; ``stream_buffer_bytes`` bounds what waits for a client.
+
+        With ``coalesce`` frames that wait for one client are handed over as one.
 
         Raises:
             OSError: no port of the range is free.
@@ -32,6 +36,7 @@ class RouterChannel:
         self._inlet = Inlet(host, ports, self._take)
         self._sender = ChannelSender()
         self._buffer_bytes = stream_buffer_bytes
+        self._coalesce = coalesce
         self._numbers = itertools.count()
         self._streams: dict[int, Inflow] = {}
         self._lines: dict[ReplicaId, Line] = {}
@@ -66,7 +71,7 @@ class RouterChannel:
         if line is None or line.address is None or line.error is not None:
             raise EngineDead("the chosen replica has left the pool")
         reply = ReplyTo(self.address, next(self._numbers))
-        inflow = Inflow(reply, line, self._buffer_bytes, on_overflow)
+        inflow = Inflow(reply, line, self._buffer_bytes, on_overflow, coalesce=self._coalesce)
         self._streams[reply.stream] = inflow
         line.add(inflow)
         outlet = self._sender.outlet(line.address)
