@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from serve_app.contact import Contact
 from serve_app.core.budget import Account, BudgetKey, BudgetList, Line
 from serve_app.core.purses import Lacking, Overdrawn, Purses, Reserved
 from serve_app.core.types import RequestId
@@ -18,10 +19,8 @@ from serve_app.treasury import MoneyBell
 
 logger = logging.getLogger("headrace.purses")
 
-PATIENCE_S = 1.0
 EXCHANGE_TIMEOUT_S = 2.0
 BELL_TIMEOUT_S = 10.0
-AWAY_PAUSE_S = 0.25
 PERIOD_S = 1.0
 RECALL_WAIT_S = 0.2
 LEAVE_TIMEOUT_S = 2.0
@@ -56,26 +55,17 @@ class PurseLink:
         self._wall_s = wall_clock()
         self._waiting: dict[RequestId, Lacking] = {}
         self._recalled: set[BudgetKey] = set()
-        self._kick = asyncio.Event()
-        self._changed = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._contact = Contact("money of budgets", logger, clock)
         self.purses = Purses()
         self.list = BudgetList()
-        self.away = False
 
     def start(self) -> None:
         """Keep in touch with Control, on the running loop."""
-        self._tasks = [
-            asyncio.create_task(self._exchange()),
-            asyncio.create_task(self._listen()),
-        ]
+        self._contact.start(self._exchange(), self._listen())
 
     async def stop(self) -> None:
         """Let go of everything that is free, if Control is there, and end both tasks."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks = []
+        await self._contact.stop()
         self.purses.give_back(self.purses.keys())
         accounts = self.purses.accounts()
         if not accounts:
@@ -102,21 +92,13 @@ class PurseLink:
         self, request_id: RequestId, lacking: Lacking, attempt: Callable[[], Answer]
     ) -> Reserved | Overdrawn | None:
         """Get what a request lacks, then try again; None if Control cannot be asked now."""
-        give_up_at_s = self._clock() + PATIENCE_S
+
+        def want(lacking: Lacking) -> bool:
+            self._waiting[request_id] = lacking
+            return True
+
         try:
-            while not self.away:
-                self._waiting[request_id] = lacking
-                self._kick.set()
-                try:
-                    async with asyncio.timeout(give_up_at_s - self._clock()):
-                        await self._changed.wait()
-                except TimeoutError:
-                    return None
-                answer = attempt()
-                if not isinstance(answer, Lacking):
-                    return answer
-                lacking = answer
-            return None
+            return await self._contact.fetch(lacking, attempt, Lacking, want)
         finally:
             self._waiting.pop(request_id, None)
 
@@ -129,17 +111,11 @@ class PurseLink:
         while True:
             accounts = self._accounts()
             if accounts and not await self._tell(accounts):
-                await asyncio.sleep(AWAY_PAUSE_S)
                 continue
             # Who has got what it lacked need not be asked for again.
             await asyncio.sleep(0)
-            pause_s = RECALL_WAIT_S if self._waiting else PERIOD_S
-            try:
-                async with asyncio.timeout(pause_s):
-                    await self._kick.wait()
-            except TimeoutError:
+            if not await self._contact.kicked(RECALL_WAIT_S if self._waiting else PERIOD_S):
                 self.purses.expire(self._clock(), self._wall())
-            self._kick.clear()
 
     def _accounts(self) -> list[Account]:
         """Return what is to be told: what requests lack, recalls, what was let go of."""
@@ -158,39 +134,22 @@ class PurseLink:
         return accounts + [self.purses.account(key) for key in recalled - told]
 
     async def _tell(self, accounts: list[Account]) -> bool:
-        try:
-            async with asyncio.timeout(EXCHANGE_TIMEOUT_S):
-                lines = await self._link.lend(self._router, accounts)
-        except asyncio.CancelledError:
-            raise
-        except Exception as error:  # noqa: BLE001  # away in whatever way
-            if not self.away:
-                logger.warning("budgets cannot be asked: %s: %.200s", type(error).__name__, error)
-            self.away = True
-            self._wake()
+        call = self._link.lend(self._router, accounts)
+        lines = await self._contact.ask(call, EXCHANGE_TIMEOUT_S)
+        if lines is None:
             return False
-        self.away = False
+        self._contact.away = False
         self.purses.accept(accounts, lines, self._clock())
-        self._wake()
+        self._contact.wake()
         return True
 
     async def _listen(self) -> None:
         while True:
-            try:
-                async with asyncio.timeout(BELL_TIMEOUT_S):
-                    bell = await self._link.money_bell(self._router)
-            except asyncio.CancelledError:
-                raise
-            except Exception:  # noqa: BLE001  # away in whatever way: the other task says so
-                self.away = True
-                self._wake()
-                await asyncio.sleep(AWAY_PAUSE_S)
+            call = self._link.money_bell(self._router)
+            bell = await self._contact.ask(call, BELL_TIMEOUT_S)
+            if bell is None:
                 continue
-            self.away = False
+            self._contact.away = False
             if bell.recalled or bell.ready:
                 self._recalled.update(bell.recalled)
-                self._kick.set()
-
-    def _wake(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
+                self._contact.kick()

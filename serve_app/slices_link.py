@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
+from serve_app.contact import AWAY_PAUSE_S, Contact
 from serve_app.core.exchange import RouterId
 from serve_app.core.holder import Holder
 from serve_app.core.limits import Granted, Limiter, Refused, Short
@@ -21,10 +22,8 @@ from serve_app.core.types import RequestId
 
 logger = logging.getLogger("headrace.slices")
 
-PATIENCE_S = 1.0
 EXCHANGE_TIMEOUT_S = 2.0
 BELL_TIMEOUT_S = 10.0
-AWAY_PAUSE_S = 0.25
 LEAVE_TIMEOUT_S = 2.0
 
 Answer = Granted | Refused | Short
@@ -49,11 +48,8 @@ class SlicesLink:
         self._link = link
         self._clock = clock
         self._holder = Holder(RouterId(router), self.limiter)
-        self._kick = asyncio.Event()
-        self._changed = asyncio.Event()
+        self._contact = Contact("limits", logger, clock)
         self._registered = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
-        self.away = False
 
     @property
     def waiting(self) -> int:
@@ -62,17 +58,11 @@ class SlicesLink:
 
     def start(self) -> None:
         """Register with Control, and keep in touch, on the running loop."""
-        self._tasks = [
-            asyncio.create_task(self._exchange()),
-            asyncio.create_task(self._listen()),
-        ]
+        self._contact.start(self._exchange(), self._listen())
 
     async def stop(self) -> None:
         """Give everything back, if Control is there, and end both tasks."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks = []
+        await self._contact.stop()
         try:
             async with asyncio.timeout(LEAVE_TIMEOUT_S):
                 self._holder.leave(self._clock())
@@ -90,21 +80,15 @@ class SlicesLink:
 
         ``attempt`` takes the request's limits; it is not called again once it has decided.
         """
-        give_up_at_s = self._clock() + PATIENCE_S
+
+        def want(short: Short) -> bool:
+            if self._holder.unsure(short, self._clock()):
+                return False
+            self._holder.want(request_id, short)
+            return True
+
         try:
-            while not (self.away or self._holder.unsure(short, self._clock())):
-                self._holder.want(request_id, short)
-                self._kick.set()
-                try:
-                    async with asyncio.timeout(give_up_at_s - self._clock()):
-                        await self._changed.wait()
-                except TimeoutError:
-                    return None
-                answer = attempt()
-                if not isinstance(answer, Short):
-                    return answer
-                short = answer
-            return None
+            return await self._contact.fetch(short, attempt, Short, want)
         finally:
             self._holder.release(request_id)
 
@@ -114,62 +98,36 @@ class SlicesLink:
             if message is None:
                 await self._rest()
                 continue
-            try:
-                async with asyncio.timeout(EXCHANGE_TIMEOUT_S):
-                    reply = await self._link.exchange_slices(message)
-            except asyncio.CancelledError:
-                raise
-            except Exception as error:  # noqa: BLE001  # away in whatever way
-                self._lost(error)
-                await asyncio.sleep(AWAY_PAUSE_S)
+            call = self._link.exchange_slices(message)
+            reply = await self._contact.ask(call, EXCHANGE_TIMEOUT_S)
+            if reply is None:
                 continue
             if self._holder.accept(reply, self._clock()):
-                self.away = False
+                self._contact.away = False
                 self._note_registered()
-                self._wake()
+                self._contact.wake()
             else:
                 # A Control that has been replaced and does not know it.
                 await asyncio.sleep(AWAY_PAUSE_S)
 
     async def _rest(self) -> None:
         """Wait for something to say; recalls that take too long are asked for again."""
-        try:
-            async with asyncio.timeout(RECALL_WAIT_S if self._holder.pending else None):
-                await self._kick.wait()
-        except TimeoutError:
+        if not await self._contact.kicked(RECALL_WAIT_S if self._holder.pending else None):
             self._holder.ask_again()
-        self._kick.clear()
 
     async def _listen(self) -> None:
         while True:
             await self._registered.wait()
-            try:
-                async with asyncio.timeout(BELL_TIMEOUT_S):
-                    bell = await self._link.slices_bell(self._router)
-            except asyncio.CancelledError:
-                raise
-            except Exception as error:  # noqa: BLE001  # away in whatever way
-                self._lost(error)
-                await asyncio.sleep(AWAY_PAUSE_S)
+            bell = await self._contact.ask(self._link.slices_bell(self._router), BELL_TIMEOUT_S)
+            if bell is None:
                 continue
-            self.away = False
+            self._contact.away = False
             self._holder.rung(bell, self._clock())
             self._note_registered()
-            self._kick.set()
+            self._contact.kick()
 
     def _note_registered(self) -> None:
         if self._holder.registered:
             self._registered.set()
         else:
             self._registered.clear()
-
-    def _lost(self, error: Exception) -> None:
-        """Have nobody wait for a Control that is away."""
-        if not self.away:
-            logger.warning("limits cannot be fetched: %s: %.200s", type(error).__name__, error)
-        self.away = True
-        self._wake()
-
-    def _wake(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()

@@ -237,7 +237,7 @@ async def test_a_router_whose_process_is_gone_is_not_waited_for() -> None:
     link = SlicesLink("router-0", line, clock)
     link.start()
     await until(lambda: desk.granter.routers() == ["router-0"])
-    for task in link._tasks:
+    for task in link._contact._tasks:
         task.cancel()
     clock.added_s += 2.5
     await desk.follow()
@@ -256,7 +256,7 @@ async def test_a_router_that_is_silent_for_long_loses_its_parts() -> None:
         other = SlicesLink("other", site.line, site.clock)
         other.start()
         await until(lambda: len(site.line.desk.granter.routers()) == 2)
-        for task in site.links[0]._tasks:
+        for task in site.links[0]._contact._tasks:
             task.cancel()
         for _ in range(16):
             site.clock.added_s += 2.0
