@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from serve_app.audit import Audit, since, token_interval_s
+from serve_app.core.attribution import NS_PER_S
 from serve_app.core.pricing import PriceBook
 from serve_app.core.types import Outcome, PoolName, ReplicaId
 from serve_app.errors import JournalUnavailable, Unavailable
@@ -136,5 +137,5 @@ def record(audit: Audit, now_s: float) -> UsageRecord:
         first_token_s=since(audit.arrived_at_s, delivery.first_byte_at_s),
         token_interval_s=token_interval_s(delivery),
         duration_s=duration_s,
-        engine_s=0.0 if usage is None else usage.engine_s,
+        engine_ns=0 if usage is None else round(usage.engine_s * NS_PER_S),
     )

@@ -18,7 +18,7 @@ from serve_app.core.types import RequestId, Usage
 from serve_app.errors import ApiError, InsufficientQuota, RateLimited, Unavailable
 from serve_app.purse_link import Answer, PurseLink
 from serve_app.tickets import TEMPLATE_TOKENS, Prepared
-from serve_app.usage import arrived_at_s, decode
+from serve_app.usage import UsageRecord, arrived_at_s, decode
 
 # What an answer must be able to have, for its request to be admitted.
 LEAST_OUTPUT_TOKENS = 16
@@ -147,7 +147,9 @@ class Money:
         if not self._link.purses.unreleased:
             return
         for payload in payloads:
-            self._link.purses.acknowledge(decode(payload).charge.request_id)
+            record = decode(payload)
+            if isinstance(record, UsageRecord):
+                self._link.purses.acknowledge(record.charge.request_id)
 
 
 def refusal(answer: Overdrawn | None) -> ApiError:

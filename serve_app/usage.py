@@ -9,7 +9,7 @@ twice is the same record.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Final
+from typing import Final, TypeAlias
 
 import msgspec
 
@@ -55,7 +55,9 @@ class UsageRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     ``billable`` is False where the response failed by our own fault. ``exact`` is False
     where the prompt's length is an estimate, as in a router that never got the engine's
     account. ``output_tokens`` were delivered (router) or generated (engine). Times are
-    seconds, ``ended_at_s`` on the wall clock.
+    seconds, ``ended_at_s`` on the wall clock. ``engine_ns`` is the engine's time that the
+    attempt took, in nanoseconds, and ``engine_hour`` the hour of the replica's account that
+    it is in, wall seconds; 0 where the engine does not measure it.
     """
 
     charge: Charge
@@ -76,24 +78,55 @@ class UsageRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     first_token_s: float | None = None
     token_interval_s: float | None = None
     duration_s: float | None = None
-    engine_s: float = 0.0
+    engine_ns: int = 0
+    engine_hour: int = 0
 
 
+class ReplicaPeriod(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A piece of a replica's life, and where its time went; numbered from 1 without a gap.
+
+    It is a part of the account of one ``hour``, wall seconds; ``from_ns`` and ``until_ns``
+    are wall nanoseconds. ``uses_ns`` is by the names of attribution.Use and sums to the
+    time between them; ``open`` is less than nothing where requests ended that an earlier
+    account had as open. ``instance`` is what the node is priced as, ``gpus`` how many of
+    its GPUs the replica holds.
+    """
+
+    replica: str
+    number: int
+    pool: str
+    node: str
+    instance: str
+    hour: int
+    from_ns: int
+    until_ns: int
+    uses_ns: dict[str, int]
+    gpus: float = 0.0
+
+
+LedgerRecord: TypeAlias = UsageRecord | ReplicaPeriod
+
+# No map begins with it, and a usage record is a map.
+_PERIOD: Final = b"P"
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _DECODER: Final = msgspec.msgpack.Decoder(UsageRecord)
+_PERIOD_DECODER: Final = msgspec.msgpack.Decoder(ReplicaPeriod)
 
 
-def encode(record: UsageRecord) -> bytes:
+def encode(record: LedgerRecord) -> bytes:
     """Return a record as the bytes that journals keep."""
-    return _ENCODER.encode(record)
+    encoded = _ENCODER.encode(record)
+    return _PERIOD + encoded if isinstance(record, ReplicaPeriod) else encoded
 
 
-def decode(payload: bytes) -> UsageRecord:
+def decode(payload: bytes) -> LedgerRecord:
     """Return the record in ``payload``.
 
     Raises:
         ValueError: it holds none; fields that this version does not know are ignored.
     """
+    if payload.startswith(_PERIOD):
+        return _PERIOD_DECODER.decode(payload[len(_PERIOD) :])
     return _DECODER.decode(payload)
 
 

@@ -10,7 +10,7 @@ from typing import Final, Protocol
 
 from serve_app.errors import JournalUnavailable
 from serve_app.journal import Journal, JournalSize, Shipper, Sink, Sweeper
-from serve_app.usage import UsageRecord, encode
+from serve_app.usage import LedgerRecord, UsageRecord, encode
 
 logger = logging.getLogger("headrace.usage")
 
@@ -99,7 +99,7 @@ class UsageLog:
             except Exception as error:
                 raise JournalUnavailable(f"neither journal nor ledger: {error}") from error
 
-    def note(self, record: UsageRecord) -> None:
+    def note(self, record: LedgerRecord) -> None:
         """Have a record written soon; nobody waits for it."""
         if not self._noted:
             asyncio.get_running_loop().call_later(NOTE_GATHER_S, self._submit_noted)

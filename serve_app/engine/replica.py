@@ -20,6 +20,7 @@ from ray import serve
 from serve_app import __version__, models
 from serve_app.config import PoolArgs, SimSettings
 from serve_app.control_link import HandleControlLink
+from serve_app.core.attribution import NS_PER_S
 from serve_app.core.types import Outcome, PoolName, ReplicaId, ReplicaView
 from serve_app.engine.api import (
     Engine,
@@ -172,7 +173,7 @@ class EngineReplica:
             queued_s=timings.queued_s,
             first_token_s=timings.first_token_s,
             duration_s=timings.total_s,
-            engine_s=usage.engine_s,
+            engine_ns=round(usage.engine_s * NS_PER_S),
         )
 
     def _beat(self) -> Heartbeat:

@@ -24,10 +24,12 @@ from sqlalchemy import (
     table,
 )
 
+from serve_app.core.attribution import Use
+
 METADATA: Final = MetaData()
 
 # The last migration: a database at this revision has the tables below.
-REVISION: Final = "0004"
+REVISION: Final = "0006"
 
 API_KEY: Final = Table(
     "api_key",
@@ -59,12 +61,14 @@ PRICE_BOOK_VERSION: Final = "price_book_version"
 # Grows with each Control: only the latest may grant parts of limits.
 GRANT_EPOCH: Final = "grant_epoch"
 BUDGET_VERSION: Final = "budget_version"
+ADMIN_CHANGE_NUMBER: Final = "admin_change_number"
 COUNTERS: Final = (
     KEY_TABLE_VERSION,
     LEDGER_VERSION,
     PRICE_BOOK_VERSION,
     GRANT_EPOCH,
     BUDGET_VERSION,
+    ADMIN_CHANGE_NUMBER,
 )
 
 # Routers that may hold parts of limits; ``gone_at_s`` is when one was found to be gone.
@@ -131,7 +135,6 @@ USAGE_EVENT: Final = Table(
     Column("first_token_s", Double),
     Column("token_interval_s", Double),
     Column("duration_s", Double),
-    Column("engine_s", Double, nullable=False),
     Column("note", Text),
     Column("price_version", BigInteger, nullable=False),
     Column("card", String(128)),
@@ -139,6 +142,8 @@ USAGE_EVENT: Final = Table(
         "prompt_tokens",
         "cached_prompt_tokens",
         "output_tokens",
+        "engine_ns",
+        "engine_hour",
         "input_rate_nanousd",
         "cached_rate_nanousd",
         "output_rate_nanousd",
@@ -225,6 +230,84 @@ SPENDING: Final = Table(
     *_numbers("amount_nanousd"),
 )
 
+# Who changed what: append-only. ``number`` counts on without a gap. What a secret was is in no row.
+ADMIN_CHANGE: Final = Table(
+    "admin_change",
+    METADATA,
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("at_s", Double, nullable=False),
+    Column("actor", String(200), nullable=False),
+    Column("via", String(16), nullable=False),
+    Column("action", String(32), nullable=False),
+    Column("subject", String(512), nullable=False),
+    Column("before_json", Text),
+    Column("after_json", Text),
+    Column("note", Text, nullable=False),
+)
+
+
+def _place() -> list[Column[Any]]:
+    return [
+        Column("pool", String(128), nullable=False),
+        Column("node", String(253), nullable=False),
+        Column("instance", String(128), nullable=False),
+        Column("gpus", Double, nullable=False),
+    ]
+
+
+# How a replica's time divides: one column for each attribution.Use.
+USES_NS: Final = tuple(f"{use.value}_ns" for use in Use)
+
+# Append-only: a replica's life in pieces, each within an hour's account, numbered from 1.
+REPLICA_PERIOD: Final = Table(
+    "replica_period",
+    METADATA,
+    Column("replica", String(128), primary_key=True),
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("hour", BigInteger, nullable=False),
+    *_place(),
+    *_numbers("from_ns", "until_ns", *USES_NS),
+    Column("recorded_at_s", Double, nullable=False),
+    Index("replica_period_by_hour", "hour"),
+)
+
+# Derived from replica_period: its pieces of an hour in one.
+REPLICA_HOUR: Final = Table(
+    "replica_hour",
+    METADATA,
+    Column("hour", BigInteger, primary_key=True, autoincrement=False),
+    Column("replica", String(128), primary_key=True),
+    *_place(),
+    *_numbers("from_ns", "until_ns", *USES_NS),
+)
+
+# Derived from the engines' rows of usage_event: whose time a replica's was. ``hour`` is the
+# account the replica booked it on; ``wasted_ns`` is that of requests that did not complete.
+ENGINE_TIME: Final = Table(
+    "engine_time",
+    METADATA,
+    Column("hour", BigInteger, primary_key=True, autoincrement=False),
+    Column("replica", String(128), primary_key=True),
+    Column("tenant", String(200), primary_key=True),
+    Column("user_id", String(200), primary_key=True),
+    Column("key_id", String(64), primary_key=True),
+    Column("model", String(256), primary_key=True),
+    Column("priority_class", SmallInteger, primary_key=True, autoincrement=False),
+    Column("tag", String(128), primary_key=True),
+    *_numbers("requests", "engine_ns", "wasted_ns"),
+)
+
+# What a node was billed for an hour, as last read; nothing where the bill did not say.
+NODE_BILL: Final = Table(
+    "node_bill",
+    METADATA,
+    Column("hour", BigInteger, primary_key=True, autoincrement=False),
+    Column("node", String(253), primary_key=True),
+    Column("total_nanousd", BigInteger),
+    Column("gpu_ns", BigInteger),
+    Column("read_at_s", Double, nullable=False),
+)
+
 # One row per request, both witnesses side by side.
 USAGE_RECONCILIATION: Final = table(
     "usage_reconciliation",
@@ -233,7 +316,7 @@ USAGE_RECONCILIATION: Final = table(
         for name in (
             *("request_id", "hour", "tenant", "model", "outcome", "router_rows", "engine_rows"),
             *("delivered_tokens", "generated_tokens", "wasted_tokens", "wasted_nanousd"),
-            "amount_nanousd",
+            *("amount_nanousd", "router_engine_ns", "engine_ns"),
         )
     ),
 )

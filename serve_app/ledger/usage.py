@@ -33,6 +33,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from serve_app.core.pricing import PriceBook, Priced, Rates
 from serve_app.core.types import Usage
 from serve_app.ledger.database import Database
+from serve_app.ledger.engine_time import add_engine_time, add_periods, rebuild_engine_time
 from serve_app.ledger.prices import PriceStore
 from serve_app.ledger.schema import (
     DIMENSIONS,
@@ -43,12 +44,13 @@ from serve_app.ledger.schema import (
 )
 from serve_app.ledger.spending import add_spending, rebuild_spending
 from serve_app.ledger.tally import NOTHING, Account, Tally, tally
-from serve_app.usage import UsageRecord, Witness, arrived_at_s
+from serve_app.usage import LedgerRecord, ReplicaPeriod, UsageRecord, Witness, arrived_at_s
 
 logger = logging.getLogger("headrace.ledger")
 
 HOUR_S: Final = 3600
 
+_OF_THE_WITNESS: Final = ("prompt_tokens", "cached_prompt_tokens", "output_tokens", "engine_ns")
 _IDS_PER_QUERY: Final = 500
 _ROLLUP_KEY: Final = ("hour", *DIMENSIONS)
 _LENGTHS: Final = {
@@ -107,8 +109,10 @@ class UsageLedger:
         self._prices = prices
         self._wall_clock = wall_clock
 
-    def commit(self, records: Sequence[UsageRecord]) -> Committed:
+    def commit(self, given: Sequence[LedgerRecord]) -> Committed:
         """Add the records that are not there yet; when this returns, they are on the disk."""
+        records = [each for each in given if isinstance(each, UsageRecord)]
+        periods = [each for each in given if isinstance(each, ReplicaPeriod)]
         books = self._books(records)
         rows: list[dict[str, Any]] = []
         sums: dict[tuple[Any, ...], Tally] = defaultdict(lambda: NOTHING)
@@ -128,7 +132,9 @@ class UsageLedger:
             if rows:
                 connection.execute(insert(USAGE_EVENT), rows)
                 _add_up(connection, sums)
-        return Committed(len(rows), len(records) - len(rows))
+                add_engine_time(connection, rows)
+            new = len(rows) + (add_periods(connection, periods, now_s) if periods else 0)
+        return Committed(new, len(given) - new)
 
     def reverse(self, request_id: str, note: str) -> int | None:
         """Take back what a request was billed, by a row of its own that says why.
@@ -149,7 +155,7 @@ class UsageLedger:
             ).one()
             row = {
                 **first._mapping,
-                **dict.fromkeys(("prompt_tokens", "cached_prompt_tokens", "output_tokens"), 0),
+                **dict.fromkeys(_OF_THE_WITNESS, 0),
                 **back.columns(),
                 "witness": Witness.OPERATOR.value,
                 "attempt": request.corrections + 1,
@@ -169,6 +175,7 @@ class UsageLedger:
             query = select(*keys, *(func.sum(USAGE_EVENT.c[name]) for name in SUMS))
             connection.execute(insert(USAGE_ROLLUP).from_select(names, query.group_by(*keys)))
             rebuild_spending(connection)
+            rebuild_engine_time(connection)
             count = connection.execute(select(func.count()).select_from(USAGE_ROLLUP))
             return int(count.scalar_one())
 
@@ -310,7 +317,8 @@ def _row(record: UsageRecord, request: _Request, now_s: float) -> dict[str, Any]
         "first_token_s": record.first_token_s,
         "token_interval_s": record.token_interval_s,
         "duration_s": record.duration_s,
-        "engine_s": record.engine_s,
+        "engine_ns": record.engine_ns,
+        "engine_hour": record.engine_hour or int(arrived_s // HOUR_S) * HOUR_S,
         "note": None,
         "price_version": request.price_version,
         "card": request.card,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import chain, groupby
 from operator import attrgetter
 from typing import Any, Final
 
@@ -13,6 +13,7 @@ from sqlalchemy import Connection, Row, func, select
 from serve_app.core.pricing import PriceBook, Priced, Rates
 from serve_app.core.types import PriorityClass, TenantId, Usage
 from serve_app.ledger.database import Database
+from serve_app.ledger.engine_time import engine_time_differences
 from serve_app.ledger.prices import read_book
 from serve_app.ledger.schema import DIMENSIONS, SUMS, USAGE_EVENT, USAGE_ROLLUP
 from serve_app.ledger.spending import spending_differences
@@ -53,7 +54,7 @@ def verify(database: Database) -> Findings:
     with database.snapshot() as connection:
         _verify_requests(connection, findings)
         _verify_rollups(connection, findings)
-        for line in spending_differences(connection):
+        for line in chain(spending_differences(connection), engine_time_differences(connection)):
             findings.add(line)
     return findings
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from serve_app.ledger.usage import Committed, UsageLedger
-from serve_app.usage import UsageRecord, decode
+from serve_app.usage import LedgerRecord, decode
 
 logger = logging.getLogger("headrace.ledger")
 
@@ -25,7 +25,7 @@ class LedgerWriter:
         """``on_commit`` is told of every commit, on the event loop."""
         self._ledger = ledger
         self._on_commit = on_commit
-        self._waiting: list[tuple[list[UsageRecord], asyncio.Future[None]]] = []
+        self._waiting: list[tuple[list[LedgerRecord], asyncio.Future[None]]] = []
         self._task: asyncio.Task[None] | None = None
 
     async def write(self, payloads: Iterable[bytes]) -> None:
@@ -47,7 +47,7 @@ class LedgerWriter:
 
     async def _commit_on(self) -> None:
         while self._waiting:
-            records: list[UsageRecord] = []
+            records: list[LedgerRecord] = []
             group: list[asyncio.Future[None]] = []
             while self._waiting and (not group or len(records) < BATCH_RECORDS):
                 some, done = self._waiting.pop(0)
@@ -55,7 +55,7 @@ class LedgerWriter:
                 group.append(done)
             await self._commit(records, group)
 
-    async def _commit(self, records: list[UsageRecord], group: list[asyncio.Future[None]]) -> None:
+    async def _commit(self, records: list[LedgerRecord], group: list[asyncio.Future[None]]) -> None:
         try:
             committed = await asyncio.to_thread(self._ledger.commit, records)
         except Exception as error:  # noqa: BLE001  # each sender hears of it, and sends again
@@ -69,7 +69,7 @@ class LedgerWriter:
                 done.set_result(None)
 
 
-def _records(payloads: Iterable[bytes]) -> Iterable[UsageRecord]:
+def _records(payloads: Iterable[bytes]) -> Iterable[LedgerRecord]:
     for payload in payloads:
         try:
             yield decode(payload)
