@@ -7,12 +7,14 @@ from typing import Any, Protocol
 
 import httpx
 
+from serve_app.changes import PARAMETERS, Actor, ChangeQuery, change_json
 from serve_app.errors import ApiError, ConfigError
 from serve_app.gateway.admin import key_json, key_request
 from serve_app.keys import BOOTSTRAP_KEY_ID
 from serve_app.ledger.database import Database
 from serve_app.ledger.report import report
 from serve_app.ledger.store import KeyStore
+from serve_app.ledger.trail import Trail
 from serve_app.terminal import CommandFailed, note
 from serve_app.usage_report import UsageQuery
 
@@ -38,7 +40,8 @@ class Keys(Protocol):
 class DatabaseKeys:
     """Keys in the database that a configuration names; the service need not run."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, by: Actor) -> None:
+        self._by = by
         self._store = KeyStore(url)
         if self._store.is_new:
             note(
@@ -50,7 +53,7 @@ class DatabaseKeys:
         """See Keys."""
         now_s = time.time()
         try:
-            secret, record = self._store.create(key_request(fields).wish(now_s))
+            secret, record = self._store.create(key_request(fields).wish(now_s), self._by)
         except ApiError as error:
             raise CommandFailed(str(error)) from error
         return {**key_json(record, now_s), "key": secret}
@@ -65,7 +68,7 @@ class DatabaseKeys:
             raise CommandFailed(
                 "the bootstrap key comes from HEADRACE_BOOTSTRAP_KEY; unset it and restart"
             )
-        record = self._store.revoke(key_id)
+        record = self._store.revoke(key_id, self._by)
         if record is None:
             raise CommandFailed(f"there is no key {key_id!r}; see `headrace keys list`")
         return key_json(record, time.time())
@@ -138,6 +141,34 @@ class HttpUsage(_Service):
         given = {"by": by, "from": from_, "to": to}
         wanted = {name: value for name, value in given.items() if value is not None}
         return self._call("GET", "/admin/usage", params=wanted)
+
+
+class HttpAudit(_Service):
+    """The audit trail of a running service."""
+
+    def changes(self, query: ChangeQuery) -> list[dict[str, Any]]:
+        """Return changes as /admin/audit answers them.
+
+        Raises:
+            CommandFailed: the service cannot be reached or refuses.
+        """
+        given = {name: getattr(query, name) for name in PARAMETERS}
+        wanted = {name: str(value) for name, value in given.items() if value is not None}
+        found: list[dict[str, Any]] = self._call("GET", "/admin/audit", params=wanted)["data"]
+        return found
+
+
+def database_changes(url: str, query: ChangeQuery) -> list[dict[str, Any]]:
+    """Return changes from the database itself, as /admin/audit answers them.
+
+    Raises:
+        StoreUnavailable: it failed.
+    """
+    database = Database(url)
+    try:
+        return [change_json(each) for each in Trail(database).changes(query)]
+    finally:
+        database.close()
 
 
 def database_usage(url: str, query: UsageQuery) -> dict[str, Any]:

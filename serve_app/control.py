@@ -17,9 +17,11 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+from serve_app.changes import Actor, Change, ChangeQuery, Via
 from serve_app.config import ControlArgs
 from serve_app.control_link import living_replicas
 from serve_app.core.budget import Account, Balance, Budget, BudgetKey, Line
+from serve_app.core.pricing import PriceBook, RateCard
 from serve_app.core.slice_messages import Bell, Message, Reply
 from serve_app.granter import GrantDesk
 from serve_app.journal import Sweeper
@@ -30,9 +32,11 @@ from serve_app.ledger.grants import GrantStore
 from serve_app.ledger.prices import PriceStore
 from serve_app.ledger.report import report
 from serve_app.ledger.store import KeyStore
+from serve_app.ledger.trail import Trail
 from serve_app.ledger.usage import UsageLedger
 from serve_app.ledger.writer import LedgerWriter
 from serve_app.observer import describe_build
+from serve_app.price_file import BookLine
 from serve_app.telemetry.exposition import Family, merge, render_families
 from serve_app.telemetry.logs import configure, process_stderr
 from serve_app.telemetry.metrics import ControlMetrics
@@ -69,6 +73,7 @@ class Control:
         self._table = await asyncio.to_thread(self._read_table)
         self._price_store = PriceStore(database)
         self._prices = await asyncio.to_thread(self._price_store.current)
+        self._trail = Trail(database)
         self._ledger = UsageLedger(database, self._price_store)
         self._writer = LedgerWriter(self._ledger)
         # Journals of processes that died on this node, a router's or an engine's.
@@ -144,31 +149,60 @@ class Control:
         """Return every budget and how it stands."""
         return await self._treasury.balances()
 
-    async def put_budget(self, budget: Budget) -> None:
+    async def put_budget(self, budget: Budget, by: Actor) -> None:
         """Set a budget, new or in place of another."""
-        await self._treasury.put(budget)
+        await self._treasury.put(budget, by)
 
-    async def add_credit(self, key: BudgetKey, amount_nanousd: int) -> Budget | None:
+    async def add_credit(self, key: BudgetKey, amount_nanousd: int, by: Actor) -> Budget | None:
         """Add to a budget's amount; None if there is none."""
-        return await self._treasury.add(key, amount_nanousd)
+        return await self._treasury.add(key, amount_nanousd, by)
 
-    async def remove_budget(self, key: BudgetKey) -> bool:
+    async def remove_budget(self, key: BudgetKey, by: Actor) -> bool:
         """Remove a budget; tell whether there was one."""
-        return await self._treasury.remove(key)
+        return await self._treasury.remove(key, by)
+
+    async def changes(self, query: ChangeQuery) -> list[Change]:
+        """Return who changed what, the latest first."""
+        return await asyncio.to_thread(self._trail.changes, query)
+
+    async def note_limits(self, limits: Mapping[str, Any]) -> None:
+        """Note in the audit trail what limits the configuration sets, if they changed."""
+        by = Actor("configuration", Via.CONFIGURATION)
+        await asyncio.to_thread(self._trail.note_limits, limits, by)
+
+    async def price_books(self) -> tuple[Sequence[BookLine], int]:
+        """Return every version of the prices, and the one in force."""
+        books = await asyncio.to_thread(self._price_store.books)
+        return books, await asyncio.to_thread(self._price_store.version)
+
+    async def price_book(self, version: int | None) -> PriceBook | None:
+        """Return a version of the prices, or the one in force; None if there is none."""
+        if version is None:
+            return await asyncio.to_thread(self._price_store.current)
+        return await asyncio.to_thread(self._price_store.book, version)
+
+    async def import_prices(
+        self, cards: Sequence[RateCard], note: str, by: Actor
+    ) -> tuple[int, bool]:
+        """Put cards in force; return their version, and whether it is a new one."""
+        before = await asyncio.to_thread(self._price_store.version)
+        version = await asyncio.to_thread(self._price_store.replace, cards, note, by)
+        self._prices = await asyncio.to_thread(self._price_store.current)
+        return version, version > before
 
     async def list_keys(self) -> list[KeyRecord]:
         """Return all keys, revoked ones included; never a secret."""
         return await asyncio.to_thread(lambda: list(self._store.list()))
 
-    async def create_key(self, wish: KeyWish) -> tuple[str, KeyRecord]:
+    async def create_key(self, wish: KeyWish, by: Actor) -> tuple[str, KeyRecord]:
         """Create a key; return its secret, which is stored nowhere, and its record."""
-        created = await asyncio.to_thread(self._store.create, wish)
+        created = await asyncio.to_thread(self._store.create, wish, by)
         await self._refresh()
         return created
 
-    async def revoke_key(self, key_id: str) -> KeyRecord | None:
+    async def revoke_key(self, key_id: str, by: Actor) -> KeyRecord | None:
         """Revoke a key; None if there is none of that id."""
-        revoked = await asyncio.to_thread(self._store.revoke, key_id)
+        revoked = await asyncio.to_thread(self._store.revoke, key_id, by)
         await self._refresh()
         return revoked
 

@@ -8,9 +8,12 @@ from typing import Any
 import ray
 from ray import serve
 
+from serve_app.changes import Actor, Change, ChangeQuery
 from serve_app.core.budget import Account, Balance, Budget, BudgetKey, Line
+from serve_app.core.pricing import PriceBook, RateCard
 from serve_app.core.slice_messages import Bell, Message, Reply
 from serve_app.keys import KeyRecord, KeyWish
+from serve_app.price_file import BookLine
 from serve_app.telemetry.exposition import Family
 from serve_app.telemetry.uplink import Heartbeat, Tables
 from serve_app.treasury import MoneyBell
@@ -85,33 +88,59 @@ class HandleControlLink:
         balances: Sequence[Balance] = await self._handle.list_budgets.remote()
         return balances
 
-    async def put_budget(self, budget: Budget) -> None:
+    async def put_budget(self, budget: Budget, by: Actor) -> None:
         """Set a budget."""
-        await self._handle.put_budget.remote(budget)
+        await self._handle.put_budget.remote(budget, by)
 
-    async def add_credit(self, key: BudgetKey, amount_nanousd: int) -> Budget | None:
+    async def add_credit(self, key: BudgetKey, amount_nanousd: int, by: Actor) -> Budget | None:
         """Add to a budget's amount; None if there is none."""
-        budget: Budget | None = await self._handle.add_credit.remote(key, amount_nanousd)
+        budget: Budget | None = await self._handle.add_credit.remote(key, amount_nanousd, by)
         return budget
 
-    async def remove_budget(self, key: BudgetKey) -> bool:
+    async def remove_budget(self, key: BudgetKey, by: Actor) -> bool:
         """Remove a budget; tell whether there was one."""
-        removed: bool = await self._handle.remove_budget.remote(key)
+        removed: bool = await self._handle.remove_budget.remote(key, by)
         return removed
+
+    async def changes(self, query: ChangeQuery) -> Sequence[Change]:
+        """Return who changed what, the latest first."""
+        found: Sequence[Change] = await self._handle.changes.remote(query)
+        return found
+
+    async def note_limits(self, limits: Mapping[str, Any]) -> None:
+        """Tell what limits the configuration sets, for the audit trail."""
+        await self._handle.note_limits.remote(limits)
+
+    async def price_books(self) -> tuple[Sequence[BookLine], int]:
+        """Return every version of the prices, and the one in force."""
+        books: tuple[Sequence[BookLine], int] = await self._handle.price_books.remote()
+        return books
+
+    async def price_book(self, version: int | None) -> PriceBook | None:
+        """Return a version of the prices, or the one in force."""
+        book: PriceBook | None = await self._handle.price_book.remote(version)
+        return book
+
+    async def import_prices(
+        self, cards: Sequence[RateCard], note: str, by: Actor
+    ) -> tuple[int, bool]:
+        """Put cards in force; return their version, and whether it is a new one."""
+        done: tuple[int, bool] = await self._handle.import_prices.remote(cards, note, by)
+        return done
 
     async def list_keys(self) -> list[KeyRecord]:
         """Return all keys."""
         records: list[KeyRecord] = await self._handle.list_keys.remote()
         return records
 
-    async def create_key(self, wish: KeyWish) -> tuple[str, KeyRecord]:
+    async def create_key(self, wish: KeyWish, by: Actor) -> tuple[str, KeyRecord]:
         """Create a key; return its secret and its record."""
-        created: tuple[str, KeyRecord] = await self._handle.create_key.remote(wish)
+        created: tuple[str, KeyRecord] = await self._handle.create_key.remote(wish, by)
         return created
 
-    async def revoke_key(self, key_id: str) -> KeyRecord | None:
+    async def revoke_key(self, key_id: str, by: Actor) -> KeyRecord | None:
         """Revoke a key; None if there is none of that id."""
-        revoked: KeyRecord | None = await self._handle.revoke_key.remote(key_id)
+        revoked: KeyRecord | None = await self._handle.revoke_key.remote(key_id, by)
         return revoked
 
     @property

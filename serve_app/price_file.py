@@ -15,7 +15,8 @@ cards:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, time
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -39,6 +40,16 @@ from serve_app.core.types import PriorityClass, TenantId
 from serve_app.errors import ConfigError
 
 _MILLION = 10**6
+
+
+@dataclass(frozen=True, slots=True)
+class BookLine:
+    """A price book in a list. ``created_at_s`` is wall seconds."""
+
+    version: int
+    created_at_s: float
+    cards: int
+    note: str
 
 
 def _text(value: object) -> str:
@@ -126,12 +137,24 @@ def load_prices(file: Path | str) -> list[RateCard]:
     location = Path(file)
     document = read_document(location, "currency: and cards:")
     try:
+        return checked_cards(document)
+    except ConfigError as error:
+        lines = str(error).splitlines()
+        raise ConfigError("\n".join(f"{location}: {line}" for line in lines)) from None
+
+
+def checked_cards(document: Mapping[str, Any]) -> list[RateCard]:
+    """Return the cards of a price book that was read.
+
+    Raises:
+        ConfigError: every problem found, one per line, each with its field and the fix.
+    """
+    try:
         settings = PriceSettings.model_validate(document)
     except ValidationError as error:
-        lines = from_validation(error, PriceSettings, document, "")
-        raise ConfigError("\n".join(f"{location}: {line}" for line in lines)) from None
+        raise ConfigError("\n".join(from_validation(error, PriceSettings, document, ""))) from None
     cards = [card.to_core(name) for name, card in settings.cards.items()]
-    found = [f"{location}: cards.{line}" for line in problems(cards)]
+    found = [f"cards.{line}" for line in problems(cards)]
     if found:
         raise ConfigError("\n".join(found))
     return cards
@@ -139,8 +162,12 @@ def load_prices(file: Path | str) -> list[RateCard]:
 
 def to_yaml(cards: Iterable[RateCard]) -> str:
     """Return cards as a file that ``load_prices`` reads back to the same."""
-    document = {"currency": CURRENCY, "cards": {card.name: _fields(card) for card in cards}}
-    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(to_document(cards), sort_keys=False, allow_unicode=True)
+
+
+def to_document(cards: Iterable[RateCard]) -> dict[str, Any]:
+    """Return cards as ``checked_cards`` reads them back to the same."""
+    return {"currency": CURRENCY, "cards": {card.name: _fields(card) for card in cards}}
 
 
 def _fields(card: RateCard) -> dict[str, Any]:

@@ -6,6 +6,7 @@ aliases come by ``reconfigure`` and change in place.
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import os
@@ -36,7 +37,9 @@ from serve_app.engine.transport import ChannelTransport, HandleTransport, Transp
 from serve_app.fleet import Fleet
 from serve_app.gate import Gate
 from serve_app.gateway.admin import KeyAdministration
+from serve_app.gateway.admin_audit import AuditAdministration
 from serve_app.gateway.admin_budgets import BudgetAdministration
+from serve_app.gateway.admin_prices import PriceAdministration
 from serve_app.gateway.admin_usage import UsageAdministration
 from serve_app.gateway.front import Front
 from serve_app.gateway.http import exception_handlers
@@ -47,7 +50,7 @@ from serve_app.observer import RouterObserver
 from serve_app.operations import MetricsCopy, Operations, Readiness
 from serve_app.peers import Peers
 from serve_app.purse_link import PurseLink
-from serve_app.rules import Rules
+from serve_app.rules import Rules, limits_by_path
 from serve_app.slices_link import SlicesLink
 from serve_app.telemetry.exposition import Family
 from serve_app.telemetry.logs import RequestLog, configure, process_stderr
@@ -110,6 +113,8 @@ class Router:
             clock=time.monotonic,
         )
         self._config = RouterConfig()
+        self._untold_limits: Mapping[str, Any] | None = None
+        self._telling: asyncio.Task[None] | None = None
         self._uplink = Uplink(
             self._control,
             beat=self._beat,
@@ -144,6 +149,7 @@ class Router:
         for name in self._config.pools.keys() - config.pools.keys():
             self._observer.metrics.forget_pool(PoolName(name))
         self._config = config
+        self._untold_limits = limits_by_path(config)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Build the HTTP application; Serve calls this once, after the constructor."""
@@ -157,6 +163,8 @@ class Router:
         administration = KeyAdministration(self._completions.caller, self._control)
         usage = UsageAdministration(self._completions.caller, self._control)
         budgets = BudgetAdministration(self._completions.caller, self._control)
+        prices = PriceAdministration(self._completions.caller, self._control)
+        audit = AuditAdministration(self._completions.caller, self._control)
         posts: dict[str, ASGIApp] = {
             "/v1/chat/completions": self._completions.endpoint(Endpoint.CHAT),
             "/v1/completions": self._completions.endpoint(Endpoint.COMPLETIONS),
@@ -172,6 +180,8 @@ class Router:
                 *administration.routes(),
                 *usage.routes(),
                 *budgets.routes(),
+                *prices.routes(),
+                *audit.routes(),
             ],
             exception_handlers=exception_handlers(),
         )
@@ -186,6 +196,8 @@ class Router:
         """Serve's probe; answering at all is the check."""
 
     async def __del__(self) -> None:
+        if self._telling is not None:
+            self._telling.cancel()
         await self._uplink.stop()
         await self._slices.stop()
         await self._fleet.stop()
@@ -241,7 +253,19 @@ class Router:
         self._observer.metrics.usage_backlog.set(self._usage.backlog)
         return self._observer.families()
 
+    async def _tell_limits(self, limits: Mapping[str, Any]) -> None:
+        """Tell Control what limits are in force, for the audit trail; again if it fails."""
+        try:
+            await self._control.note_limits(limits)
+        except Exception as error:  # noqa: BLE001  # away in whatever way
+            logger.info("limits are not in the audit trail yet: %.200s", error)
+            return
+        if self._untold_limits is limits:
+            self._untold_limits = None
+
     def _take_tables(self, tables: Tables) -> None:
+        if self._untold_limits is not None and (self._telling is None or self._telling.done()):
+            self._telling = asyncio.create_task(self._tell_limits(self._untold_limits))
         self._peers.know(tables.routers)
         if tables.budgets is not None:
             self._purses.list = tables.budgets

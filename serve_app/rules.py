@@ -6,9 +6,10 @@ sees one configuration from beginning to end.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 from serve_app.config import RouterConfig
 from serve_app.config_access import AliasPolicy, ContextPolicy, KeyPolicy, TenantPolicy
@@ -151,6 +152,27 @@ class Rules:
 
     def _tenant(self, tenant: TenantId) -> _Tenant:
         return self._tenants.get(tenant) or self._default_tenant or _tenant(TenantPolicy())
+
+
+def limits_by_path(config: RouterConfig) -> dict[str, Any]:
+    """Return what a configuration allows whom, as the audit trail tells it.
+
+    ``tenants.acme.limits.requests_per_min: 60`` and so on; what is not set is not there.
+    """
+    chosen = {"tenants", "default_tenant", "keys", "aliases"}
+    document = config.model_dump(mode="json", include=chosen, exclude_defaults=True)
+    for alias in document.get("aliases", {}).values():
+        for name in ("pool", "adapter"):
+            alias.pop(name, None)
+    return dict(_paths("", document))
+
+
+def _paths(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _paths(f"{prefix}.{name}" if prefix else name, inner)
+    else:
+        yield prefix, value
 
 
 def _pool_rule(name: PoolName, pool: PoolPolicy, prefixes: Mapping[PoolName, bool]) -> PoolRule:

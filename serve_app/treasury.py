@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from serve_app.changes import Actor
 from serve_app.core.budget import (
     Account,
     Balance,
@@ -43,13 +44,13 @@ class BudgetRecord(Protocol):
     def every(self) -> list[Budget]:
         """Return every budget."""
 
-    def put(self, budget: Budget) -> None:
+    def put(self, budget: Budget, by: Actor) -> None:
         """Set a budget."""
 
-    def add(self, key: BudgetKey, amount_nanousd: int) -> Budget | None:
+    def add(self, key: BudgetKey, amount_nanousd: int, by: Actor) -> Budget | None:
         """Add to a budget's amount; None if there is none."""
 
-    def remove(self, key: BudgetKey) -> bool:
+    def remove(self, key: BudgetKey, by: Actor) -> bool:
         """Remove a budget; tell whether there was one."""
 
     def balances(self) -> Sequence[Balance]:
@@ -166,18 +167,18 @@ class Treasury:
         """Return how every budget stands."""
         return await asyncio.to_thread(self._record.balances)
 
-    async def put(self, budget: Budget) -> None:
+    async def put(self, budget: Budget, by: Actor) -> None:
         """Set a budget; routers learn of it with their next heartbeat."""
-        await asyncio.to_thread(self._record.put, budget)
+        await asyncio.to_thread(self._record.put, budget, by)
         await self.follow()
 
-    async def add(self, key: BudgetKey, amount_nanousd: int) -> Budget | None:
+    async def add(self, key: BudgetKey, amount_nanousd: int, by: Actor) -> Budget | None:
         """Add to a budget's amount; None if there is none."""
-        return await asyncio.to_thread(self._record.add, key, amount_nanousd)
+        return await asyncio.to_thread(self._record.add, key, amount_nanousd, by)
 
-    async def remove(self, key: BudgetKey) -> bool:
+    async def remove(self, key: BudgetKey, by: Actor) -> bool:
         """Remove a budget; tell whether there was one."""
-        removed = await asyncio.to_thread(self._record.remove, key)
+        removed = await asyncio.to_thread(self._record.remove, key, by)
         await self.follow()
         return removed
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import getpass
 import os
+import socket
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from serve_app.errors import ConfigError
+
+if TYPE_CHECKING:
+    from serve_app.changes import Actor
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +56,18 @@ def place(args: argparse.Namespace, what: str) -> Service | str:
             f"say where {what} are: --config FILE, or --url URL with HEADRACE_ADMIN_KEY set"
         )
     return database_url(args.config)
+
+
+def actor() -> Actor:
+    """Return who runs a command, for the audit trail of a database that it changes."""
+    from serve_app.changes import Actor, Via
+
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        # A container's user need not have a name.
+        user = f"uid {os.getuid()}"
+    return Actor(f"{user}@{socket.gethostname()}", Via.COMMAND)
 
 
 def database_url(config: str) -> str:

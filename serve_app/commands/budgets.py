@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from serve_app.commands._place import database_url
+from serve_app.commands._place import actor, database_url
 from serve_app.errors import ConfigError
 from serve_app.terminal import CommandFailed, Subparsers, command, note, out, table
 
@@ -88,7 +88,7 @@ def _set(args: argparse.Namespace) -> int:
         not args.soft,
     )
     with _store(args.config) as store:
-        store.put(budget)
+        store.put(budget, actor())
         spent = next(each for each in store.balances() if each.budget.key == budget.key)
     out(f"{_words(budget)} is set")
     if spent.spent_nanousd > budget.amount_nanousd:
@@ -98,7 +98,7 @@ def _set(args: argparse.Namespace) -> int:
 
 def _add(args: argparse.Namespace) -> int:
     with _store(args.config) as store:
-        budget = store.add(_key(args), _amount(args.amount))
+        budget = store.add(_key(args), _amount(args.amount), actor())
     if budget is None:
         raise CommandFailed(f"there is no budget of {args.scope} {args.id!r}; set one first")
     out(_words(budget))
@@ -107,7 +107,7 @@ def _add(args: argparse.Namespace) -> int:
 
 def _remove(args: argparse.Namespace) -> int:
     with _store(args.config) as store:
-        if not store.remove(_key(args)):
+        if not store.remove(_key(args), actor()):
             raise CommandFailed(f"there is no budget of {args.scope} {args.id!r}")
     out(f"the budget of {args.scope} {args.id} is removed")
     return 0

@@ -7,7 +7,7 @@ import re
 import time
 from typing import TYPE_CHECKING, Any
 
-from serve_app.commands._place import Service, add_place_options, place
+from serve_app.commands._place import Service, actor, add_place_options, place
 from serve_app.errors import ConfigError
 from serve_app.terminal import Subparsers, command, note, out, table
 
@@ -132,7 +132,7 @@ def _keys(args: argparse.Namespace) -> Keys:
     where = place(args, "the keys")
     if isinstance(where, Service):
         return HttpKeys(where.url, where.admin_key)
-    return DatabaseKeys(where)
+    return DatabaseKeys(where, actor())
 
 
 def _duration_s(text: str) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from serve_app.commands._place import database_url
+from serve_app.commands._place import actor, database_url
 from serve_app.terminal import CommandFailed, Subparsers, command, note, out, table
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _import(args: argparse.Namespace) -> int:
     cards = load_prices(args.file)
     with _store(args.config) as store:
         before = store.version()
-        version = store.replace(cards, args.note)
+        version = store.replace(cards, args.note, actor())
     if version == before:
         out(f"version {version} has these {len(cards)} cards already")
     else:

@@ -19,6 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Scope
 
+from serve_app.changes import Actor, Via
 from serve_app.core.types import PriorityClass, TenantId, UserId
 from serve_app.errors import ApiError, InvalidRequest, NotFound, Unavailable
 from serve_app.gateway.auth import require_admin
@@ -41,10 +42,10 @@ class KeyAdmin(Protocol):
     async def list_keys(self) -> list[KeyRecord]:
         """Return every key."""
 
-    async def create_key(self, wish: KeyWish) -> tuple[str, KeyRecord]:
+    async def create_key(self, wish: KeyWish, by: Actor) -> tuple[str, KeyRecord]:
         """Make a key; return its secret and its record."""
 
-    async def revoke_key(self, key_id: str) -> KeyRecord | None:
+    async def revoke_key(self, key_id: str, by: Actor) -> KeyRecord | None:
         """Revoke a key and return its record, or None if there is none."""
 
 
@@ -142,7 +143,7 @@ class KeyAdministration:
         body = await read_body(request.scope, request.receive, _MAX_BODY_BYTES)
         now_s = time.time()
         wish = key_request(parse_object(body)).wish(now_s)
-        secret, record = await from_control(self._keys.create_key(wish))
+        secret, record = await from_control(self._keys.create_key(wish, actor(caller)))
         logger.info("key %s created by key %s", record.key_id, caller.key_id)
         return json_answer({**key_json(record, now_s), "key": secret}, status=201)
 
@@ -156,11 +157,16 @@ class KeyAdministration:
                 "The bootstrap key comes from HEADRACE_BOOTSTRAP_KEY; unset it and restart.",
                 param="key_id",
             )
-        record = await from_control(self._keys.revoke_key(key_id))
+        record = await from_control(self._keys.revoke_key(key_id, actor(caller)))
         if record is None:
             raise NotFound(f"There is no key {key_id!r:.80}.", param="key_id")
         logger.info("key %s revoked by key %s", record.key_id, caller.key_id)
         return json_answer(key_json(record, time.time()))
+
+
+def actor(caller: KeyRecord) -> Actor:
+    """Return who a change is by, for the audit trail."""
+    return Actor(f"key {caller.key_id}", Via.HTTP)
 
 
 async def from_control(answer: Awaitable[Result]) -> Result:

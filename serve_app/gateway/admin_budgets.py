@@ -18,10 +18,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Scope
 
+from serve_app.changes import Actor
 from serve_app.core.budget import HOUR_S, Balance, Budget, BudgetKey, BudgetScope, Window
 from serve_app.core.pricing import dollars, nanousd
 from serve_app.errors import InvalidRequest, NotFound
-from serve_app.gateway.admin import from_control, json_answer
+from serve_app.gateway.admin import actor, from_control, json_answer
 from serve_app.gateway.auth import require_admin
 from serve_app.gateway.http import read_body, require_json
 from serve_app.gateway.invalid import from_validation, parse_object
@@ -41,13 +42,13 @@ class BudgetAdmin(Protocol):
     async def list_budgets(self) -> Sequence[Balance]:
         """Return every budget and how it stands."""
 
-    async def put_budget(self, budget: Budget) -> None:
+    async def put_budget(self, budget: Budget, by: Actor) -> None:
         """Set a budget."""
 
-    async def add_credit(self, key: BudgetKey, amount_nanousd: int) -> Budget | None:
+    async def add_credit(self, key: BudgetKey, amount_nanousd: int, by: Actor) -> Budget | None:
         """Add to a budget's amount; None if there is none."""
 
-    async def remove_budget(self, key: BudgetKey) -> bool:
+    async def remove_budget(self, key: BudgetKey, by: Actor) -> bool:
         """Remove a budget; tell whether there was one."""
 
 
@@ -117,7 +118,7 @@ class BudgetAdministration:
         require_admin(caller)
         key = _key(request)
         budget = _budget(key, await _read(request, BudgetRequest))
-        await from_control(self._budgets.put_budget(budget))
+        await from_control(self._budgets.put_budget(budget, actor(caller)))
         logger.info("budget %s %s set by key %s", key.scope.value, key.id, caller.key_id)
         return json_answer(await self._one(key))
 
@@ -127,7 +128,8 @@ class BudgetAdministration:
         require_admin(caller)
         key = _key(request)
         amount = _amount((await _read(request, CreditRequest)).amount_usd)
-        if await from_control(self._budgets.add_credit(key, amount)) is None:
+        budget = await from_control(self._budgets.add_credit(key, amount, actor(caller)))
+        if budget is None:
             raise _missing(key)
         logger.info("budget %s %s raised by key %s", key.scope.value, key.id, caller.key_id)
         return json_answer(await self._one(key))
@@ -137,7 +139,7 @@ class BudgetAdministration:
         caller = self._caller(request.scope)
         require_admin(caller)
         key = _key(request)
-        if not await from_control(self._budgets.remove_budget(key)):
+        if not await from_control(self._budgets.remove_budget(key, actor(caller))):
             raise _missing(key)
         logger.info("budget %s %s removed by key %s", key.scope.value, key.id, caller.key_id)
         return json_answer({"object": "budget", "scope": key.scope, "id": key.id, "deleted": True})

@@ -10,11 +10,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import Connection, Row, and_, delete, insert, select, update
 
+from serve_app.changes import PROGRAM, Actor
 from serve_app.core.budget import (
+    HOUR_S,
     Account,
     Balance,
     Budget,
@@ -28,10 +31,12 @@ from serve_app.core.budget import (
     lend,
     period_of,
 )
+from serve_app.core.pricing import dollars
 from serve_app.ledger.database import Database
 from serve_app.ledger.grants import fenced
 from serve_app.ledger.schema import BUDGET, BUDGET_GRANT, BUDGET_VERSION, META
 from serve_app.ledger.spending import spent
+from serve_app.ledger.trail import note_change
 
 
 class BudgetStore:
@@ -53,27 +58,39 @@ class BudgetStore:
             rows = connection.execute(select(BUDGET).order_by(BUDGET.c.scope, BUDGET.c.id))
             return [_budget(row) for row in rows]
 
-    def put(self, budget: Budget) -> None:
+    def put(self, budget: Budget, by: Actor = PROGRAM) -> None:
         """Set a budget, new or in place of the one with its key. What was spent stays spent."""
         with self._database.change(BUDGET_VERSION) as connection:
-            begun_s = connection.execute(
-                select(BUDGET.c.begun_s).where(_is(budget.key))
-            ).scalar_one_or_none()
+            row = connection.execute(select(BUDGET).where(_is(budget.key))).first()
             connection.execute(delete(BUDGET).where(_is(budget.key)))
-            connection.execute(insert(BUDGET).values(_row(budget, begun_s or 0)))
+            begun_s = 0 if row is None else row.begun_s
+            connection.execute(insert(BUDGET).values(_row(budget, begun_s)))
+            before = None if row is None else _budget(row)
+            self._note(connection, by, "budget.set", budget.key, before, budget)
 
-    def add(self, key: BudgetKey, amount_nanousd: int) -> Budget | None:
+    def add(self, key: BudgetKey, amount_nanousd: int, by: Actor = PROGRAM) -> Budget | None:
         """Add to a budget's amount, as prepaid credits are bought; None if there is none."""
         with self._database.change(BUDGET_VERSION) as connection:
-            amount = BUDGET.c.amount_nanousd + amount_nanousd
-            connection.execute(update(BUDGET).where(_is(key)).values(amount_nanousd=amount))
             row = connection.execute(select(BUDGET).where(_is(key))).first()
-            return None if row is None else _budget(row)
+            if row is None:
+                return None
+            before = _budget(row)
+            after = replace(before, amount_nanousd=before.amount_nanousd + amount_nanousd)
+            connection.execute(
+                update(BUDGET).where(_is(key)).values(amount_nanousd=after.amount_nanousd)
+            )
+            self._note(connection, by, "budget.add", key, before, after)
+            return after
 
-    def remove(self, key: BudgetKey) -> bool:
+    def remove(self, key: BudgetKey, by: Actor = PROGRAM) -> bool:
         """Remove a budget; tell whether there was one."""
         with self._database.change(BUDGET_VERSION) as connection:
-            return connection.execute(delete(BUDGET).where(_is(key))).rowcount > 0
+            row = connection.execute(select(BUDGET).where(_is(key))).first()
+            if row is None:
+                return False
+            connection.execute(delete(BUDGET).where(_is(key)))
+            self._note(connection, by, "budget.remove", key, _budget(row), None)
+            return True
 
     def balances(self) -> Sequence[Balance]:
         """Return how every budget stands."""
@@ -140,6 +157,36 @@ class BudgetStore:
         """Free what is outstanding with a router that is gone, its records all committed."""
         with fenced(self._database, epoch) as connection:
             connection.execute(delete(BUDGET_GRANT).where(BUDGET_GRANT.c.router == router))
+
+    def _note(
+        self,
+        connection: Connection,
+        by: Actor,
+        action: str,
+        key: BudgetKey,
+        before: Budget | None,
+        after: Budget | None,
+    ) -> None:
+        note_change(
+            connection,
+            by,
+            action,
+            f"budget {key.scope.value} {key.id}",
+            at_s=self._wall_clock(),
+            before=None if before is None else _told(before),
+            after=None if after is None else _told(after),
+        )
+
+
+def _told(budget: Budget) -> dict[str, Any]:
+    """Return a budget as the audit trail tells it."""
+    return {
+        "amount_usd": dollars(budget.amount_nanousd),
+        "window": budget.window.value,
+        "rolling_hours": budget.rolling_s // HOUR_S or None,
+        "alerts": list(budget.alert_ratios),
+        "hard": budget.hard,
+    }
 
 
 def _is(key: BudgetKey) -> Any:

@@ -8,25 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, Row, func, insert, select
 
+from serve_app.changes import PROGRAM, Actor
 from serve_app.core.pricing import PriceBook, RateCard, Rates
 from serve_app.core.types import PriorityClass, TenantId
 from serve_app.ledger.database import Database
 from serve_app.ledger.schema import META, PRICE_BOOK, PRICE_BOOK_VERSION, RATE_CARD
-
-
-@dataclass(frozen=True, slots=True)
-class BookLine:
-    """A price book in a list. ``created_at_s`` is wall seconds."""
-
-    version: int
-    created_at_s: float
-    cards: int
-    note: str
+from serve_app.ledger.trail import note_change
+from serve_app.price_file import BookLine
 
 
 class PriceStore:
@@ -76,7 +68,7 @@ class PriceStore:
                 for row in connection.execute(query)
             ]
 
-    def replace(self, cards: Sequence[RateCard], note: str) -> int:
+    def replace(self, cards: Sequence[RateCard], note: str, by: Actor = PROGRAM) -> int:
         """Put cards in force in place of all that were; return their version.
 
         The cards have none of the problems that ``pricing.problems`` finds. Cards that are
@@ -97,6 +89,18 @@ class PriceStore:
             )
             if ordered:
                 connection.execute(insert(RATE_CARD), [_row(version, card) for card in ordered])
+            # Versions stay: which one it was says what its cards were.
+            known = () if before is None else before.cards
+            note_change(
+                connection,
+                by,
+                "prices.import",
+                "prices",
+                at_s=self._wall_clock(),
+                before={"version": version - 1, "cards": len(known)},
+                after={"version": version, "cards": len(ordered)},
+                note=note,
+            )
         return version
 
 

@@ -9,15 +9,18 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import Connection, Row, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
+from serve_app.changes import PROGRAM, Actor
 from serve_app.core.types import KeyId, PriorityClass, TenantId, UserId
 from serve_app.keys import KeyRecord, KeyTable, KeyWish, new_key
 from serve_app.ledger.database import Database
 from serve_app.ledger.schema import API_KEY, KEY_TABLE_VERSION, META
+from serve_app.ledger.trail import note_change
 
 
 class KeyStore:
@@ -35,13 +38,13 @@ class KeyStore:
         self.place = self._database.place
         self.is_new = self._database.is_new
 
-    def create(self, wish: KeyWish) -> tuple[str, KeyRecord]:
+    def create(self, wish: KeyWish, by: Actor = PROGRAM) -> tuple[str, KeyRecord]:
         """Make a key and keep its record; return its secret, which is kept nowhere."""
         secret, record = new_key(wish, self._wall_clock())
-        self.add(record)
+        self.add(record, by)
         return secret, record
 
-    def add(self, record: KeyRecord) -> None:
+    def add(self, record: KeyRecord, by: Actor = PROGRAM) -> None:
         """Keep a record that was made elsewhere.
 
         Raises:
@@ -50,23 +53,29 @@ class KeyStore:
         try:
             with self._change() as connection:
                 connection.execute(insert(API_KEY).values(_row(record)))
+                self._note(connection, by, "key.create", None, record)
         except IntegrityError as error:
             raise ValueError(f"a key with the id {record.key_id!r} exists") from error
 
-    def revoke(self, key_id: str) -> KeyRecord | None:
+    def revoke(self, key_id: str, by: Actor = PROGRAM) -> KeyRecord | None:
         """Revoke a key for good and return its record, or None if there is none.
 
         Revoking twice keeps the first time.
         """
         of_key = API_KEY.c.key_id == key_id
         with self._change() as connection:
-            connection.execute(
-                update(API_KEY)
-                .where(of_key, API_KEY.c.revoked_at_s.is_(None))
-                .values(revoked_at_s=self._wall_clock())
-            )
             row = connection.execute(select(API_KEY).where(of_key)).first()
-            return None if row is None else _record(row)
+            if row is None:
+                return None
+            before = _record(row)
+            if before.revoked_at_s is not None:
+                return before
+            after = replace(before, revoked_at_s=self._wall_clock())
+            connection.execute(
+                update(API_KEY).where(of_key).values(revoked_at_s=after.revoked_at_s)
+            )
+            self._note(connection, by, "key.revoke", before, after)
+            return after
 
     def list(self) -> list[KeyRecord]:
         """Return every key, revoked ones too, oldest first."""
@@ -92,6 +101,19 @@ class KeyStore:
         """Close every connection. Idempotent."""
         self._database.close()
 
+    def _note(
+        self,
+        connection: Connection,
+        by: Actor,
+        action: str,
+        before: KeyRecord | None,
+        after: KeyRecord,
+    ) -> None:
+        told = None if before is None else _told(before)
+        subject = f"key {after.key_id}"
+        at_s = after.created_at_s if after.revoked_at_s is None else after.revoked_at_s
+        note_change(connection, by, action, subject, at_s=at_s, before=told, after=_told(after))
+
     @contextmanager
     def _change(self) -> Iterator[Connection]:
         with self._database.change(KEY_TABLE_VERSION) as connection:
@@ -106,6 +128,20 @@ def _version(connection: Connection) -> int:
 def _records(connection: Connection) -> list[KeyRecord]:
     query = select(API_KEY).order_by(API_KEY.c.created_at_s, API_KEY.c.key_id)
     return [_record(row) for row in connection.execute(query)]
+
+
+def _told(record: KeyRecord) -> dict[str, object]:
+    """Return a key as the audit trail tells it: no digest."""
+    return {
+        "name": record.name,
+        "tenant": record.tenant,
+        "user": record.user,
+        "admin": record.admin,
+        "priority_ceiling": record.priority_ceiling.name.lower(),
+        "models": None if record.models is None else list(record.models),
+        "expires_at_s": record.expires_at_s,
+        "revoked_at_s": record.revoked_at_s,
+    }
 
 
 def _row(record: KeyRecord) -> dict[str, object]:

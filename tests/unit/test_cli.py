@@ -18,6 +18,7 @@ from starlette.types import Scope
 
 from serve_app import admin_client
 from serve_app.admin_client import HttpKeys
+from serve_app.changes import Actor
 from serve_app.cli import build_parser, command_summaries, main
 from serve_app.gateway.admin import KeyAdministration
 from serve_app.gateway.auth import authenticate
@@ -243,11 +244,11 @@ class StoredKeys:
     async def list_keys(self) -> list[KeyRecord]:
         return self._store.list()
 
-    async def create_key(self, wish: KeyWish) -> tuple[str, KeyRecord]:
-        return self._store.create(wish)
+    async def create_key(self, wish: KeyWish, by: Actor) -> tuple[str, KeyRecord]:
+        return self._store.create(wish, by)
 
-    async def revoke_key(self, key_id: str) -> KeyRecord | None:
-        return self._store.revoke(key_id)
+    async def revoke_key(self, key_id: str, by: Actor) -> KeyRecord | None:
+        return self._store.revoke(key_id, by)
 
 
 def _forwarded(client: TestClient, request: httpx.Request) -> httpx.Response:

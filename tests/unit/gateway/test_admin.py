@@ -12,11 +12,13 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 from starlette.types import Scope
 
+from serve_app.changes import Actor, ChangeQuery, Via
 from serve_app.gateway.admin import KeyAdministration
 from serve_app.gateway.auth import authenticate
 from serve_app.gateway.http import exception_handlers
 from serve_app.keys import KeyRecord, KeyTable, KeyWish, bootstrap_record, new_key
 from serve_app.ledger.store import KeyStore
+from serve_app.ledger.trail import Trail
 
 ADMIN = "the-admin-key"
 
@@ -33,11 +35,11 @@ class StoredKeys:
             raise ConnectionError("a stack trace of somebody else")
         return await asyncio.to_thread(self.store.list)
 
-    async def create_key(self, wish: KeyWish) -> tuple[str, KeyRecord]:
-        return await asyncio.to_thread(self.store.create, wish)
+    async def create_key(self, wish: KeyWish, by: Actor) -> tuple[str, KeyRecord]:
+        return await asyncio.to_thread(self.store.create, wish, by)
 
-    async def revoke_key(self, key_id: str) -> KeyRecord | None:
-        return await asyncio.to_thread(self.store.revoke, key_id)
+    async def revoke_key(self, key_id: str, by: Actor) -> KeyRecord | None:
+        return await asyncio.to_thread(self.store.revoke, key_id, by)
 
 
 @pytest.fixture
@@ -67,6 +69,21 @@ def test_a_created_key_works_until_it_is_revoked(client: TestClient) -> None:
     revoked = client.delete(f"/admin/keys/{created.json()['id']}")
     assert revoked.json()["state"] == "revoked"
     assert client.get("/admin/keys", headers=theirs).status_code == 401
+
+
+def test_the_trail_says_whose_key_made_and_revoked_one(
+    client: TestClient, keys: StoredKeys
+) -> None:
+    created = client.post("/admin/keys", json={"name": "root two", "admin": True}).json()
+    theirs = {"authorization": f"Bearer {created['key']}"}
+    other = client.post("/admin/keys", json={"name": "three"}, headers=theirs).json()
+    client.delete(f"/admin/keys/{other['id']}", headers=theirs)
+    changes = Trail(keys.store._database).changes(ChangeQuery())
+    assert [(each.action, each.actor) for each in reversed(changes)] == [
+        ("key.create", Actor("key bootstrap", Via.HTTP)),
+        ("key.create", Actor(f"key {created['id']}", Via.HTTP)),
+        ("key.revoke", Actor(f"key {created['id']}", Via.HTTP)),
+    ]
 
 
 def test_a_list_has_every_key_and_no_secret(client: TestClient) -> None:

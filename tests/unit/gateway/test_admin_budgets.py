@@ -8,6 +8,7 @@ import pytest
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
+from serve_app.changes import Actor, Via
 from serve_app.core.budget import FOREVER, Balance, Budget, BudgetKey, BudgetScope, Window
 from serve_app.gateway.admin_budgets import BudgetAdministration
 from serve_app.gateway.auth import authenticate
@@ -23,21 +24,25 @@ class Budgets:
 
     def __init__(self) -> None:
         self.kept: dict[BudgetKey, Budget] = {}
+        self.by: list[Actor] = []
 
     async def list_budgets(self) -> Sequence[Balance]:
         return [Balance(each, FOREVER, 7, 11) for each in self.kept.values()]
 
-    async def put_budget(self, budget: Budget) -> None:
+    async def put_budget(self, budget: Budget, by: Actor) -> None:
+        self.by.append(by)
         self.kept[budget.key] = budget
 
-    async def add_credit(self, key: BudgetKey, amount_nanousd: int) -> Budget | None:
+    async def add_credit(self, key: BudgetKey, amount_nanousd: int, by: Actor) -> Budget | None:
+        self.by.append(by)
         known = self.kept.get(key)
         if known is None:
             return None
         self.kept[key] = Budget(key, known.amount_nanousd + amount_nanousd, known.window)
         return self.kept[key]
 
-    async def remove_budget(self, key: BudgetKey) -> bool:
+    async def remove_budget(self, key: BudgetKey, by: Actor) -> bool:
+        self.by.append(by)
         return self.kept.pop(key, None) is not None
 
 
@@ -82,6 +87,7 @@ def test_a_budget_is_set_topped_up_listed_and_removed(client: TestClient, budget
     assert client.delete("/admin/budgets/tenant/acme").json()["deleted"]
     assert list(budgets.kept) == [BudgetKey(BudgetScope.USER, "acme/ann")]
     assert budgets.kept[BudgetKey(BudgetScope.USER, "acme/ann")].window is Window.ROLLING
+    assert budgets.by == [Actor("key bootstrap", Via.HTTP)] * 4
 
 
 @pytest.mark.parametrize(
