@@ -38,6 +38,9 @@ class VllmSettings(Strict):
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
     cpu_kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on CPU engines, GiB.")
+    measure_cost: bool = Field(
+        True, description="Record what every step contains and split its time over the requests."
+    )
     extra: dict[str, str | int | float | bool] = Field(
         default_factory=dict, description="Further AsyncEngineArgs fields, passed as they are."
     )
@@ -138,6 +141,9 @@ class PoolArgs(Strict):
         CHANNEL_PORTS, description="A replica binds the first free port of this range."
     )
     drain_timeout_s: float = Field(600, ge=0)
+    instance: Annotated[str, Field(min_length=1, max_length=128)] | None = Field(
+        None, description="What a replica's node is priced as; the pool's name if unset."
+    )
     control: ControlLinkSettings = ControlLinkSettings()
     journal: JournalSettings = JournalSettings()
 

@@ -7,6 +7,8 @@ heartbeats.
 from __future__ import annotations
 
 import logging
+import os
+import platform
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
@@ -32,6 +34,7 @@ from serve_app.engine.api import (
 )
 from serve_app.engine.channel_engine import EngineChannel
 from serve_app.engine.load_publisher import LoadPublisher
+from serve_app.engine.period_reporter import PeriodReporter, Place
 from serve_app.telemetry.exposition import Family, render_families
 from serve_app.telemetry.logs import configure, process_stderr
 from serve_app.telemetry.metrics import EngineMetrics
@@ -40,6 +43,8 @@ from serve_app.usage import Charge, UsageRecord, Witness
 from serve_app.usage_log import UsageLog
 
 logger = logging.getLogger("headrace.engine")
+
+NODE_VARIABLE = "HEADRACE_NODE"
 
 
 def build_engine(args: PoolArgs, replica: ReplicaId) -> Engine:
@@ -70,11 +75,20 @@ class EngineReplica:
         # The default registry, since vLLM registers its own metrics there.
         self._metrics = EngineMetrics(REGISTRY)
         self._metrics.build_info.labels(__version__, ray.__version__, "engine").set(1)
+        born_s = time.monotonic()
         self._engine = build_engine(self._args, self._replica)
         link = HandleControlLink(self._args.control.app)
         self._usage = UsageLog(self._args.journal, f"engine-{self._replica}", link.record_usage)
         self._engine.on_metered(self._record)
         self._metrics.engine_started(await self._start_engine())
+        self._periods = PeriodReporter(
+            self._place(),
+            self._engine.costs,
+            self._usage.note,
+            clock=time.monotonic,
+            wall_ns=time.time_ns,
+            born_s=born_s,
+        )
         self._channel = self._open_channel()
         self._load = LoadPublisher(self._engine, self._channel, self._args.snapshot_period_s)
         self._load.start()
@@ -89,6 +103,7 @@ class EngineReplica:
         )
         self._uplink.start()
         self._usage.start()
+        self._periods.start()
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[GenerateItem, None]:
         """Run one request on this replica's engine; see Engine.generate."""
@@ -115,6 +130,7 @@ class EngineReplica:
         await self._channel.close()
         await self._engine.stop()
         await self._uplink.stop()
+        await self._periods.stop()
         await self._usage.stop()
 
     async def _start_engine(self) -> EngineInfo:
@@ -174,6 +190,18 @@ class EngineReplica:
             first_token_s=timings.first_token_s,
             duration_s=timings.total_s,
             engine_ns=round(usage.engine_s * NS_PER_S),
+            engine_hour=self._periods.hour,
+        )
+
+    def _place(self) -> Place:
+        args = self._args
+        return Place(
+            self._replica,
+            args.name,
+            # Kubernetes' name of the node, which bills bear, is not the pod's own.
+            os.environ.get(NODE_VARIABLE) or platform.node(),
+            args.instance or args.name,
+            args.replicas.num_gpus,
         )
 
     def _beat(self) -> Heartbeat:

@@ -1,0 +1,70 @@
+"""A replica's life in pieces, each on the account of one hour.
+
+An account begins where the one before it ended, so that pieces follow one another without a
+gap and their uses add up to the replica's life. What ends between two cuts is on the account
+that is open then: a request's time and the piece that holds it are in the same hour.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from serve_app.core.attribution import NS_PER_S, ReplicaUse, Use
+
+HOUR_S: Final = 3600
+HOUR_NS: Final = HOUR_S * NS_PER_S
+
+
+@dataclass(frozen=True, slots=True)
+class Period:
+    """A piece of a life; ``uses_ns`` sums to the wall nanoseconds between its ends.
+
+    ``hour`` is the account's, wall seconds. Of the uses only ``OPEN`` may be below zero: of
+    requests that ended, what an earlier piece had as open.
+    """
+
+    number: int
+    hour: int
+    from_ns: int
+    until_ns: int
+    uses_ns: dict[Use, int]
+
+
+class Periods:
+    """One per replica. Wall time is taken once, at the beginning; then life itself counts."""
+
+    def __init__(self, wall_ns: int, use: ReplicaUse) -> None:
+        """``use`` is the life so far, at ``wall_ns``; its first piece begins at its birth."""
+        self._reached_ns = wall_ns - use.lifetime_ns
+        self._used = dict.fromkeys(Use, 0)
+        self._lived_ns = 0
+        self._number = 0
+
+    @property
+    def hour(self) -> int:
+        """The account that what ends now is on, wall seconds."""
+        return self._reached_ns // HOUR_NS * HOUR_S
+
+    def cut(self, use: ReplicaUse) -> Period | None:
+        """Return the piece since the last cut; None if no time has passed."""
+        lasted_ns = use.lifetime_ns - self._lived_ns
+        if lasted_ns <= 0:
+            return None
+        self._number += 1
+        uses = {name: time_ns - self._used[name] for name, time_ns in use.uses.items()}
+        period = Period(
+            self._number,
+            self.hour,
+            self._reached_ns,
+            self._reached_ns + lasted_ns,
+            {name: time_ns for name, time_ns in uses.items() if time_ns},
+        )
+        self._used.update(use.uses)
+        self._lived_ns = use.lifetime_ns
+        self._reached_ns = period.until_ns
+        return period
+
+    def until_next_hour_s(self) -> float:
+        """Return how long after the last cut the account's hour ends."""
+        return (HOUR_NS - self._reached_ns % HOUR_NS) / NS_PER_S

@@ -1,0 +1,77 @@
+"""Pieces of a replica's life: they follow one another and add up, hour by hour."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+
+from serve_app.core.attribution import Account, ReplicaTime, StepCoefficients, Use
+from serve_app.core.periods import HOUR_NS, HOUR_S, Period, Periods
+from serve_app.core.types import Outcome, TenantId
+
+START_S = 1_767_225_600
+BORN_NS = 5_000_000_000
+
+
+def test_pieces_of_a_random_life_have_no_gap_and_hold_what_ended_in_their_hour() -> None:
+    chance = random.Random(7)
+    life = ReplicaTime(BORN_NS)
+    now_ns = BORN_NS + 9_000_000_000
+    life.ready(now_ns)
+    wall_ns = START_S * 10**9 + HOUR_NS - 20_000_000_000
+    periods = Periods(wall_ns, life.read(now_ns))
+    pieces: list[Period] = []
+    ended: dict[int, int] = {}
+    waiting = []
+    for _ in range(400):
+        if chance.random() < 0.5:
+            now_ns += chance.randrange(10**9)
+            life.vacant(now_ns)
+        life.occupied(now_ns)
+        waiting.append(life_account())
+        start_ns, now_ns = now_ns, now_ns + chance.randrange(1, 3 * 10**9)
+        own = {account: chance.randrange(1, 1000) for account in waiting}
+        life.step(start_ns, now_ns, own, StepCoefficients())
+        if chance.random() < 0.7:
+            account = waiting.pop(chance.randrange(len(waiting)))
+            life.close(account, chance.choice(tuple(Outcome)))
+            ended[periods.hour] = ended.get(periods.hour, 0) + account.engine_ns
+        if chance.random() < 0.2 and (piece := periods.cut(life.read(now_ns))):
+            pieces.append(piece)
+    last = periods.cut(life.read(now_ns))
+    pieces += [last] if last else []
+    assert [piece.number for piece in pieces] == list(range(1, len(pieces) + 1))
+    assert pieces[0].from_ns == wall_ns - 9_000_000_000
+    assert all(a.until_ns == b.from_ns for a, b in pairwise(pieces))
+    assert all(sum(piece.uses_ns.values()) == piece.until_ns - piece.from_ns for piece in pieces)
+    assert pieces[-1].until_ns - pieces[0].from_ns == now_ns - BORN_NS
+    for hour in {piece.hour for piece in pieces}:
+        uses = (Use.USEFUL, Use.CANCELLED, Use.FAILED)
+        booked = sum(
+            piece.uses_ns.get(use, 0) for piece in pieces if piece.hour == hour for use in uses
+        )
+        assert booked == ended.get(hour, 0)
+    assert len({piece.hour for piece in pieces}) == 2
+
+
+def life_account() -> Account:
+    return Account(TenantId("acme"))
+
+
+def test_an_account_ends_with_its_hour_and_begins_where_the_last_one_ended() -> None:
+    life = ReplicaTime(0)
+    life.ready(0)
+    wall_ns = START_S * 10**9 + 1_000_000_000
+    periods = Periods(wall_ns, life.read(0))
+    assert periods.hour == START_S
+    assert periods.until_next_hour_s() == 3599
+    assert periods.cut(life.read(0)) is None
+    # The timer is 30 ms late: what it finds is still the hour's that began it.
+    late_ns = 3599 * 10**9 + 30_000_000
+    first = periods.cut(life.read(late_ns))
+    assert first is not None
+    assert (first.hour, first.uses_ns) == (START_S, {Use.IDLE: late_ns})
+    assert periods.hour == START_S + HOUR_S
+    second = periods.cut(life.read(late_ns + 5))
+    assert second is not None
+    assert (second.number, second.hour, second.from_ns) == (2, START_S + HOUR_S, first.until_ns)
