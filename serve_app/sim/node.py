@@ -14,6 +14,7 @@ class Attempt:
     """One HTTP request of a client: a question asked once."""
 
     __slots__ = (
+        "dispatched_s",
         "ended",
         "first_token_s",
         "node",
@@ -32,6 +33,7 @@ class Attempt:
         self.router = router
         self.number = question.attempts
         self.offered_s = now_s
+        self.dispatched_s = now_s
         self.first_token_s: float | None = None
         self.reported_tokens = 0
         self.node: Node | None = None

@@ -44,7 +44,11 @@ class Scaler(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PoolLoad:
-    """What a scaler sees: counts now, and what was offered and ended since it was asked last."""
+    """What a scaler sees: counts now, and what was offered and ended since it was asked last.
+
+    ``stay_s`` is how long those that completed since stayed at an engine on average, None if
+    none did.
+    """
 
     ready: int
     starting: int
@@ -54,6 +58,7 @@ class PoolLoad:
     offered: int
     ended: int
     since_s: float
+    stay_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,6 +98,7 @@ class Simulator:
         self._wakeups_s = [inf] * setup.routers
         self._starting = 0
         self._scaled_offered = self._scaled_ended = 0
+        self._stays, self._stays_s = 0, 0.0
 
     def run(self, on_progress: Callable[[float], None] | None = None) -> Run:
         """Run to the end and return what happened.
@@ -227,6 +228,7 @@ class Simulator:
         if node is None or not node.serves or now_s < node.prefill_broken_until_s:
             attempt.question.restarts += 1
             return self._controllers[router].fail(effect.request_id, effect.replicas[0], now_s)
+        attempt.dispatched_s = now_s
         output_tokens = arrival.output_tokens
         if effect.max_tokens is not None and effect.max_tokens < output_tokens:
             output_tokens = max(1, effect.max_tokens)
@@ -360,6 +362,8 @@ class Simulator:
         if later_tokens:
             question.tpot_s = (at_s - attempt.first_token_s) / later_tokens
         self._close(question, at_s)
+        self._stays += 1
+        self._stays_s += at_s - attempt.dispatched_s
         # The engine's sequence names the attempt: without this cut they'd be a cycle.
         attempt.sequence = attempt.node = None
         usage = Usage(sequence.prompt_tokens, sequence.cached_tokens, sequence.output_tokens)
@@ -459,7 +463,9 @@ class Simulator:
             offered=offered - self._scaled_offered,
             ended=ended - self._scaled_ended,
             since_s=scaler.period_s,
+            stay_s=self._stays_s / self._stays if self._stays else None,
         )
+        self._stays, self._stays_s = 0, 0.0
         self._scaled_offered, self._scaled_ended = offered, ended
         wanted = scaler.replicas(load, now_s)
         change = wanted - len(ready) - self._starting
