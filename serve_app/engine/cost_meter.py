@@ -2,7 +2,8 @@
 
 One meter per replica: it turns the engine's steps into the terms that
 ``core/attribution.py`` splits, learns the coefficients from the same steps and keeps each
-tenant's hold on the KV cache.
+tenant's hold on the KV cache. Both engines feed it: the simulated one from its model
+(``sim_steps.py``), vLLM from the records of its scheduler (``step_reader.py``).
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from serve_app.core.attribution import (
     StepCoefficients,
     Use,
 )
-from serve_app.core.engine_parts import Sequence, StepRun
 from serve_app.core.step_fit import StepFit
 from serve_app.core.types import Outcome, TenantId
 
@@ -43,31 +43,59 @@ class EngineCosts:
     kv_block_s: dict[TenantId, float] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
-class _Whole:
-    """Steps of one composition, put together."""
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A part of a prompt that is computed in a step.
 
-    decodes: tuple[tuple[Sequence, int], ...]
-    prefills: tuple[tuple[Sequence, int], ...]
-    passed: int
-    steps: int
-    start_ns: int
-    end_ns: int
+    Of its ``tokens`` ``repeated`` redo what a preemption threw away. ``computed_tokens`` is
+    the context after it, ``read_tokens`` the KV tokens of the context before it that it
+    reads (0 from an engine whose steps do not get longer by it).
+    """
+
+    account: Account
+    tokens: int
+    computed_tokens: int
+    repeated_tokens: int = 0
+    read_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """Consecutive steps of one composition, in the replica's monotonic seconds.
+
+    ``decodes`` holds every decoding sequence, by its account, with its context ``passed``
+    steps before the first of these; it grows by one token a step. Steps of one composition
+    share that tuple and follow one another without a gap. With ``prefills`` there is one
+    step. Where one ends and the next starts is the same float.
+    """
+
+    start_s: float
+    end_s: float
+    decodes: tuple[tuple[Account, int], ...] = ()
+    prefills: tuple[Chunk, ...] = ()
+    passed: int = 0
+    steps: int = 1
 
 
 class CostMeter:
-    """Times are the replica's monotonic seconds; sequences' names are their accounts."""
+    """Times are the replica's monotonic seconds.
+
+    Until ``ready`` all time is start-up, whatever the engine does meanwhile.
+    """
 
     def __init__(self, born_s: float, block_tokens: int) -> None:
         self._time = ReplicaTime(_ns(born_s))
         self._fit = StepFit()
         self._block_tokens = block_tokens
         self._stepped_ns = 0
-        self._whole: _Whole | None = None
+        self._ready = False
+        self._first: Steps | None = None  # of the steps that are put together
+        self._steps = 0
         self._kv_block_ns: dict[TenantId, int] = {}
 
     def ready(self, now_s: float) -> None:
         """The engine takes requests from now on."""
+        self._ready = True
         self._time.ready(_ns(now_s))
 
     def drain(self, now_s: float) -> None:
@@ -76,12 +104,14 @@ class CostMeter:
 
     def occupied(self, now_s: float) -> None:
         """The engine has an unfinished request; it may have had one before."""
-        self._time.occupied(_ns(now_s))
+        if self._ready:
+            self._time.occupied(_ns(now_s))
 
-    def vacant(self) -> None:
-        """The engine has had no unfinished request since its last step ended."""
-        self._split()
-        self._time.vacant(self._stepped_ns)
+    def vacant(self, since_s: float | None = None) -> None:
+        """The engine has no unfinished request, since its last step ended or ``since_s``."""
+        if self._ready:
+            self._split()
+            self._time.vacant(self._stepped_ns if since_s is None else _ns(since_s))
 
     def open(self, tenant: str) -> Account:
         """Return the account of a request that the engine has taken."""
@@ -93,24 +123,23 @@ class CostMeter:
         self._time.close(account, outcome)
         self._hold(account.tenant, account.kv_block_ns)
 
-    def stepped(self, run: StepRun, start_s: float, end_s: float) -> None:
-        """Take in a run of steps that lasted from ``start_s`` to ``end_s``.
+    def stepped(self, steps: Steps) -> None:
+        """Take in steps that are over.
 
-        Runs of one composition are put together and split as one, each request with the
+        Those of one composition are put together and split as one, each request with the
         sum of what it did in them: nothing is done per request before somebody joins,
         leaves or asks.
         """
-        whole = self._whole
-        if whole is not None and run.decodes is whole.decodes and not run.prefills:
-            whole.steps += run.steps
-            whole.end_ns = _ns(end_s)
+        if not self._ready:
             return
-        self._split()
-        self._whole = _Whole(
-            run.decodes, run.prefills, run.passed, run.steps, _ns(start_s), _ns(end_s)
-        )
-        if run.prefills:
-            # How much of a prompt is computed is known now, and not once more is.
+        first = self._first
+        if first is None or steps.decodes is not first.decodes or steps.prefills:
+            self._split()
+            self._first = first = steps
+            self._steps = 0
+        self._steps += steps.steps
+        self._stepped_ns = _ns(steps.end_s)
+        if first.prefills:
             self._split()
 
     def read(self, now_s: float) -> EngineCosts:
@@ -126,60 +155,61 @@ class CostMeter:
 
     def _split(self) -> None:
         """Split the steps taken in so far."""
-        whole, self._whole = self._whole, None
-        if whole is None:
+        first, self._first = self._first, None
+        if first is None:
             return
-        by, duration_ns = self._fit.coefficients, whole.end_ns - whole.start_ns
+        start_ns, end_ns, steps = _ns(first.start_s), self._stepped_ns, self._steps
+        by = self._fit.coefficients
         own_ps: dict[Account, int] = {}
-        kv_tokens = self._decode_terms(whole, by, own_ps)
-        again_ps = self._prefill_terms(whole, by, own_ps)
-        self._time.step(
-            whole.start_ns, whole.end_ns, own_ps, by, recomputed_ps=again_ps, steps=whole.steps
-        )
-        self._stepped_ns = whole.end_ns
-        self._fit.observe(
-            duration_ns,
-            prefill_tokens=sum([chunk for _, chunk in whole.prefills]),
-            decode_sequences=whole.steps * len(whole.decodes),
-            kv_tokens_read=kv_tokens,
-            steps=whole.steps,
-        )
+        kv_tokens = self._decode_terms(first, end_ns - start_ns, by, own_ps)
+        kv_tokens += sum([chunk.read_tokens for chunk in first.prefills])
+        again_ps = self._prefill_terms(first, end_ns - start_ns, by, own_ps)
+        self._time.step(start_ns, end_ns, own_ps, by, recomputed_ps=again_ps, steps=steps)
+        if own_ps:
+            self._fit.observe(
+                end_ns - start_ns,
+                prefill_tokens=sum([chunk.tokens for chunk in first.prefills]),
+                decode_sequences=steps * len(first.decodes),
+                kv_tokens_read=kv_tokens,
+                steps=steps,
+            )
 
-    def _decode_terms(self, whole: _Whole, by: StepCoefficients, own_ps: dict[Account, int]) -> int:
+    def _decode_terms(
+        self, first: Steps, duration_ns: int, by: StepCoefficients, own_ps: dict[Account, int]
+    ) -> int:
         """Add the own terms of those that decode; return the KV tokens they read."""
-        steps, size = whole.steps, self._block_tokens
-        duration_ns = whole.end_ns - whole.start_ns
+        steps, size = self._steps, self._block_tokens
         decode_ps, kv_token_ps = steps * by.decode_sequence_ps, by.kv_token_ps
-        growth = steps * whole.passed + steps * (steps - 1) // 2
-        last = whole.passed + steps - 1
+        growth = steps * first.passed + steps * (steps - 1) // 2
+        last = first.passed + steps - 1
         kv_tokens = 0
-        for sequence, context in whole.decodes:
-            account: Account = sequence.name  # type: ignore[assignment]  # see the class
+        for account, context in first.decodes:
             read = steps * context + growth
             kv_tokens += read
             own_ps[account] = own_ps.get(account, 0) + decode_ps + kv_token_ps * read
             if steps == 1:
                 blocks = (context + last + size - 1) // size
             else:
-                before = context + whole.passed - 1
+                before = context + first.passed - 1
                 blocks = _blocks_upto(context + last, size) - _blocks_upto(before, size)
             self._held(account, blocks * duration_ns // steps)
         return kv_tokens
 
     def _prefill_terms(
-        self, whole: _Whole, by: StepCoefficients, own_ps: dict[Account, int]
+        self, first: Steps, duration_ns: int, by: StepCoefficients, own_ps: dict[Account, int]
     ) -> dict[Account, int]:
         """Add the own terms of prompts; return how much of them is work done again."""
-        duration_ns = whole.end_ns - whole.start_ns
+        token_ps = by.prefill_token_ps
         again_ps: dict[Account, int] = {}
-        for sequence, chunk in whole.prefills:
-            account: Account = sequence.name  # type: ignore[assignment]  # see the class
-            own_ps[account] = own_ps.get(account, 0) + by.prefill_token_ps * chunk
-            computed = sequence.computed_tokens
-            repeated = min(sequence.lost_tokens, computed) - (computed - chunk)
-            if repeated > 0 and by.prefill_token_ps:
-                again_ps[account] = again_ps.get(account, 0) + by.prefill_token_ps * repeated
-            self._held(account, -(-computed // self._block_tokens) * duration_ns)
+        for chunk in first.prefills:
+            account = chunk.account
+            own = token_ps * chunk.tokens + by.kv_token_ps * chunk.read_tokens
+            own_ps[account] = own_ps.get(account, 0) + own
+            if chunk.repeated_tokens and own:
+                again = own * chunk.repeated_tokens // chunk.tokens
+                again_ps[account] = again_ps.get(account, 0) + again
+            blocks = -(-chunk.computed_tokens // self._block_tokens)
+            self._held(account, blocks * duration_ns)
         return again_ps
 
     def _held(self, account: Account, block_ns: int) -> None:

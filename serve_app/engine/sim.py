@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 
 from serve_app.config import SimSettings
-from serve_app.core.engine_model import EngineModel, EngineParams, StepRun
+from serve_app.core.engine_model import EngineModel, EngineParams
 from serve_app.core.types import Outcome, PoolName, ReplicaId, ReplicaView, RequestId
 from serve_app.engine.api import (
     Endpoint,
@@ -33,6 +33,7 @@ from serve_app.engine.api import (
 )
 from serve_app.engine.cost_meter import CostMeter, EngineCosts
 from serve_app.engine.sim_generation import Generation
+from serve_app.engine.sim_steps import SimSteps
 from serve_app.engine.sim_text import Job, read_job
 from serve_app.engine.sim_wire import Header
 
@@ -99,7 +100,9 @@ class SimEngine:
         """Be ready after the configured cold start; see ``Engine.start``."""
         settings = self._settings
         began_s = self._clock()
-        on_run = None if self._costs is None else self._stepped
+        on_run = None
+        if self._costs is not None:
+            on_run = SimSteps(self._costs, self._wall_s).stepped
         self._model = EngineModel(engine_params(settings), on_run=on_run)
         await asyncio.sleep(settings.start_delay_s)
         self._origin_s = self._clock()
@@ -325,11 +328,6 @@ class SimEngine:
         self._model.advance(until_s)
         if self._costs is not None and not self._model.busy:
             self._costs.vacant()
-
-    def _stepped(self, run: StepRun) -> None:
-        """Account for steps of the model that are over."""
-        assert self._costs is not None
-        self._costs.stepped(run, self._wall_s(run.start_s), self._wall_s(run.end_s))
 
     async def _run(self) -> None:
         """Complete each step when its time has come and wake who got tokens."""

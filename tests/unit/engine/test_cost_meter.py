@@ -23,6 +23,7 @@ from serve_app.engine import cost_meter
 from serve_app.engine.api import Endpoint, Final, GenerateCall, GenerateItem, Metered
 from serve_app.engine.cost_meter import CostMeter, EngineCosts
 from serve_app.engine.sim import SimEngine
+from serve_app.engine.sim_steps import SimSteps
 
 UNATTRIBUTED_RATIO_MAX = 0.001
 SMALL = EngineParams(max_num_seqs=6, token_budget=64, kv_blocks=24, block_tokens=4)
@@ -33,6 +34,7 @@ class Replica:
 
     def __init__(self, params: EngineParams) -> None:
         self.meter = CostMeter(0.0, params.block_tokens)
+        self.steps = SimSteps(self.meter, lambda model_s: model_s)
         self.model = EngineModel(params, on_run=self._stepped)
         self.present: list[tuple[Account, Sequence]] = []
         self.accounts: list[Account] = []
@@ -43,7 +45,7 @@ class Replica:
 
     def _stepped(self, run: StepRun) -> None:
         self.runs.append(run)
-        self.meter.stepped(run, run.start_s, run.end_s)
+        self.steps.stepped(run)
 
     def add(self, prompt: int, output: int, priority: int, family: int, tenant: str) -> None:
         if prompt + output > self.model.capacity_tokens:
