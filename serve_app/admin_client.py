@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import time
 from typing import Any, Protocol
+from urllib.parse import quote
 
 import httpx
 
 from serve_app.changes import PARAMETERS, Actor, ChangeQuery, change_json
 from serve_app.errors import ApiError, ConfigError
 from serve_app.gateway.admin import key_json, key_request
+from serve_app.gateway.admin_usage import reversal_json
 from serve_app.keys import BOOTSTRAP_KEY_ID
 from serve_app.ledger.database import Database
+from serve_app.ledger.prices import PriceStore
 from serve_app.ledger.report import report
 from serve_app.ledger.store import KeyStore
 from serve_app.ledger.trail import Trail
+from serve_app.ledger.usage import UsageLedger
 from serve_app.terminal import CommandFailed, note
 from serve_app.usage_report import UsageQuery
 
@@ -142,6 +146,15 @@ class HttpUsage(_Service):
         wanted = {name: value for name, value in given.items() if value is not None}
         return self._call("GET", "/admin/usage", params=wanted)
 
+    def reverse(self, request_id: str, reason: str) -> dict[str, Any]:
+        """Take back what a request was billed, as /admin/usage/{request_id}/reversal does.
+
+        Raises:
+            CommandFailed: the service cannot be reached or refuses.
+        """
+        path = f"/admin/usage/{quote(request_id, safe='')}/reversal"
+        return self._call("POST", path, json={"reason": reason})
+
 
 class HttpAudit(_Service):
     """The audit trail of a running service."""
@@ -182,6 +195,23 @@ def database_usage(url: str, query: UsageQuery) -> dict[str, Any]:
         return report(database, query)
     finally:
         database.close()
+
+
+def database_reversal(url: str, request_id: str, reason: str, by: Actor) -> dict[str, Any]:
+    """Take back what a request was billed, in the database itself.
+
+    Raises:
+        CommandFailed: there is no such request.
+        StoreUnavailable: it failed.
+    """
+    database = Database(url)
+    try:
+        done = UsageLedger(database, PriceStore(database)).reverse(request_id, reason, by)
+    finally:
+        database.close()
+    if done is None:
+        raise CommandFailed(f"the ledger has no request {request_id!r:.80}")
+    return reversal_json(done)
 
 
 def _problem(status: int, body: object) -> str:

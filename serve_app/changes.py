@@ -15,6 +15,7 @@ from serve_app.usage_report import BadQuery, iso_time
 
 ROWS_MAX: Final = 1000
 ROWS_SHOWN: Final = 100
+REASON_CHARACTERS: Final = 1000
 PARAMETERS: Final = ("limit", "before", "subject", "actor")
 
 Fields = Mapping[str, Any]
@@ -58,6 +59,15 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
+class Reversal:
+    """What was taken back of a request's bill; not ``new`` if nothing was left to take back."""
+
+    request_id: str
+    amount_nanousd: int
+    new: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ChangeQuery:
     """The latest ``limit`` changes, of those with a number below ``before``.
 
@@ -69,6 +79,18 @@ class ChangeQuery:
     before: int | None = None
     subject: str | None = None
     actor: str | None = None
+
+
+def reason_of(text: str) -> str:
+    """Return the reason for a correction, as it is kept.
+
+    Raises:
+        BadQuery: there is none, or it is too long.
+    """
+    reason = text.strip()
+    if not 0 < len(reason) <= REASON_CHARACTERS or "\0" in reason:
+        raise BadQuery("reason", f"must say why, in at most {REASON_CHARACTERS} characters")
+    return reason
 
 
 def change_query(given: Mapping[str, str]) -> ChangeQuery:

@@ -17,7 +17,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from serve_app.changes import Actor, Change, ChangeQuery, Via
+from serve_app.changes import Actor, Change, ChangeQuery, Reversal, Via
 from serve_app.config import ControlArgs
 from serve_app.control_link import living_replicas
 from serve_app.core.budget import Account, Balance, Budget, BudgetKey, Line
@@ -144,6 +144,10 @@ class Control:
     async def usage(self, query: UsageQuery) -> dict[str, Any]:
         """Return a report of what was used; see ledger.report."""
         return await asyncio.to_thread(report, self._database, query)
+
+    async def reverse_usage(self, request_id: str, reason: str, by: Actor) -> Reversal | None:
+        """Take back what a request was billed; None if there is no such request."""
+        return await asyncio.to_thread(self._ledger.reverse, request_id, reason, by)
 
     async def list_budgets(self) -> Sequence[Balance]:
         """Return every budget and how it stands."""

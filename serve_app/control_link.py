@@ -8,7 +8,7 @@ from typing import Any
 import ray
 from ray import serve
 
-from serve_app.changes import Actor, Change, ChangeQuery
+from serve_app.changes import Actor, Change, ChangeQuery, Reversal
 from serve_app.core.budget import Account, Balance, Budget, BudgetKey, Line
 from serve_app.core.pricing import PriceBook, RateCard
 from serve_app.core.slice_messages import Bell, Message, Reply
@@ -67,6 +67,11 @@ class HandleControlLink:
         """Return a report of what was used."""
         report: dict[str, Any] = await self._handle.usage.remote(query)
         return report
+
+    async def reverse_usage(self, request_id: str, reason: str, by: Actor) -> Reversal | None:
+        """Take back what a request was billed; None if there is no such request."""
+        done: Reversal | None = await self._handle.reverse_usage.remote(request_id, reason, by)
+        return done
 
     async def lend(self, router: str, accounts: list[Account]) -> list[Line]:
         """See TreasuryLink."""

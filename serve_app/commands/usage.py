@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from serve_app.commands._place import Service, add_place_options, place
+from serve_app.commands._place import Service, actor, add_place_options, place
 from serve_app.errors import ConfigError
 from serve_app.terminal import Subparsers, command, note, out, table
 
@@ -13,6 +13,7 @@ _EXAMPLE = """\
 headrace usage --by tenant,model --from 2026-01-01 --to 2026-02-01 --config configs/local.yaml
 headrace usage --by key --format csv --config configs/local.yaml
 headrace usage --verify --config configs/local.yaml
+headrace usage reverse req_0199... --reason "goodwill" --config configs/local.yaml
 HEADRACE_URL=http://127.0.0.1:8000 HEADRACE_ADMIN_KEY=hr-... headrace usage --by user"""
 
 
@@ -34,6 +35,44 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     add_place_options(parser)
     parser.set_defaults(run=run)
+    _add_reverse(parser.add_subparsers(title="actions", metavar="ACTION"))
+
+
+def _add_reverse(actions: Subparsers) -> None:
+    reverse = command(
+        actions,
+        "reverse",
+        "Take back what a request was billed, by a row of its own; settled rows never change.",
+        'headrace usage reverse req_0199... --reason "goodwill" --config configs/local.yaml',
+    )
+    reverse.add_argument(
+        "request_id", metavar="REQUEST_ID", help="as x-headrace-request-id and the ledger have it"
+    )
+    reverse.add_argument("--reason", required=True, help="why, for the ledger and the audit trail")
+    add_place_options(reverse)
+    reverse.set_defaults(run=_reverse)
+
+
+def _reverse(args: argparse.Namespace) -> int:
+    """Take a bill back; once, however often it is asked for."""
+    from serve_app.admin_client import HttpUsage, database_reversal
+    from serve_app.changes import reason_of
+    from serve_app.usage_report import BadQuery
+
+    where = place(args, "the books")
+    try:
+        reason = reason_of(args.reason)
+    except BadQuery as error:
+        raise ConfigError(f"--{error}") from None
+    if isinstance(where, Service):
+        done = HttpUsage(where.url, where.admin_key).reverse(args.request_id, reason)
+    else:
+        done = database_reversal(where, args.request_id, reason, actor())
+    if done["new"]:
+        out(f"took back {done['taken_back_usd']} USD of request {done['request_id']}")
+    else:
+        out(f"nothing is left to take back of request {done['request_id']}")
+    return 0
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,24 +1,34 @@
 """/admin/usage: what was used and what it cost, by whoever has an admin key.
 
-GET /admin/usage?by=tenant,model&from=2026-01-01&to=2026-02-01&format=json
+GET  /admin/usage?by=tenant,model&from=2026-01-01&to=2026-02-01&format=json
+POST /admin/usage/{request_id}/reversal    take back its bill: {"reason": "..."}
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
+from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Scope
 
-from serve_app.errors import InvalidRequest
-from serve_app.gateway.admin import from_control, json_answer
+from serve_app.changes import Actor, Reversal, reason_of
+from serve_app.core.pricing import dollars
+from serve_app.errors import InvalidRequest, NotFound
+from serve_app.gateway.admin import actor, from_control, json_answer
 from serve_app.gateway.auth import require_admin
+from serve_app.gateway.http import read_body, require_json
+from serve_app.gateway.invalid import from_validation, parse_object
 from serve_app.keys import KeyRecord
 from serve_app.usage_report import BadQuery, UsageQuery, to_csv, usage_query
 
+logger = logging.getLogger("headrace.admin")
+
+_MAX_BODY_BYTES: Final = 65_536
 _PARAMETERS: Final = ("by", "from", "to", "format")
 
 
@@ -27,6 +37,27 @@ class UsageReporter(Protocol):
 
     async def usage(self, query: UsageQuery) -> dict[str, Any]:
         """Return a report; see ledger.report."""
+
+    async def reverse_usage(self, request_id: str, reason: str, by: Actor) -> Reversal | None:
+        """Take back what a request was billed; None if there is no such request."""
+
+
+class ReversalRequest(BaseModel):
+    """Why a bill is taken back."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    reason: str
+
+
+def reversal_json(done: Reversal) -> dict[str, Any]:
+    """Return what was taken back as the API shows it."""
+    return {
+        "object": "usage_reversal",
+        "request_id": done.request_id,
+        "taken_back_usd": dollars(done.amount_nanousd),
+        "new": done.new,
+    }
 
 
 class UsageAdministration:
@@ -38,7 +69,10 @@ class UsageAdministration:
 
     def routes(self) -> list[Route]:
         """Return the routes."""
-        return [Route("/admin/usage", self.usage, methods=["GET"])]
+        return [
+            Route("/admin/usage", self.usage, methods=["GET"]),
+            Route("/admin/usage/{request_id}/reversal", self.reverse, methods=["POST"]),
+        ]
 
     async def usage(self, request: Request) -> Response:
         """Answer with the sums asked for, as JSON or CSV."""
@@ -50,6 +84,25 @@ class UsageAdministration:
         return Response(
             to_csv(report), headers={"cache-control": "no-store"}, media_type="text/csv"
         )
+
+    async def reverse(self, request: Request) -> Response:
+        """Take back what a request was billed; doing it twice takes back once."""
+        caller = self._caller(request.scope)
+        require_admin(caller)
+        require_json(request.scope)
+        fields = parse_object(await read_body(request.scope, request.receive, _MAX_BODY_BYTES))
+        try:
+            reason = reason_of(ReversalRequest.model_validate(fields).reason)
+        except ValidationError as error:
+            raise from_validation(error, fields) from None
+        except BadQuery as error:
+            raise InvalidRequest(f"Invalid value for {error}.", param=error.field) from None
+        name = request.path_params["request_id"]
+        done = await from_control(self._reporter.reverse_usage(name, reason, actor(caller)))
+        if done is None:
+            raise NotFound(f"The ledger has no request {name!r:.80}.", param="request_id")
+        logger.info("bill of request %s taken back by key %s", done.request_id, caller.key_id)
+        return json_answer(reversal_json(done), status=201 if done.new else 200)
 
 
 def _query(request: Request) -> tuple[UsageQuery, str]:

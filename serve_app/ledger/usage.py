@@ -30,7 +30,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 
-from serve_app.core.pricing import PriceBook, Priced, Rates
+from serve_app.changes import PROGRAM, Actor, Reversal
+from serve_app.core.pricing import PriceBook, Priced, Rates, dollars
 from serve_app.core.types import Usage
 from serve_app.ledger.database import Database
 from serve_app.ledger.engine_time import add_engine_time, add_periods, rebuild_engine_time
@@ -44,6 +45,7 @@ from serve_app.ledger.schema import (
 )
 from serve_app.ledger.spending import add_spending, rebuild_spending
 from serve_app.ledger.tally import NOTHING, Account, Tally, tally
+from serve_app.ledger.trail import note_change
 from serve_app.usage import LedgerRecord, ReplicaPeriod, UsageRecord, Witness, arrived_at_s
 
 logger = logging.getLogger("headrace.ledger")
@@ -136,11 +138,11 @@ class UsageLedger:
             new = len(rows) + (add_periods(connection, periods, now_s) if periods else 0)
         return Committed(new, len(given) - new)
 
-    def reverse(self, request_id: str, note: str) -> int | None:
+    def reverse(self, request_id: str, note: str, by: Actor = PROGRAM) -> Reversal | None:
         """Take back what a request was billed, by a row of its own that says why.
 
-        Return the nano-dollars taken back (0 if there was nothing left), or None if the
-        request is unknown.
+        Doing it twice takes back once: of a request whose bill grew since then, the rest.
+        None if the request is unknown.
         """
         with self._database.change(LEDGER_VERSION) as connection:
             request = _load(connection, {request_id}).get(request_id)
@@ -149,7 +151,7 @@ class UsageLedger:
             left = request.total + request.corrected
             back = left.taken_back()
             if back == NOTHING:
-                return 0
+                return Reversal(request_id, 0, new=False)
             first = connection.execute(
                 select(USAGE_EVENT).where(USAGE_EVENT.c.request_id == request_id).limit(1)
             ).one()
@@ -164,7 +166,17 @@ class UsageLedger:
             }
             connection.execute(insert(USAGE_EVENT), row)
             _add_up(connection, {tuple(row[name] for name in _ROLLUP_KEY): back})
-        return -back.amount_nanousd
+            note_change(
+                connection,
+                by,
+                "usage.reverse",
+                f"request {request_id}",
+                at_s=self._wall_clock(),
+                before=_billed(left),
+                after=_billed(left + back),
+                note=note,
+            )
+        return Reversal(request_id, -back.amount_nanousd, new=True)
 
     def rebuild(self) -> int:
         """Make the rollups anew from the events; return how many there are."""
@@ -213,6 +225,17 @@ def account_of(row: Row[Any]) -> Account:
 def tally_of(row: Row[Any]) -> Tally:
     """Return what an event adds."""
     return Tally(*(getattr(row, name) for name in SUMS))
+
+
+def _billed(of: Tally) -> dict[str, Any]:
+    """Return a bill as the audit trail tells it."""
+    return {
+        "billed_requests": of.billed_requests,
+        "prompt_tokens": of.billed_prompt_tokens,
+        "cached_prompt_tokens": of.billed_cached_tokens,
+        "output_tokens": of.billed_output_tokens,
+        "amount_usd": dollars(of.amount_nanousd),
+    }
 
 
 def _load(connection: Connection, request_ids: Iterable[str]) -> dict[str, _Request]:

@@ -139,3 +139,27 @@ def test_the_books_are_somewhere(capsys: pytest.CaptureFixture[str]) -> None:
     assert "needs the database" in capsys.readouterr().err
     assert main(["usage", *there]) == 1
     assert "is it running?" in capsys.readouterr().err
+
+
+def test_a_bill_is_taken_back_once_and_the_books_still_agree(
+    config: str, url: str, prices: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["prices", "import", prices, "--config", config])
+    bill_one(url)
+    name = charge().request_id
+    place = ["--config", config]
+    capsys.readouterr()
+    assert main(["usage", "reverse", name, "--reason", "goodwill", *place]) == 0
+    assert capsys.readouterr().out == f"took back 0.0010628 USD of request {name}\n"
+    assert main(["usage", "reverse", name, "--reason", "again", *place]) == 0
+    assert capsys.readouterr().out == f"nothing is left to take back of request {name}\n"
+    assert main(["usage", "--verify", *place]) == 0
+    assert "2 events of 1 requests" in capsys.readouterr().err
+    assert main(["usage", "--format", "json", *place]) == 0
+    assert json.loads(capsys.readouterr().out)["total"]["amount_usd"] == "0"
+    assert main(["audit", "--subject", "request", *place]) == 0
+    assert "amount_usd 0.0010628 -> 0 (goodwill)" in capsys.readouterr().out
+    assert main(["usage", "reverse", "req_none", "--reason", "x", *place]) == 1
+    assert "the ledger has no request 'req_none'" in capsys.readouterr().err
+    assert main(["usage", "reverse", name, "--reason", " ", *place]) == 2
+    assert "--reason: must say why" in capsys.readouterr().err

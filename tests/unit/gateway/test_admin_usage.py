@@ -9,6 +9,7 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 from starlette.types import Scope
 
+from serve_app.changes import Actor, Reversal, Via
 from serve_app.gateway.admin_usage import UsageAdministration
 from serve_app.gateway.auth import authenticate
 from serve_app.gateway.http import exception_handlers
@@ -25,6 +26,7 @@ class Reporter:
 
     def __init__(self) -> None:
         self.asked: list[UsageQuery] = []
+        self.reversed: list[tuple[str, str, Actor]] = []
         self.away = False
 
     async def usage(self, query: UsageQuery) -> dict[str, Any]:
@@ -32,6 +34,14 @@ class Reporter:
             raise ConnectionError("a stack trace of somebody else")
         self.asked.append(query)
         return REPORT
+
+    async def reverse_usage(self, request_id: str, reason: str, by: Actor) -> Reversal | None:
+        if request_id != "req_1":
+            return None
+        if self.reversed:
+            return Reversal(request_id, 0, new=False)
+        self.reversed.append((request_id, reason, by))
+        return Reversal(request_id, 500, new=True)
 
 
 @pytest.fixture
@@ -93,3 +103,34 @@ def test_a_control_that_is_away_is_a_503_without_its_trace(
     answer = client.get("/admin/usage")
     assert answer.status_code == 503
     assert "trace" not in answer.text
+
+
+def test_a_bill_is_taken_back_once(client: TestClient, reporter: Reporter) -> None:
+    where = "/admin/usage/req_1/reversal"
+    done = client.post(where, json={"reason": " goodwill "})
+    assert done.status_code == 201
+    assert done.json() == {
+        "object": "usage_reversal",
+        "request_id": "req_1",
+        "taken_back_usd": "0.0000005",
+        "new": True,
+    }
+    again = client.post(where, json={"reason": "again"})
+    assert (again.status_code, again.json()["new"]) == (200, False)
+    assert reporter.reversed == [("req_1", "goodwill", Actor("key bootstrap", Via.HTTP))]
+    assert client.post("/admin/usage/req_2/reversal", json={"reason": "x"}).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"reason": ""}, {"reason": "  "}, {"reason": "x" * 1001}, {"reason": 7}]
+)
+def test_a_reversal_without_a_reason_is_refused(client: TestClient, body: dict[str, Any]) -> None:
+    answer = client.post("/admin/usage/req_1/reversal", json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "reason"
+
+
+def test_only_admins_take_bills_back(client: TestClient, other: tuple[str, KeyRecord]) -> None:
+    headers = {"authorization": f"Bearer {other[0]}"}
+    where = "/admin/usage/req_1/reversal"
+    assert client.post(where, json={"reason": "x"}, headers=headers).status_code == 403

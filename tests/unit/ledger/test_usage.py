@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select, text, update
 
+from serve_app.changes import Actor, ChangeQuery, Reversal, Via
+from serve_app.core.budget import Budget, BudgetKey, BudgetScope, Window
 from serve_app.core.pricing import RateCard, Rates
 from serve_app.core.types import Outcome, PriorityClass, TenantId
+from serve_app.ledger.budgets import BudgetStore
 from serve_app.ledger.database import Database
 from serve_app.ledger.prices import PriceStore
 from serve_app.ledger.schema import SUMS, USAGE_EVENT, USAGE_RECONCILIATION, USAGE_ROLLUP
+from serve_app.ledger.trail import Trail
 from serve_app.ledger.usage import Committed, UsageLedger
 from serve_app.ledger.verify import verify
 from serve_app.usage import Witness
@@ -175,15 +179,60 @@ def test_a_correction_is_a_row_that_takes_back_and_nothing_else_changes(
 ) -> None:
     ledger.commit([record(PAID)])
     [before] = rows(database)
-    assert ledger.reverse(PAID.request_id, "goodwill") == PRICE
-    assert ledger.reverse(PAID.request_id, "again") == 0
-    assert ledger.reverse("req_unknown", "what?") is None
+    by = Actor("key k7f3m2qa", Via.HTTP)
+    assert ledger.reverse(PAID.request_id, "goodwill", by) == Reversal(PAID.request_id, PRICE, True)
+    assert ledger.reverse(PAID.request_id, "again", by) == Reversal(PAID.request_id, 0, False)
+    assert ledger.reverse("req_unknown", "what?", by) is None
     correction, kept = rows(database)
     assert kept == before
     assert (correction.witness, correction.note) == ("operator", "goodwill")
     assert (correction.amount_nanousd, correction.requests) == (-PRICE, 0)
     assert total(database, "amount_nanousd") == total(database, "billed_output_tokens") == 0
     assert total(database, "requests") == 1
+    assert agrees(database)
+    [told] = Trail(database).changes(ChangeQuery(subject="request"))
+    assert (told.actor, told.action, told.note) == (by, "usage.reverse", "goodwill")
+    assert told.subject == f"request {PAID.request_id}"
+    assert told.before is not None
+    assert told.after is not None
+    assert (told.before["output_tokens"], told.before["amount_usd"]) == (5, "0.000000635")
+    assert (told.after["output_tokens"], told.after["amount_usd"]) == (0, "0")
+
+
+def test_a_free_request_is_taken_back_once_too(ledger: UsageLedger, database: Database) -> None:
+    free = charge(4)
+    ledger.commit([record(free)])
+    assert ledger.reverse(free.request_id, "why") == Reversal(free.request_id, 0, True)
+    assert ledger.reverse(free.request_id, "why") == Reversal(free.request_id, 0, False)
+    assert total(database, "billed_requests") == 0
+    assert agrees(database)
+
+
+def test_what_is_taken_back_can_be_spent_again(ledger: UsageLedger, database: Database) -> None:
+    budgets = BudgetStore(database, lambda: START_S)
+    budgets.put(Budget(BudgetKey(BudgetScope.TENANT, "acme"), 10**6, Window.MONTH))
+    ledger.commit([record(PAID), record(charge(2, price_version=1))])
+    assert budgets.balances()[0].spent_nanousd == 2 * PRICE
+    ledger.reverse(PAID.request_id, "goodwill")
+    assert budgets.balances()[0].spent_nanousd == PRICE
+
+
+def test_two_who_take_back_at_once_take_back_once(
+    database: Database, prices: PriceStore, ledger: UsageLedger
+) -> None:
+    ledger.commit([record(PAID)])
+    found: list[Reversal | None] = []
+
+    def take_back() -> None:
+        found.append(UsageLedger(database, prices).reverse(PAID.request_id, "both"))
+
+    threads = [threading.Thread(target=take_back) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(each.amount_nanousd for each in found if each is not None) == [0, 0, 0, PRICE]
+    assert total(database, "amount_nanousd") == 0
     assert agrees(database)
 
 
@@ -194,7 +243,7 @@ def test_an_account_that_comes_after_a_correction_adds_its_difference_only(
     ledger.reverse(PAID.request_id, "goodwill")
     ledger.commit([record(PAID, Witness.ENGINE, outcome="cancelled", output_tokens=7)])
     assert total(database, "amount_nanousd") == 200
-    assert ledger.reverse(PAID.request_id, "the rest") == 200
+    assert ledger.reverse(PAID.request_id, "the rest") == Reversal(PAID.request_id, 200, True)
     assert agrees(database)
 
 
