@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any, Protocol
 from urllib.parse import quote
 
 import httpx
 
 from serve_app.changes import PARAMETERS, Actor, ChangeQuery, change_json
+from serve_app.core.true_cost import InstancePrice
 from serve_app.errors import ApiError, ConfigError
 from serve_app.gateway.admin import key_json, key_request
 from serve_app.gateway.admin_usage import reversal_json
@@ -184,7 +186,9 @@ def database_changes(url: str, query: ChangeQuery) -> list[dict[str, Any]]:
         database.close()
 
 
-def database_usage(url: str, query: UsageQuery) -> dict[str, Any]:
+def database_usage(
+    url: str, query: UsageQuery, instances: Mapping[str, InstancePrice]
+) -> dict[str, Any]:
     """Return a report from the database itself.
 
     Raises:
@@ -192,7 +196,7 @@ def database_usage(url: str, query: UsageQuery) -> dict[str, Any]:
     """
     database = Database(url)
     try:
-        return report(database, query)
+        return report(database, query, instances)
     finally:
         database.close()
 

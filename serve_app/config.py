@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from serve_app.config_access import Aliases, KeyPolicy, TenantPolicy
 from serve_app.config_base import Name, Strict
+from serve_app.config_costs import CostSettings
 from serve_app.config_policy import PoolPolicy
 
 
@@ -200,6 +201,7 @@ class ChannelSettings(Strict):
     coalesce: bool = Field(
         True,
         description="Frames that came in while a client was written to go out as one write; no "
+    costs: CostSettings = CostSettings()
         "frame waits for another. False: each by itself, at more CPU time under load.",
     )
 

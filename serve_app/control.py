@@ -143,7 +143,7 @@ class Control:
 
     async def usage(self, query: UsageQuery) -> dict[str, Any]:
         """Return a report of what was used; see ledger.report."""
-        return await asyncio.to_thread(report, self._database, query)
+        return await asyncio.to_thread(report, self._database, query, self._args.costs.prices())
 
     async def reverse_usage(self, request_id: str, reason: str, by: Actor) -> Reversal | None:
         """Take back what a request was billed; None if there is no such request."""

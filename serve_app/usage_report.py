@@ -17,6 +17,7 @@ BY: Final = ("tenant", "model", "user", "key", "class", "tag", "hour")
 FIELDS: Final = (
     *("requests", "billed_requests", "prompt_tokens", "cached_prompt_tokens", "output_tokens"),
     *("delivered_tokens", "generated_tokens", "wasted_tokens", "wasted_usd", "amount_usd"),
+    *("engine_s", "cost_usd", "wasted_cost_usd", "unpriced_s"),
 )
 
 _HOUR_S: Final = 3600
@@ -73,16 +74,39 @@ def to_csv(report: Mapping[str, Any]) -> str:
 
 
 def to_table(report: Mapping[str, Any]) -> tuple[Sequence[str], list[Sequence[str]]]:
-    """Return a report's header and rows for people, the total last."""
+    """Return a report's header and rows for people: whose, the rest, and the total last.
+
+    True cost stands there where engines measured any; it is cut to a millionth of a dollar.
+    """
+    fleet = report["fleet"]
+    measured = fleet["time_s"] != "0"
     shown = ("requests", "prompt_tokens", "output_tokens", "wasted_tokens", "amount_usd")
     header = [*(name.upper() for name in report["by"]), "REQUESTS", "INPUT", "OUTPUT"]
-    header += ["WASTED", "USD"]
-    rows: list[Sequence[str]] = [
-        [str(row[column]) or "-" for column in (*report["by"], *shown)] for row in report["data"]
-    ]
-    total = ["TOTAL", *[""] * (len(report["by"]) - 1)] if report["by"] else []
-    rows.append([*total, *(str(report["total"][column]) for column in shown)])
+    header += ["WASTED", "USD", *(("ENGINE S", "COST USD") if measured else ())]
+    rows: list[Sequence[str]] = []
+    for row in report["data"]:
+        cells = [str(row[column]) or "-" for column in (*report["by"], *shown)]
+        rows.append([*cells, *(_cost_cells(row, "engine_s") if measured else ())])
+    named = bool(report["by"])
+    if named and measured:
+        for row in report["overheads"]:
+            if row["time_s"] != "0":
+                gap = [""] * (len(report["by"]) - 1 + len(shown))
+                rows.append([f"({row['what']})", *gap, *_cost_cells(row, "time_s")])
+    total = ["TOTAL", *[""] * (len(report["by"]) - 1)] if named else []
+    cells = [*total, *(str(report["total"][column]) for column in shown)]
+    rows.append([*cells, *(_cost_cells(fleet, "time_s") if measured else ())])
     return header, rows
+
+
+def _cost_cells(row: Mapping[str, Any], time: str) -> list[str]:
+    whole, _, part = row[time].partition(".")
+    if row["unpriced_s"] == row[time] != "0":
+        cost = "no price"
+    else:
+        dollars, _, rest = row["cost_usd"].partition(".")
+        cost = f"{dollars}.{rest[:6]:0<6}" + ("+" if row["unpriced_s"] != "0" else "")
+    return [f"{whole}.{part[:3]:0<3}", cost]
 
 
 def _hour(field: str, text: str | None) -> int | None:

@@ -13,6 +13,7 @@ from serve_app.errors import ConfigError
 
 if TYPE_CHECKING:
     from serve_app.changes import Actor
+    from serve_app.config_costs import CostSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,17 @@ def actor() -> Actor:
         # A container's user need not have a name.
         user = f"uid {os.getuid()}"
     return Actor(f"{user}@{socket.gethostname()}", Via.COMMAND)
+
+
+def cost_settings(config: str) -> CostSettings:
+    """Return what nodes cost, as a configuration says.
+
+    Raises:
+        ConfigError: the configuration is wrong.
+    """
+    from serve_app.config_file import load
+
+    return load(config).control.costs
 
 
 def database_url(config: str) -> str:

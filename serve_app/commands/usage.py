@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from serve_app.commands._place import Service, actor, add_place_options, place
+from serve_app.commands._place import Service, actor, add_place_options, cost_settings, place
 from serve_app.errors import ConfigError
 from serve_app.terminal import Subparsers, command, note, out, table
 
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         from serve_app.admin_client import database_usage
 
-        report = database_usage(where, query)
+        report = database_usage(where, query, cost_settings(args.config).prices())
     if args.format == "json":
         import orjson
 

@@ -100,7 +100,7 @@ def reconcile(
     every finding but agreement and a node that is not ours.
     """
     charged = _charges_by_node(charges)
-    billed = _bills_by_node(bills)
+    billed = bills_by_node(bills)
     nodes = [
         _compare(node, charged.get(node), billed.get(node), alert_ratio)
         for node in sorted(charged.keys() | billed.keys())
@@ -152,7 +152,8 @@ def _charges_by_node(charges: Iterable[NodeCharge]) -> dict[str, NodeCharge]:
     return found
 
 
-def _bills_by_node(bills: Iterable[NodeBill]) -> dict[str, NodeBill]:
+def bills_by_node(bills: Iterable[NodeBill]) -> dict[str, NodeBill]:
+    """Return one bill for each node, the sum of its bills; without an amount if one lacks it."""
     found: dict[str, NodeBill] = {}
     for bill in bills:
         before = found.get(bill.node)

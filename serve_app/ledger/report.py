@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
 from sqlalchemy import Row, func, select
 
 from serve_app.core.pricing import CURRENCY, dollars
+from serve_app.core.true_cost import InstancePrice
 from serve_app.core.types import PriorityClass
+from serve_app.ledger.costs import CostTally, read_costs
 from serve_app.ledger.database import Database
 from serve_app.ledger.schema import SUMS, USAGE_ROLLUP
 from serve_app.ledger.tally import NOTHING, Tally
 from serve_app.usage_report import UsageQuery, iso_time
+
+NO_PRICES: Final[Mapping[str, InstancePrice]] = MappingProxyType({})
 
 _COLUMNS: Final = {
     "tenant": "tenant",
@@ -24,27 +30,41 @@ _COLUMNS: Final = {
 }
 
 
-def report(database: Database, query: UsageQuery) -> dict[str, Any]:
+def report(
+    database: Database, query: UsageQuery, instances: Mapping[str, InstancePrice] = NO_PRICES
+) -> dict[str, Any]:
     """Return the report as a JSON object: its query, its rows in order, their total.
+
+    ``overheads`` is what replicas' time went to beside requests, ``fleet`` all of it: the
+    rows' cost and the overheads' are the fleet's, to the nano-dollar.
 
     Raises:
         StoreUnavailable: the database failed.
     """
-    keys = [USAGE_ROLLUP.c[_COLUMNS[name]] for name in query.by]
+    columns = [_COLUMNS[name] for name in query.by]
+    keys = [USAGE_ROLLUP.c[name] for name in columns]
     statement = select(*keys, *(func.sum(USAGE_ROLLUP.c[name]).label(name) for name in SUMS))
     if query.from_s is not None:
         statement = statement.where(USAGE_ROLLUP.c.hour >= query.from_s)
     if query.to_s is not None:
         statement = statement.where(USAGE_ROLLUP.c.hour < query.to_s)
     if keys:
-        statement = statement.group_by(*keys).order_by(*keys)
-    with database.transaction() as connection:
+        statement = statement.group_by(*keys)
+    with database.snapshot() as connection:
         found = [row for row in connection.execute(statement) if row.requests is not None]
-    tallies = [_tally(row) for row in found]
-    total = sum(tallies, NOTHING)
+        costs = read_costs(connection, query, columns, instances)
+    tallies = {tuple(row[: len(columns)]): _tally(row) for row in found}
+    nothing = CostTally()
     data = [
-        {**_keys(query, row), **_figures(tally)} for row, tally in zip(found, tallies, strict=True)
+        {
+            **_keys(query, key),
+            **_figures(tallies.get(key, NOTHING), costs.rows.get(key, nothing)),
+        }
+        for key in sorted(tallies.keys() | costs.rows.keys())
     ]
+    whole = CostTally()
+    for row in costs.rows.values():
+        whole.add(row)
     return {
         "object": "usage_report",
         "currency": CURRENCY,
@@ -52,7 +72,11 @@ def report(database: Database, query: UsageQuery) -> dict[str, Any]:
         "from": None if query.from_s is None else iso_time(query.from_s),
         "to": None if query.to_s is None else iso_time(query.to_s),
         "data": data if query.by else [],
-        "total": _figures(total),
+        "total": _figures(sum(tallies.values(), NOTHING), whole),
+        "overheads": [
+            {"what": each.value, **_spent(tally)} for each, tally in costs.overheads.items()
+        ],
+        "fleet": _spent(costs.fleet),
     }
 
 
@@ -60,9 +84,9 @@ def _tally(row: Row[Any]) -> Tally:
     return Tally(*(int(getattr(row, name)) for name in SUMS))
 
 
-def _keys(query: UsageQuery, row: Row[Any]) -> dict[str, str]:
+def _keys(query: UsageQuery, key: tuple[Any, ...]) -> dict[str, str]:
     keys: dict[str, str] = {}
-    for name, value in zip(query.by, row, strict=False):
+    for name, value in zip(query.by, key, strict=True):
         if name == "class":
             keys[name] = PriorityClass(value).name.lower()
         else:
@@ -70,7 +94,7 @@ def _keys(query: UsageQuery, row: Row[Any]) -> dict[str, str]:
     return keys
 
 
-def _figures(tally: Tally) -> dict[str, Any]:
+def _figures(tally: Tally, cost: CostTally) -> dict[str, Any]:
     return {
         "requests": tally.requests,
         "billed_requests": tally.billed_requests,
@@ -83,4 +107,19 @@ def _figures(tally: Tally) -> dict[str, Any]:
         "wasted_usd": dollars(tally.wasted_nanousd),
         "amount_usd": dollars(tally.amount_nanousd),
         "amount_nanousd": tally.amount_nanousd,
+        # Seconds in nanoseconds are written as dollars in nano-dollars are.
+        "engine_s": dollars(cost.time_ns),
+        "cost_usd": dollars(cost.cost_nanousd),
+        "cost_nanousd": cost.cost_nanousd,
+        "wasted_cost_usd": dollars(cost.wasted_nanousd),
+        "unpriced_s": dollars(cost.unpriced_ns),
+    }
+
+
+def _spent(cost: CostTally) -> dict[str, Any]:
+    return {
+        "time_s": dollars(cost.time_ns),
+        "cost_usd": dollars(cost.cost_nanousd),
+        "cost_nanousd": cost.cost_nanousd,
+        "unpriced_s": dollars(cost.unpriced_ns),
     }

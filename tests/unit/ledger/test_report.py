@@ -58,6 +58,11 @@ def test_a_row_says_what_was_used_and_what_it_cost(ledger: UsageLedger, database
         "wasted_usd": "0.0000004",
         "amount_usd": "0.000001035",
         "amount_nanousd": 1035,
+        "engine_s": "0",
+        "cost_usd": "0",
+        "cost_nanousd": 0,
+        "wasted_cost_usd": "0",
+        "unpriced_s": "0",
     }
     assert (found["currency"], found["by"]) == ("USD", ["class", "user", "tag"])
 

@@ -1,0 +1,197 @@
+"""Replica-hours from the database, each split over its requests and the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import groupby
+from typing import Any, Final
+
+from sqlalchemy import ColumnElement, Connection, Row, Select, Table, delete, func, insert, select
+
+from serve_app.core.attribution import Use
+from serve_app.core.reconciliation import NodeBill, bills_by_node
+from serve_app.core.true_cost import (
+    HOUR_NS,
+    HourCost,
+    InstancePrice,
+    NodePrices,
+    Overhead,
+    ReplicaHour,
+    split_hour,
+)
+from serve_app.ledger.schema import ENGINE_TIME, NODE_BILL, REPLICA_HOUR
+from serve_app.usage_report import UsageQuery
+
+_NS_PER_S: Final = 10**9
+
+
+@dataclass(slots=True)
+class CostTally:
+    """What some requests, or some overhead, took and cost.
+
+    ``wasted_nanousd`` is the part of requests that did not complete, ``unpriced_ns`` the
+    part of ``time_ns`` whose price nobody knows and that is in no cost.
+    """
+
+    requests: int = 0
+    time_ns: int = 0
+    cost_nanousd: int = 0
+    wasted_nanousd: int = 0
+    unpriced_ns: int = 0
+
+    def add(self, other: CostTally) -> None:
+        """Take in another."""
+        self.requests += other.requests
+        self.time_ns += other.time_ns
+        self.cost_nanousd += other.cost_nanousd
+        self.wasted_nanousd += other.wasted_nanousd
+        self.unpriced_ns += other.unpriced_ns
+
+
+@dataclass(slots=True)
+class Costs:
+    """Costs of a stretch of time: by the key asked for, of the rest, and in all."""
+
+    rows: dict[tuple[Any, ...], CostTally]
+    overheads: dict[Overhead, CostTally]
+    fleet: CostTally
+
+
+@dataclass(frozen=True, slots=True)
+class SplitHour:
+    """A replica-hour and what the requests of each key had in it: count and wasted time."""
+
+    cost: HourCost
+    counts: Mapping[tuple[Any, ...], tuple[int, int]]
+
+
+def read_costs(
+    connection: Connection,
+    query: UsageQuery,
+    columns: Sequence[str],
+    instances: Mapping[str, InstancePrice],
+) -> Costs:
+    """Return what the hours of ``query`` cost, by ``columns`` of ENGINE_TIME.
+
+    Every amount is of whole nano-dollars; rows and overheads add up to the fleet exactly.
+    """
+    costs = Costs({}, {each: CostTally() for each in Overhead}, CostTally())
+    for hour in split_hours(connection, query, columns, instances):
+        unpriced = hour.cost.cost_nanousd is None
+        fleet = CostTally(time_ns=hour.cost.lasted_ns, cost_nanousd=hour.cost.cost_nanousd or 0)
+        fleet.unpriced_ns = fleet.time_ns if unpriced else 0
+        costs.fleet.add(fleet)
+        for part in hour.cost.parts:
+            tally = CostTally(time_ns=part.time_ns, cost_nanousd=part.cost_nanousd or 0)
+            tally.unpriced_ns = tally.time_ns if unpriced else 0
+            if isinstance(part.key, Overhead):
+                costs.overheads[part.key].add(tally)
+                continue
+            tally.requests, wasted_ns = hour.counts[part.key]
+            tally.wasted_nanousd = tally.cost_nanousd * wasted_ns // max(1, part.time_ns)
+            costs.rows.setdefault(part.key, CostTally()).add(tally)
+    return costs
+
+
+def split_hours(
+    connection: Connection,
+    query: UsageQuery,
+    columns: Sequence[str],
+    instances: Mapping[str, InstancePrice],
+) -> Iterator[SplitHour]:
+    """Yield every replica-hour of ``query`` split by ``columns``, in the order of time."""
+    prices = NodePrices(instances, read_bills(connection, query))
+    known = {(hour.hour, hour.replica): hour for hour in read_hours(connection, query)}
+    for key, group in groupby(_engine_time(connection, query, columns), lambda row: row[:2]):
+        rows = list(group)
+        hour = known.pop((key[0], key[1]), None) or _unreported(key[0], key[1])
+        counts: dict[tuple[Any, ...], tuple[int, int]] = {
+            tuple(row[2:-3]): (int(row.requests), int(row.wasted_ns)) for row in rows
+        }
+        times: list[tuple[tuple[Any, ...], int]] = [
+            (tuple(row[2:-3]), int(row.engine_ns)) for row in rows
+        ]
+        yield SplitHour(split_hour(hour, times, prices), counts)
+    for hour in known.values():
+        yield SplitHour(split_hour(hour, (), prices), {})
+
+
+def read_hours(connection: Connection, query: UsageQuery) -> list[ReplicaHour]:
+    """Return the replica-hours of ``query``, in the order of time."""
+    statement = _within(select(REPLICA_HOUR), REPLICA_HOUR, query)
+    statement = statement.order_by(REPLICA_HOUR.c.hour, REPLICA_HOUR.c.replica)
+    return [_hour(row) for row in connection.execute(statement)]
+
+
+def read_bills(connection: Connection, query: UsageQuery) -> dict[tuple[int, str], NodeBill]:
+    """Return what nodes were billed, by hour and node."""
+    rows = connection.execute(_within(select(NODE_BILL), NODE_BILL, query))
+    return {
+        (row.hour, row.node): NodeBill(
+            row.node,
+            row.total_nanousd,
+            None if row.gpu_ns is None else Fraction(row.gpu_ns, HOUR_NS),
+        )
+        for row in rows
+    }
+
+
+def write_bills(connection: Connection, hour: int, bills: Sequence[NodeBill], now_s: float) -> None:
+    """Keep the bills of an hour as they were read now; those read before are replaced."""
+    connection.execute(delete(NODE_BILL).where(NODE_BILL.c.hour == hour))
+    rows = [
+        {
+            "hour": hour,
+            "node": bill.node[:253],
+            "total_nanousd": bill.total_nanousd,
+            "gpu_ns": None if bill.gpu_hours is None else int(bill.gpu_hours * HOUR_NS),
+            "read_at_s": now_s,
+        }
+        for bill in bills_by_node(bills).values()
+    ]
+    if rows:
+        connection.execute(insert(NODE_BILL), rows)
+
+
+def _engine_time(
+    connection: Connection, query: UsageQuery, columns: Sequence[str]
+) -> Iterator[Row[Any]]:
+    time = ENGINE_TIME.c
+    keys: list[ColumnElement[Any]] = [time.hour, time.replica]
+    # The hour may be asked for as well: under a name of its own.
+    keys += [time[name].label(f"by_{name}") for name in columns]
+    sums = [func.sum(time[name]).label(name) for name in ("requests", "engine_ns", "wasted_ns")]
+    statement = _within(select(*keys, *sums), ENGINE_TIME, query)
+    statement = statement.group_by(*keys).order_by(time.hour, time.replica)
+    yield from connection.execute(statement)
+
+
+def _within(statement: Select[Any], table: Table, query: UsageQuery) -> Select[Any]:
+    if query.from_s is not None:
+        statement = statement.where(table.c.hour >= query.from_s)
+    if query.to_s is not None:
+        statement = statement.where(table.c.hour < query.to_s)
+    return statement
+
+
+def _hour(row: Row[Any]) -> ReplicaHour:
+    uses = {use: int(getattr(row, f"{use.value}_ns")) for use in Use}
+    return ReplicaHour(
+        row.hour,
+        row.replica,
+        row.pool,
+        row.node,
+        row.instance,
+        row.gpus,
+        int(row.from_ns),
+        int(row.until_ns),
+        uses,
+    )
+
+
+def _unreported(hour: int, replica: str) -> ReplicaHour:
+    """Return the account of a replica that has not written any: its requests prove time."""
+    nothing = ReplicaHour(hour, replica, "", "", "", 0.0, 0, 0, {})
+    return replace(nothing, from_ns=hour * _NS_PER_S, until_ns=hour * _NS_PER_S)

@@ -1,0 +1,122 @@
+"""Replicas' accounts and the requests on them, for tests: they agree to the nanosecond."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from serve_app.core.attribution import NS_PER_S, Use
+from serve_app.core.types import KeyId, PoolName, PriorityClass, TenantId
+from serve_app.usage import LedgerRecord, ReplicaPeriod, Witness
+from tests.usage_records import HOUR_S, START_S, charge, record
+
+HOUR_NS = HOUR_S * NS_PER_S
+
+
+def period(number: int = 1, hour: int = START_S, lasted_ns: int = HOUR_NS, **fields: Any) -> Any:
+    """Return a replica's account of an hour: idle unless ``uses_ns`` says otherwise."""
+    values: dict[str, Any] = {
+        "replica": "r1",
+        "number": number,
+        "pool": "small",
+        "node": "gpu-1",
+        "instance": "h100",
+        "gpus": 1.0,
+        "hour": hour,
+        "from_ns": hour * NS_PER_S,
+        "until_ns": hour * NS_PER_S + lasted_ns,
+        "uses_ns": {Use.IDLE.value: lasted_ns},
+    }
+    return ReplicaPeriod(**(values | fields))
+
+
+@dataclass(frozen=True)
+class Person:
+    """Who sends what: requests an hour, tokens, engine milliseconds for each."""
+
+    tenant: str
+    user: str
+    model: str
+    hourly: int
+    prompt: int = 1000
+    cached: int = 0
+    output: int = 200
+    engine_ms: float = 500.0
+
+
+@dataclass(frozen=True)
+class Town:
+    """Replicas of each model and the people who use them, from ``start_s`` for some hours."""
+
+    people: tuple[Person, ...]
+    replicas: dict[str, int]
+    hours: int
+    start_s: int = START_S
+    seed: int = 1
+    # Changes a person for an hour: a runaway agent, a model that got dearer.
+    change: Callable[[Person, int], Person] = field(default=lambda person, hour: person)
+
+    def records(self) -> Iterator[LedgerRecord]:
+        """Yield both witnesses of every request, and every replica's account of every hour."""
+        chance = random.Random(self.seed)
+        number = 0
+        for index in range(self.hours):
+            hour = self.start_s + index * HOUR_S
+            used = {
+                (model, place): dict.fromkeys((Use.USEFUL, Use.CANCELLED), 0)
+                for model, count in self.replicas.items()
+                for place in range(count)
+            }
+            for standing in self.people:
+                person = self.change(standing, index)
+                for _ in range(_about(person.hourly, index, chance)):
+                    number += 1
+                    place = chance.randrange(self.replicas[person.model])
+                    outcome = "cancelled" if chance.random() < 0.02 else "completed"
+                    use = Use.CANCELLED if outcome == "cancelled" else Use.USEFUL
+                    engine_ns = round(person.engine_ms * 1e6 * chance.uniform(0.7, 1.4))
+                    used[person.model, place][use] += engine_ns
+                    at_s = hour + chance.random() * 3500
+                    seen = {
+                        "prompt_tokens": person.prompt,
+                        "cached_prompt_tokens": person.cached,
+                        "output_tokens": round(person.output * chance.uniform(0.7, 1.4)),
+                        "outcome": outcome,
+                        "replica": f"{person.model}-{place}",
+                        "engine_ns": engine_ns,
+                    }
+                    of = charge(
+                        number,
+                        at_s,
+                        tenant=TenantId(person.tenant),
+                        user=person.user,
+                        key=KeyId(f"k-{person.tenant}"),
+                        model=person.model,
+                        pool=PoolName(person.model),
+                        priority_class=PriorityClass.STANDARD,
+                        price_version=1,
+                    )
+                    yield record(of, ended_at_s=at_s + 1, **seen)
+                    yield record(of, Witness.ENGINE, ended_at_s=at_s + 1, engine_hour=hour, **seen)
+            for (model, place), uses in used.items():
+                busy_ns = sum(uses.values())
+                assert busy_ns <= HOUR_NS, "more work than an hour has"
+                uses[Use.IDLE] = HOUR_NS - busy_ns
+                yield period(
+                    index + 1,
+                    hour,
+                    replica=f"{model}-{place}",
+                    pool=model,
+                    instance=model,
+                    node=f"gpu-{model}-{place}",
+                    uses_ns={use.value: time_ns for use, time_ns in uses.items()},
+                )
+
+
+def _about(hourly: int, index: int, chance: random.Random) -> int:
+    """Return a count for an hour: less at night and at weekends, and never quite the same."""
+    of_day = 1.0 if 8 <= index % 24 < 20 else 0.4
+    of_week = 1.0 if index // 24 % 7 < 5 else 0.5
+    return round(hourly * of_day * of_week * chance.uniform(0.7, 1.3))
