@@ -8,10 +8,17 @@ argument types to validate ``args``, and a string there turns validation off sil
 from typing import Any
 
 from ray import serve
-from ray.serve.config import RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.schema import LoggingConfig
 
-from serve_app.config import SPARE_CALLS, ControlArgs, GatewayArgs, PoolArgs, ReplicaSettings
+from serve_app.config import (
+    SPARE_CALLS,
+    ControlArgs,
+    EngineReplicaSettings,
+    GatewayArgs,
+    PoolArgs,
+    ReplicaSettings,
+)
 from serve_app.control import Control
 from serve_app.engine.replica import EngineReplica, Pool
 from serve_app.router import Router
@@ -45,6 +52,7 @@ def pool(args: PoolArgs) -> serve.Application:
             request_router_class="serve_app.engine.placement.PlacementRouter"
         ),
         **_replica_options(args.replicas, args.env),
+        **_size_options(args.replicas),
     )
     ingress = serve.deployment(
         Pool,
@@ -61,9 +69,25 @@ def gateway(args: GatewayArgs) -> serve.Application:
         serve.ingress()(Router),
         name="Router",
         max_ongoing_requests=args.max_in_flight + SPARE_CALLS,
+        num_replicas=args.replicas.num_replicas,
         **_replica_options(args.replicas, {}),
     )
     return router.bind(args.model_dump())
+
+
+def _size_options(replicas: EngineReplicaSettings) -> dict[str, Any]:
+    """Return how many engine replicas there are: a number, or what Control decides."""
+    if replicas.bounds is None:
+        return {"num_replicas": replicas.num_replicas}
+    least, most = replicas.bounds
+    scaled = AutoscalingConfig(
+        min_replicas=least,
+        max_replicas=most,
+        initial_replicas=replicas.num_replicas,
+        metrics_interval_s=1.0,
+        policy=AutoscalingPolicy(policy_function="serve_app.autoscaling:replicas"),
+    )
+    return {"autoscaling_config": scaled}
 
 
 def _replica_options(replicas: ReplicaSettings, env: dict[str, str]) -> dict[str, Any]:
@@ -76,7 +100,6 @@ def _replica_options(replicas: ReplicaSettings, env: dict[str, str]) -> dict[str
     if env:
         actor["runtime_env"] = {"env_vars": env}
     return {
-        "num_replicas": replicas.num_replicas,
         "ray_actor_options": actor,
         "graceful_shutdown_timeout_s": replicas.graceful_shutdown_timeout_s,
         "health_check_period_s": replicas.health_check_period_s,

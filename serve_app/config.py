@@ -130,12 +130,49 @@ class JournalSettings(Strict):
     )
 
 
+class AutoscaleSettings(Strict):
+    """Between which sizes a pool is scaled; how is the routers' part, ``pools.*.scaling``."""
+
+    min_replicas: int = Field(1, ge=0, le=1024)
+    max_replicas: int = Field(ge=1, le=1024)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AutoscaleSettings:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError("min_replicas must be at most max_replicas")
+        return self
+
+
+class EngineReplicaSettings(ReplicaSettings):
+    """How many replicas a pool has: ``num_replicas``, or to begin with where it is scaled."""
+
+    autoscale: AutoscaleSettings | None = Field(
+        None, description="Scale the pool with its demand between two sizes."
+    )
+
+    @model_validator(mode="after")
+    def _within(self) -> EngineReplicaSettings:
+        scale = self.autoscale
+        if scale is not None and not scale.min_replicas <= self.num_replicas <= scale.max_replicas:
+            raise ValueError(
+                f"num_replicas ({self.num_replicas}) must be between autoscale.min_replicas "
+                f"({scale.min_replicas}) and max_replicas ({scale.max_replicas})"
+            )
+        return self
+
+    @property
+    def bounds(self) -> tuple[int, int] | None:
+        """The least and the greatest size; None where the pool is not scaled."""
+        scale = self.autoscale
+        return None if scale is None else (scale.min_replicas, scale.max_replicas)
+
+
 class PoolArgs(Strict):
     """Arguments of ``serve_app.app:pool``: one model pool, an application of its own."""
 
     name: Name
     engine: EngineSettings
-    replicas: ReplicaSettings = ReplicaSettings()
+    replicas: EngineReplicaSettings = EngineReplicaSettings()
     env: dict[str, str] = Field(default_factory=dict, description="Environment of the replicas.")
     snapshot_period_s: float = Field(0.1, gt=0, le=5)
     channel_ports: PortRange = Field(

@@ -10,12 +10,14 @@ from serve_app.config_base import Name, Ratio, Strict
 from serve_app.core import policy
 from serve_app.core.routing import pools as core_pools
 from serve_app.core.routing import settings as core_settings
+from serve_app.core.scaling import ScalingPolicy
 from serve_app.core.types import PoolName
 
 Rising = tuple[float, float, float, float]
 
-# What the router settles before the core sees a request.
-_ROUTERS_OWN = frozenset({"heavy", "prompt"})
+# What is not the admission core's: settled before it sees a request, or by Control.
+_ROUTERS_OWN = frozenset({"heavy", "prompt", "scaling"})
+FORECAST_BUCKETS = 96
 
 
 class ClassPolicy(Strict):
@@ -212,6 +214,46 @@ class PromptSettings(Strict):
     )
 
 
+class ScalingSettings(Strict):
+    """How a pool that is scaled follows its demand; see core/scaling.py for what they do."""
+
+    knee_concurrency: float | None = Field(
+        None, gt=0, description="Requests a replica holds at its knee; null: the pool's cap."
+    )
+    safety_ratio: float = Field(0.85, gt=0, le=1, description="Share of the knee planned with.")
+    slowdown_at_knee: float = Field(
+        1.0, ge=1, description="How many times longer a request stays at the knee than alone."
+    )
+    headroom: int = Field(0, ge=0, description="Replicas kept warm above what is needed.")
+    drain_s: float = Field(10, gt=0, description="What waits shall be worked off so soon.")
+    kv_high_ratio: float = Field(0.9, gt=0, le=1, description="A KV cache this full asks for more.")
+    cold_start_s: float = Field(120, ge=0, description="How long a replica takes to start.")
+    fast_s: float = Field(15, gt=0, description="Time constant of the quick average of the rate.")
+    slow_s: float = Field(60, gt=0, description="Time constant of the slow one.")
+    panic_ratio: float = Field(
+        2, gt=1, description="The quick average over the slow one that is a panic: no shrinking."
+    )
+    down_after_s: float = Field(300, gt=0, description="The largest size wanted so lately counts.")
+    idle_s: float = Field(600, gt=0, description="Idle for so long, a pool with least 0 has none.")
+    forecast: bool = Field(False, description="Remember the rate by time of day, be ready for it.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ScalingSettings:
+        if self.fast_s > self.slow_s:
+            raise ValueError("fast_s must be at most slow_s")
+        return self
+
+    def to_core(self, cap: int) -> ScalingPolicy:
+        """Return the settings as core reads them; ``cap`` is the pool's per replica."""
+        given = dict(self)
+        forecast, knee = given.pop("forecast"), given.pop("knee_concurrency")
+        return ScalingPolicy(
+            knee_concurrency=knee or float(cap),
+            forecast_buckets=FORECAST_BUCKETS if forecast else 0,
+            **given,
+        )
+
+
 class PoolPolicy(Strict):
     """How routers admit to and route within a pool."""
 
@@ -274,6 +316,7 @@ class PoolPolicy(Strict):
     routing_settings: RoutingSettings = RoutingSettings()
     heavy: HeavyPool | None = Field(None, description="Long contexts go to another pool.")
     prompt: PromptSettings = PromptSettings()
+    scaling: ScalingSettings = ScalingSettings()
     critical: CriticalPolicy = CriticalPolicy()
     standard: StandardPolicy = StandardPolicy()
     sheddable: SheddablePolicy = SheddablePolicy()

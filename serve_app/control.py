@@ -21,6 +21,7 @@ from serve_app.changes import Actor, Change, ChangeQuery, Reversal, Via
 from serve_app.config import ControlArgs
 from serve_app.control_link import living_replicas
 from serve_app.core.budget import Account, Balance, Budget, BudgetKey, Line
+from serve_app.core.demand import EngineNews
 from serve_app.core.pricing import PriceBook, RateCard
 from serve_app.core.slice_messages import Bell, Message, Reply
 from serve_app.granter import GrantDesk
@@ -37,6 +38,7 @@ from serve_app.ledger.usage import UsageLedger
 from serve_app.ledger.writer import LedgerWriter
 from serve_app.observer import describe_build
 from serve_app.price_file import BookLine
+from serve_app.scaler import Scaler
 from serve_app.telemetry.exposition import Family, merge, render_families
 from serve_app.telemetry.logs import configure, process_stderr
 from serve_app.telemetry.metrics import ControlMetrics
@@ -57,6 +59,10 @@ class _Process:
     families: Mapping[str, Family]
 
 
+# What a process told counts for so long where it is about now: three missed heartbeats.
+SILENT_S = 3.5
+
+
 class Control:
     """One replica; its methods are called through Serve handles."""
 
@@ -69,6 +75,7 @@ class Control:
         self._bootstrap = os.environ.get("HEADRACE_BOOTSTRAP_KEY")
         self._processes: dict[str, _Process] = {}
         self._metrics = ControlMetrics(CollectorRegistry())
+        self._scaler = Scaler(time.monotonic, time.time, self._metrics.sized)
         describe_build(self._metrics, "control")
         self._table = await asyncio.to_thread(self._read_table)
         self._price_store = PriceStore(database)
@@ -97,6 +104,8 @@ class Control:
         self._processes[beat.process] = _Process(beat, time.monotonic(), families)
         if beat.role == "router":
             self._grants.heard(beat.process)
+        self._scaler.hear(beat.process, beat.demand)
+        self._scaler.decide(self._heard("router"), self._engines())
         routers = self._routers() if beat.channel is not None else {}
         keys, prices, budgets = self._table, self._prices, self._treasury.list
         return Tables(
@@ -105,6 +114,7 @@ class Control:
             routers,
             None if beat.prices_version in (None, prices.version) else prices,
             None if beat.budgets_version in (None, budgets.version) else budgets,
+            None if beat.engine is None else self._scaler.wanted(beat.engine.pool),
         )
 
     async def record_usage(self, payloads: list[bytes]) -> None:
@@ -224,6 +234,19 @@ class Control:
             for name, known in self._processes.items()
             if known.beat.channel is not None
         }
+
+    def _heard(self, role: str) -> dict[str, Heartbeat]:
+        """Return the latest heartbeats of the processes of a role that are not silent."""
+        oldest_s = time.monotonic() - SILENT_S
+        return {
+            name: known.beat
+            for name, known in self._processes.items()
+            if known.beat.role == role and known.heard_at_s >= oldest_s
+        }
+
+    def _engines(self) -> dict[str, EngineNews]:
+        beats = self._heard("engine")
+        return {name: beat.engine for name, beat in beats.items() if beat.engine is not None}
 
     def _read_table(self) -> KeyTable:
         table = self._store.snapshot()

@@ -37,6 +37,7 @@ class Fleet:
         self._directory = directory
         self._transports: dict[PoolName, Transport] = {}
         self._watches: dict[tuple[PoolName, ReplicaId], asyncio.Task[None]] = {}
+        self._wakes: dict[PoolName, asyncio.Task[None]] = {}
 
     def start(self) -> None:
         """Begin to follow the directory; call on the router's loop."""
@@ -57,9 +58,20 @@ class Fleet:
         """Return the transport of a pool that was connected."""
         return self._transports[pool]
 
+    def wake_empty(self) -> None:
+        """Ask for a first replica wherever requests wait and none is there; once each.
+
+        It is no request's own call: whoever waited may leave, and the pool still wakes.
+        """
+        for pool, transport in self._transports.items():
+            waiting = self._gate.queue_depth(pool) and not self._gate.replicas(pool)
+            if waiting and pool not in self._wakes:
+                logger.info("waking pool %s", pool)
+                self._wakes[pool] = asyncio.create_task(self._wake(pool, transport))
+
     async def stop(self) -> None:
         """End all watches."""
-        watches = list(self._watches.values())
+        watches = [*self._watches.values(), *self._wakes.values()]
         self._watches.clear()
         for watch in watches:
             watch.cancel()
@@ -73,6 +85,14 @@ class Fleet:
             if (pool, replica) not in self._watches and pool in self._transports:
                 watch = asyncio.create_task(self._watch(pool, replica))
                 self._watches[pool, replica] = watch
+
+    async def _wake(self, pool: PoolName, transport: Transport) -> None:
+        try:
+            await transport.wake()
+        except Exception as error:  # noqa: BLE001  # it is tried again while requests wait
+            logger.warning("pool %s could not be woken: %.200s", pool, error)
+        finally:
+            self._wakes.pop(pool, None)
 
     async def _watch(self, pool: PoolName, replica: ReplicaId) -> None:
         call = WatchCall(replica)

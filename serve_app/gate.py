@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 from serve_app.core.controller import Controller
+from serve_app.core.demand import DemandCounter, PoolDemand
 from serve_app.core.exchange import Digest
 from serve_app.core.figures import PoolFigures
 from serve_app.core.policy import PoolPolicy
@@ -46,8 +47,9 @@ class Refused(Exception):
 class Lease:
     """A dispatched request's hold on its slot, ended once, when its block is left."""
 
-    def __init__(self, gate: Gate, ticket: Ticket, dispatch: Dispatch) -> None:
+    def __init__(self, gate: Gate, ticket: Ticket, dispatch: Dispatch, begun_s: float) -> None:
         self._gate = gate
+        self.begun_s = begun_s
         self.ticket = ticket
         self.dispatch = dispatch
         self.replica: ReplicaId = dispatch.replicas[0]
@@ -88,6 +90,7 @@ class Gate:
         self._clock = clock
         self._on_notice = on_notice
         self._waiting: dict[RequestId, asyncio.Future[Dispatch]] = {}
+        self._demand = DemandCounter()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at_s: float | None = None
 
@@ -100,10 +103,11 @@ class Gate:
         """
         decision: asyncio.Future[Dispatch] = asyncio.get_running_loop().create_future()
         self._waiting[ticket.request_id] = decision
+        self._demand.offered(ticket.pool)
         lease: Lease | None = None
         try:
             self._apply(self._core.offer(ticket, self._clock()))
-            lease = Lease(self, ticket, await decision)
+            lease = Lease(self, ticket, await decision, self._clock())
             yield lease
         except (asyncio.CancelledError, GeneratorExit):
             if lease is not None and lease.outcome is not Outcome.COMPLETED:
@@ -161,6 +165,12 @@ class Gate:
         """Take what another router tells."""
         self._apply(self._core.hear(digest, self._clock()))
 
+    def demand(self, pool: PoolName) -> PoolDemand:
+        """Return what this router was asked for of a pool, and what it has."""
+        return self._demand.read(
+            pool, queued=self.queue_depth(pool), in_flight=self.in_flight(pool)
+        )
+
     def queue_depth(self, pool: PoolName) -> int:
         """Return how many requests wait for ``pool``."""
         return self._core.queue_depth(pool)
@@ -212,6 +222,8 @@ class Gate:
         if lease is None or lease.outcome is Outcome.CANCELLED:
             self._apply(self._core.cancel(request_id, now_s))
         else:
+            if lease.outcome is Outcome.COMPLETED:
+                self._demand.ended(lease.dispatch.pool, now_s - lease.begun_s)
             self._apply(self._core.finish(request_id, lease.usage, lease.outcome, now_s))
 
     def _apply(self, effects: Sequence[Effect]) -> None:

@@ -29,6 +29,7 @@ from serve_app.control_link import HandleControlLink
 from serve_app.core.controller import Controller
 from serve_app.core.exchange import RouterId
 from serve_app.core.routing import RoutingSettings, routing_by_policy, uses_prefixes
+from serve_app.core.scaling import ScalingPolicy
 from serve_app.core.types import PoolName
 from serve_app.engine.api import Endpoint
 from serve_app.engine.channel_router import RouterChannel
@@ -113,6 +114,7 @@ class Router:
             clock=time.monotonic,
         )
         self._config = RouterConfig()
+        self._scaling: dict[PoolName, ScalingPolicy] = {}
         self._untold_limits: Mapping[str, Any] | None = None
         self._telling: asyncio.Task[None] | None = None
         self._uplink = Uplink(
@@ -149,6 +151,10 @@ class Router:
         for name in self._config.pools.keys() - config.pools.keys():
             self._observer.metrics.forget_pool(PoolName(name))
         self._config = config
+        self._scaling = {
+            PoolName(name): pool.scaling.to_core(pool.max_concurrency_per_replica)
+            for name, pool in config.pools.items()
+        }
         self._untold_limits = limits_by_path(config)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -232,6 +238,7 @@ class Router:
         )
 
     def _beat(self) -> Heartbeat:
+        self._fleet.wake_empty()
         keys = self._completions.keys
         version = -1 if keys is None else keys.version
         address = self._channel.address
@@ -243,6 +250,9 @@ class Router:
             # Keys and prices come together: nobody is served before there are both.
             prices_version=-1 if keys is None else self._books.prices.version,
             budgets_version=self._purses.list.version,
+            demand={
+                pool: (self._gate.demand(pool), policy) for pool, policy in self._scaling.items()
+            },
         )
 
     def _families(self) -> Mapping[str, Family]:

@@ -20,9 +20,11 @@ from prometheus_client import REGISTRY
 from ray import serve
 
 from serve_app import __version__, models
+from serve_app.autoscaling import statistics
 from serve_app.config import PoolArgs, SimSettings
 from serve_app.control_link import HandleControlLink
 from serve_app.core.attribution import NS_PER_S
+from serve_app.core.demand import EngineNews, Wanted
 from serve_app.core.types import Outcome, PoolName, ReplicaId, ReplicaView
 from serve_app.engine.api import (
     Engine,
@@ -38,7 +40,7 @@ from serve_app.engine.period_reporter import PeriodReporter, Place
 from serve_app.telemetry.exposition import Family, render_families
 from serve_app.telemetry.logs import configure, process_stderr
 from serve_app.telemetry.metrics import EngineMetrics
-from serve_app.telemetry.uplink import Heartbeat, Uplink
+from serve_app.telemetry.uplink import Heartbeat, Tables, Uplink
 from serve_app.usage import Charge, UsageRecord, Witness
 from serve_app.usage_log import UsageLog
 
@@ -100,7 +102,9 @@ class EngineReplica:
             metrics_period_s=self._args.control.metrics_period_s,
             metrics=self._metrics,
             clock=time.monotonic,
+            on_tables=self._take_tables,
         )
+        self._wanted: Wanted | None = None
         self._uplink.start()
         self._usage.start()
         self._periods.start()
@@ -120,6 +124,16 @@ class EngineReplica:
     async def attend(self, call: WatchCall) -> None:
         """Send this replica's load to ``call.router`` until either goes away."""
         await self._load.attend(call)
+
+    async def wake(self) -> None:
+        """Do nothing: a router that waits for a first replica calls this, so that one starts."""
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Tell Serve how many replicas Control wants of this pool."""
+        wanted = self._wanted
+        if wanted is None:
+            return statistics(None, 0.0)
+        return statistics(wanted.replicas, wanted.decided_at_s)
 
     async def check_health(self) -> None:
         """Serve's health probe: raises when the engine can no longer generate."""
@@ -156,6 +170,7 @@ class EngineReplica:
             range(first, last + 1),
             self._engine.generate,
             calls_max=self._args.calls_max,
+            extend=self._engine.extend,
         )
 
     def _record(self, metered: Metered) -> None:
@@ -205,7 +220,12 @@ class EngineReplica:
         )
 
     def _beat(self) -> Heartbeat:
-        return Heartbeat(process=self._replica, role="engine", pool=self._args.name)
+        view = self._engine.snapshot()
+        news = EngineNews(view.pool, view.kv_usage_ratio, self._args.replicas.bounds)
+        return Heartbeat(process=self._replica, role="engine", pool=self._args.name, engine=news)
+
+    def _take_tables(self, tables: Tables) -> None:
+        self._wanted = tables.wanted
 
     def _families(self) -> Mapping[str, Family]:
         self._metrics.engine_load(self._engine.snapshot())

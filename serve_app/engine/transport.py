@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 from serve_app.core.types import ReplicaView
@@ -27,15 +28,35 @@ from serve_app.engine.channel_inflow import Line
 from serve_app.engine.channel_router import RouterChannel
 
 
+@dataclass(slots=True)
+class Cap:
+    """How many output tokens of a call are paid for, raised while it runs.
+
+    ``on_tokens`` is told how many have come. ``on_raise`` is the transport's that carries
+    the call now.
+    """
+
+    tokens: int
+    on_tokens: Callable[[int], None]
+    on_raise: Callable[[int], None] | None = None
+
+    def raise_to(self, tokens: int) -> None:
+        """Let the call go on up to ``tokens``; they are paid for."""
+        self.tokens = tokens
+        if self.on_raise is not None:
+            self.on_raise(tokens)
+
+
 class Transport(Protocol):
     """One pool's engines, from a router's side."""
 
     def generate(
-        self, call: GenerateCall, on_overflow: Callable[[], None]
+        self, call: GenerateCall, on_overflow: Callable[[], None], cap: Cap | None = None
     ) -> AsyncGenerator[GenerateItem, None]:
         """Yield what the engine yields; closing the generator cancels the call there.
 
         ``on_overflow`` is called if more waits to be read than may: whoever reads is stuck.
+        Raising ``cap`` raises the call's ``paid_tokens``, where the transport can.
 
         Raises:
             EngineDead: the replica was lost, or answered with gaps.
@@ -49,6 +70,9 @@ class Transport(Protocol):
             EngineDead: the replica was lost.
         """
 
+    async def wake(self) -> None:
+        """Wait until the pool has a replica; the wait itself asks Serve for one."""
+
 
 class HandleTransport:
     """Streams through a Serve deployment handle of the pool's ``Engine``."""
@@ -57,11 +81,15 @@ class HandleTransport:
         """``handle`` is a DeploymentHandle; its option variants are built once, here."""
         self._generate = handle.options(stream=True, method_name="generate")
         self._watch = handle.options(stream=True, method_name="watch")
+        self._wake = handle.options(method_name="wake")
 
     async def generate(
-        self, call: GenerateCall, on_overflow: Callable[[], None]
+        self, call: GenerateCall, on_overflow: Callable[[], None], cap: Cap | None = None
     ) -> AsyncGenerator[GenerateItem, None]:
-        """See Transport. Serve buffers without a bound, so nothing overflows."""
+        """See Transport. Serve buffers without a bound, so nothing overflows.
+
+        A call under way cannot be told anything: it ends at what it was sent with.
+        """
         frames = 0
         async with aclosing(_relay(self._generate.remote(call))) as items:
             async for item in items:
@@ -83,6 +111,10 @@ class HandleTransport:
                 yield view
         raise EngineDead("the replica stopped reporting its load")
 
+    async def wake(self) -> None:
+        """See Transport."""
+        await self._wake.remote()
+
 
 class ChannelTransport:
     """Everything by the token channel, for as long as a Serve call to the replica is open.
@@ -92,16 +124,19 @@ class ChannelTransport:
     """
 
     def __init__(self, handle: Any, channel: RouterChannel) -> None:
-        """``handle`` is a DeploymentHandle; its option variant is built once, here."""
+        """``handle`` is a DeploymentHandle; its option variants are built once, here."""
         self._attend = handle.options(method_name="attend")
+        self._wake = handle.options(method_name="wake")
         self._channel = channel
         self._lingering: set[asyncio.Task[None]] = set()
 
     async def generate(
-        self, call: GenerateCall, on_overflow: Callable[[], None]
+        self, call: GenerateCall, on_overflow: Callable[[], None], cap: Cap | None = None
     ) -> AsyncGenerator[GenerateItem, None]:
         """See Transport."""
         inflow = self._channel.call(call, on_overflow)
+        if cap is not None:
+            cap.on_raise = partial(self._channel.extend, inflow, call.request_id)
         try:
             while True:
                 item = await inflow.take()
@@ -109,6 +144,8 @@ class ChannelTransport:
                 if not isinstance(item, Frame):
                     return
         finally:
+            if cap is not None:
+                cap.on_raise = None
             self._channel.leave(inflow)
 
     async def watch(self, call: WatchCall) -> AsyncGenerator[ReplicaView, None]:
@@ -124,6 +161,10 @@ class ChannelTransport:
             lingering = asyncio.create_task(_let_go(line, attending))
             self._lingering.add(lingering)
             lingering.add_done_callback(self._lingering.discard)
+
+    async def wake(self) -> None:
+        """See Transport."""
+        await self._wake.remote()
 
 
 async def _attend(line: Line, response: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from serve_app.core.scaling import Decision
 from serve_app.core.types import Outcome, PoolName, PriorityClass, ReplicaView, Usage
 from serve_app.telemetry.cost_metrics import CostMetrics, EngineCosts
 from serve_app.telemetry.policy_metrics import PolicyMetrics
@@ -367,6 +368,24 @@ class ControlMetrics(ProcessMetrics):
             "API keys in the table that routers are given, revoked ones included.",
             registry=registry,
         )
+
+        self.pool_replicas_wanted = Gauge(
+            "headrace_pool_replicas_wanted",
+            "Replicas decided for a pool that is scaled, starting ones included.",
+            ("pool",),
+            registry=registry,
+        )
+        self.pool_replicas_needed = Gauge(
+            "headrace_pool_replicas_needed",
+            "Replicas the demand asks for, by Little's law, before windows, steps and bounds.",
+            ("pool",),
+            registry=registry,
+        )
+
+    def sized(self, pool: PoolName, decision: Decision) -> None:
+        """Set the gauges of a pool's size."""
+        self.pool_replicas_wanted.labels(pool).set(decision.replicas)
+        self.pool_replicas_needed.labels(pool).set(decision.needed)
 
     def known(self, roles: Iterable[str], keys: int) -> None:
         """Set the gauges: the role of every process that reports, and how many keys there are."""

@@ -13,7 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from serve_app.core.budget import BudgetList
+from serve_app.core.demand import EngineNews, PoolDemand, Wanted
 from serve_app.core.pricing import PriceBook
+from serve_app.core.scaling import ScalingPolicy
+from serve_app.core.types import PoolName
 from serve_app.telemetry.exposition import Family
 from serve_app.telemetry.metrics import ProcessMetrics
 
@@ -28,7 +31,8 @@ class Heartbeat:
 
     ``keys_version``, ``prices_version`` and ``budgets_version`` are None for a process that
     needs none.
-    ``channel`` is where a router hears others, endpoint and public key.
+    ``channel`` is where a router hears others, endpoint and public key. ``demand`` is what a
+    router was asked for, by pool; ``engine`` is an engine replica's part in scaling.
     """
 
     process: str
@@ -38,6 +42,8 @@ class Heartbeat:
     channel: tuple[str, bytes] | None = None
     prices_version: int | None = None
     budgets_version: int | None = None
+    demand: Mapping[PoolName, tuple[PoolDemand, ScalingPolicy]] = field(default_factory=dict)
+    engine: EngineNews | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +53,7 @@ class Tables:
     So are ``prices``, a core.pricing.PriceBook, and ``budgets``.
 
     ``routers`` are the channels of all live routers by process name, for routers only.
+    ``wanted`` is the size decided for an engine's pool.
     """
 
     keys_version: int
@@ -54,6 +61,7 @@ class Tables:
     routers: Mapping[str, tuple[str, bytes]] = field(default_factory=dict)
     prices: PriceBook | None = None
     budgets: BudgetList | None = None
+    wanted: Wanted | None = None
 
 
 class ControlLink(Protocol):
