@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from serve_app.core.attribution import Account
 from serve_app.core.types import Outcome, Usage
 from serve_app.engine.api import EngineTimings, GenerateCall, Metered
 
@@ -73,16 +74,22 @@ class RequestMeter:
     """Counts one request, whatever number of prompts and choices it has.
 
     A prompt's own tokens count from its first output token on: engines do not say how
-    much of a prompt they processed before that. Times are the caller's clock.
+    much of a prompt they processed before that. Times are the caller's clock. ``account``
+    is the request's engine time, from an engine that measures it; what comes after the
+    request was settled is not in its usage.
     """
 
-    def __init__(self, call: GenerateCall, started_s: float) -> None:
+    def __init__(
+        self, call: GenerateCall, started_s: float, account: Account | None = None
+    ) -> None:
+        self.account = account
         self._call = call
         self._started_s = started_s
         self._prompts: list[PromptMeter] = []
         self._queued_s: float | None = None
         self._first_token_s: float | None = None
         self._settled = False
+        self._settled_engine_s: float | None = None
 
     def open_prompt(self, *, cumulative: bool) -> PromptMeter:
         """Return the meter of the next prompt, in the request's order."""
@@ -104,6 +111,7 @@ class RequestMeter:
             prompt_tokens=sum(p.prompt_tokens for p in self._prompts),
             cached_prompt_tokens=sum(p.cached_prompt_tokens for p in self._prompts),
             completion_tokens=sum(p.completion_tokens for p in self._prompts),
+            engine_s=self._engine_s(),
         )
 
     @property
@@ -126,6 +134,7 @@ class RequestMeter:
         if self._settled:
             return
         self._settled = True
+        self._settled_engine_s = self._engine_s()
         metered = Metered(
             request_id=self._call.request_id,
             tenant=self._call.tenant,
@@ -137,3 +146,8 @@ class RequestMeter:
         )
         for listener in listeners:
             listener(metered)
+
+    def _engine_s(self) -> float:
+        if self._settled_engine_s is not None:
+            return self._settled_engine_s
+        return 0.0 if self.account is None else self.account.engine_s

@@ -18,8 +18,8 @@ import asyncio
 import logging
 import os
 from argparse import Namespace
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import AsyncGenerator, Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,12 +38,16 @@ from serve_app.engine.api import (
     Metered,
     Refusal,
 )
+from serve_app.engine.cost_meter import EngineCosts
 from serve_app.engine.meter import RequestMeter
+from serve_app.engine.start_stages import StartStages
+from serve_app.engine.step_records import StepInbox
 from serve_app.engine.vllm_args import (
     engine_and_frontend_args,
     prepare_environment,
     served_name,
 )
+from serve_app.engine.vllm_costs import VllmCosts
 from serve_app.engine.vllm_generation import Generation
 from serve_app.engine.vllm_output import OwnOutput, root_cause
 
@@ -77,7 +81,10 @@ class VllmEngine:
         replica: ReplicaId,
         clock: Callable[[], float],
     ) -> None:
-        """Keep the settings; ``clock`` gives monotonic seconds. Nothing is started."""
+        """Keep the settings; nothing is started.
+
+        ``clock`` gives the machine's monotonic seconds, as vLLM's processes read them too.
+        """
         self._settings = settings
         self._model_path = model_path
         self._pool = pool
@@ -92,6 +99,7 @@ class VllmEngine:
         self._openai: OpenAILayer | None = None
         self._info: EngineInfo | None = None
         self._snapshots = 0
+        self._costs = VllmCosts(clock, measure=settings.measure_cost)
         self._draining = False
         self._stopping = asyncio.Lock()
 
@@ -105,7 +113,7 @@ class VllmEngine:
         if self._info is not None:
             return self._info
         output = OwnOutput()
-        stages = _Stages(self._pool, self._clock)
+        stages = StartStages(self._pool, self._clock)
         on_cpu = vllm_fork.is_cpu_build()
         prepare_environment(os.environ, on_cpu=on_cpu)
         if on_cpu:
@@ -117,6 +125,7 @@ class VllmEngine:
         with stages.stage("warm_up", "generating for the first time"):
             await self._warm_up()
         self._info = self._describe(stages)
+        self._costs.ready()
         return self._info
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[GenerateItem, None]:
@@ -143,6 +152,9 @@ class VllmEngine:
         if generation.collectors or not generation.started:
             generation.aborted = True
             await self._llm.abort(list(generation.collectors))
+
+    def extend(self, request_id: RequestId, paid_tokens: int) -> None:
+        """Do nothing: vLLM's engine holds on to the maximum that a request came with."""
 
     def snapshot(self) -> ReplicaView:
         """Return the load right now.
@@ -178,8 +190,9 @@ class VllmEngine:
         """Call ``listener`` once for every request that the engine took and that ended."""
         self._listeners.append(listener)
 
-    def costs(self) -> None:
-        """Return None: what vLLM's steps contained is not recorded."""
+    def costs(self) -> EngineCosts | None:
+        """Return where this replica's time went; None if its steps are not recorded."""
+        return self._costs.figures()
 
     @property
     def processes(self) -> list[psutil.Process]:
@@ -200,6 +213,7 @@ class VllmEngine:
     async def drain(self, deadline_s: float) -> None:
         """Refuse new work; return when running work has ended or ``deadline_s`` has passed."""
         self._draining = True
+        self._costs.drain()
         try:
             async with asyncio.timeout(max(0.0, deadline_s)):
                 await self._idle.wait()
@@ -209,6 +223,7 @@ class VllmEngine:
     async def stop(self) -> None:
         """Abort what runs and end the engine's processes. Idempotent."""
         self._draining = True
+        self._costs.drain()
         async with self._stopping:
             await self._abort_all()
             if self._loading is not None and self._llm is None:
@@ -221,6 +236,7 @@ class VllmEngine:
             if llm is not None:
                 llm.stop_listening()
                 await asyncio.to_thread(llm.close)
+            self._costs.shut()
 
     async def _abort_all(self) -> None:
         """Let what runs end as aborted, and cancel what does not end in time."""
@@ -236,7 +252,7 @@ class VllmEngine:
         from serve_app.engine.vllm_serving import OpenAILayer
 
         self._loading = asyncio.ensure_future(
-            asyncio.to_thread(_build, self._settings, self._model_path)
+            asyncio.to_thread(_build, self._settings, self._model_path, self._costs.listen())
         )
         try:
             llm, arguments = await asyncio.shield(self._loading)
@@ -246,6 +262,7 @@ class VllmEngine:
                 raise ValueError(cause.removeprefix("ValueError: ")) from error
             raise EngineDead(f"vLLM's engine did not start: {cause or error}") from error
         self._llm = llm
+        self._costs.attach(llm)
         self._openai = await OpenAILayer.build(llm, arguments, served_name(self._settings))
 
     async def _warm_up(self) -> None:
@@ -267,7 +284,7 @@ class VllmEngine:
         finally:
             self._listeners = listeners + self._listeners
 
-    def _describe(self, stages: _Stages) -> EngineInfo:
+    def _describe(self, stages: StartStages) -> EngineInfo:
         assert self._llm is not None
         config = self._llm.vllm_config
         return EngineInfo(
@@ -294,7 +311,8 @@ class VllmEngine:
 
     def _begin(self, call: GenerateCall) -> Generation:
         assert self._openai is not None
-        generation = Generation(call, RequestMeter(call, self._clock()))
+        meter = RequestMeter(call, self._clock(), self._costs.open(call.tenant))
+        generation = Generation(call, meter)
         self._in_flight[call.request_id] = generation
         self._idle.clear()
         generation.task = asyncio.create_task(
@@ -310,8 +328,10 @@ class VllmEngine:
             self._idle.set()
         task = generation.task
         assert task is not None
+        outcome = _outcome(generation, task)
+        self._costs.close(generation.meter.account, outcome)
         if generation.refusal is None:
-            generation.meter.settle(_outcome(generation, task), self._clock(), self._listeners)
+            generation.meter.settle(outcome, self._clock(), self._listeners)
         generation.end()
 
     def _finish(self, generation: Generation) -> Final | Refusal | None:
@@ -359,7 +379,7 @@ async def _cancel(generation: Generation) -> None:
 def _outcome(generation: Generation, task: asyncio.Task[None]) -> Outcome:
     if task.cancelled():
         return Outcome.CANCELLED
-    if task.exception() is not None:
+    if task.exception() is not None or generation.refusal is not None:
         return Outcome.FAILED
     return Outcome.CANCELLED if generation.aborted else Outcome.COMPLETED
 
@@ -368,26 +388,12 @@ def _import_vllm() -> None:
     import serve_app.engine.vllm_serving  # noqa: F401
 
 
-def _build(settings: VllmSettings, model_path: Path) -> tuple[MeteredAsyncLLM, Namespace]:
+def _build(
+    settings: VllmSettings, model_path: Path, inbox: StepInbox | None
+) -> tuple[MeteredAsyncLLM, Namespace]:
     from serve_app.engine.vllm_core import MeteredAsyncLLM
 
     engine_args, arguments = engine_and_frontend_args(settings, model_path)
     started_by = vllm_fork.engine_from_fork_server if vllm_fork.is_cpu_build() else nullcontext
     with started_by():
-        return MeteredAsyncLLM.build(engine_args), arguments
-
-
-class _Stages:
-    """Times the stages of a start, and logs each as it begins."""
-
-    def __init__(self, pool: PoolName, clock: Callable[[], float]) -> None:
-        self._pool = pool
-        self._clock = clock
-        self.durations_s: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str, doing: str) -> Iterator[None]:
-        logger.info("engine starting", extra={"pool": self._pool, "doing": doing})
-        began_s = self._clock()
-        yield
-        self.durations_s[name] = self._clock() - began_s
+        return MeteredAsyncLLM.build(engine_args, inbox), arguments

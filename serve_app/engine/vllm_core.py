@@ -6,6 +6,7 @@ Importing this module imports vLLM and torch (seconds): only a replica's engine 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from contextvars import ContextVar
@@ -21,8 +22,11 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from serve_app.engine.meter import ChoiceStep, PromptMeter
+from serve_app.engine.step_reader import StepReader
+from serve_app.engine.step_records import SOCKET_VARIABLE, StepInbox
 from serve_app.engine.vllm_executor import attached_executor
 from serve_app.engine.vllm_generation import Generation
+from serve_app.engine.vllm_scheduler import recording_scheduler
 
 SHUTDOWN_TIMEOUT_S = 10.0
 
@@ -30,10 +34,12 @@ SHUTDOWN_TIMEOUT_S = 10.0
 class Load(StatLoggerBase):  # type: ignore[misc]  # vLLM is untyped here
     """The last step's load, as the scheduler reported it.
 
-    ``record`` runs on the event loop after every engine step: it only copies numbers.
+    ``record`` runs on the event loop after every engine step: it only copies numbers, and
+    reads what the scheduler wrote of its steps, so that it need not keep it.
     """
 
     def __init__(self, vllm_config: Any = None, engine_index: int = 0) -> None:
+        self.steps: StepReader | None = None
         self.waiting = 0
         self.kv_usage_ratio = 0.0
         self.preemptions_total = 0
@@ -52,6 +58,8 @@ class Load(StatLoggerBase):  # type: ignore[misc]  # vLLM is untyped here
             self.kv_usage_ratio = scheduler_stats.kv_cache_usage
         if iteration_stats is not None:
             self.preemptions_total += iteration_stats.num_preempted_reqs
+        if self.steps is not None:
+            self.steps.read()
 
     def log_engine_initialized(self) -> None:
         """Nothing to say: the Prometheus logger beside this one publishes the config."""
@@ -72,10 +80,14 @@ class MeteredAsyncLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is untyped here
     load: Load
     generation: ContextVar[Generation | None]
     processes: list[psutil.Process]
+    records_steps: bool
 
     @classmethod
-    def build(cls, engine_args: AsyncEngineArgs) -> MeteredAsyncLLM:
+    def build(cls, engine_args: AsyncEngineArgs, inbox: StepInbox | None = None) -> MeteredAsyncLLM:
         """Start the engine's processes and return when the model is loaded; blocks.
+
+        With an ``inbox`` the scheduler sends there what each step contains, if it can:
+        ``records_steps``.
 
         Raises:
             ValueError: vLLM cannot serve this model with these settings.
@@ -87,6 +99,11 @@ class MeteredAsyncLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is untyped here
             vllm_config = engine_args.create_engine_config(usage_context)
         except ValidationError as error:
             raise ValueError(_problems(error)) from error
+        scheduler = None if inbox is None else recording_scheduler(vllm_config)
+        if inbox is not None and scheduler is not None:
+            vllm_config.scheduler_config.scheduler_cls = scheduler
+            # The engine process begins with this environment.
+            os.environ[SOCKET_VARIABLE] = inbox.path
         engine = cls(
             vllm_config=vllm_config,
             executor_class=attached_executor(vllm_config),
@@ -96,6 +113,7 @@ class MeteredAsyncLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is untyped here
             stat_loggers=[lambda vllm_config, engine_index: load],
         )
         engine.load = load
+        engine.records_steps = scheduler is not None
         engine.generation = ContextVar("generation", default=None)
         engine.processes = _descendants(engine.engine_core.resources.engine_manager.processes)
         return engine
@@ -131,6 +149,23 @@ class MeteredAsyncLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is untyped here
             if generation.aborted:
                 await self.abort(request_id)
         return collector
+
+    def read_steps_with(self, steps: StepReader) -> None:
+        """Have ``steps`` know whose every request is before the engine has it, and read on.
+
+        vLLM gives a request its own ids, one to each choice, and registers each with its
+        output processor just before it sends it.
+        """
+        register = self.output_processor.add_request
+
+        def add_request(request: Any, *args: Any, **options: Any) -> None:
+            generation = self.generation.get()
+            if generation is not None and generation.meter.account is not None:
+                steps.expect(request.request_id, generation.meter.account)
+            register(request, *args, **options)
+
+        self.output_processor.add_request = add_request
+        self.load.steps = steps
 
     def stop_listening(self) -> None:
         """Stop reading the engine's output, so that its end is not taken for its death."""
