@@ -201,6 +201,7 @@ class ControlArgs(Strict):
     nodes: int = Field(
         1, ge=1, le=100_000, description="Nodes the cluster may have; SQLite serves one."
     )
+    costs: CostSettings = CostSettings()
     journal: JournalSettings = JournalSettings()
     follow_period_s: float = Field(
         0.5, gt=0, le=10, description="How often a changed key table is looked for."
@@ -238,7 +239,6 @@ class ChannelSettings(Strict):
     coalesce: bool = Field(
         True,
         description="Frames that came in while a client was written to go out as one write; no "
-    costs: CostSettings = CostSettings()
         "frame waits for another. False: each by itself, at more CPU time under load.",
     )
 
