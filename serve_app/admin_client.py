@@ -10,12 +10,14 @@ from urllib.parse import quote
 import httpx
 
 from serve_app.changes import PARAMETERS, Actor, ChangeQuery, change_json
+from serve_app.config_costs import CostSettings
 from serve_app.core.true_cost import InstancePrice
 from serve_app.errors import ApiError, ConfigError
 from serve_app.gateway.admin import key_json, key_request
 from serve_app.gateway.admin_usage import reversal_json
 from serve_app.keys import BOOTSTRAP_KEY_ID
 from serve_app.ledger.database import Database
+from serve_app.ledger.insights import insight
 from serve_app.ledger.prices import PriceStore
 from serve_app.ledger.report import report
 from serve_app.ledger.store import KeyStore
@@ -148,6 +150,15 @@ class HttpUsage(_Service):
         wanted = {name: value for name, value in given.items() if value is not None}
         return self._call("GET", "/admin/usage", params=wanted)
 
+    def insight(self, name: str, from_: str | None, to: str | None) -> dict[str, Any]:
+        """Return a report on cost as /admin/usage/{name} answers it.
+
+        Raises:
+            CommandFailed: the service cannot be reached or refuses.
+        """
+        wanted = {key: each for key, each in (("from", from_), ("to", to)) if each is not None}
+        return self._call("GET", f"/admin/usage/{name}", params=wanted)
+
     def reverse(self, request_id: str, reason: str) -> dict[str, Any]:
         """Take back what a request was billed, as /admin/usage/{request_id}/reversal does.
 
@@ -216,6 +227,21 @@ def database_reversal(url: str, request_id: str, reason: str, by: Actor) -> dict
     if done is None:
         raise CommandFailed(f"the ledger has no request {request_id!r:.80}")
     return reversal_json(done)
+
+
+def database_insight(
+    url: str, name: str, query: UsageQuery, settings: CostSettings
+) -> dict[str, Any]:
+    """Return a report on cost from the database itself; see ledger.insights.
+
+    Raises:
+        StoreUnavailable: it failed.
+    """
+    database = Database(url)
+    try:
+        return insight(database, name, query, settings)
+    finally:
+        database.close()
 
 
 def _problem(status: int, body: object) -> str:

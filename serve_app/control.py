@@ -17,6 +17,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+from serve_app.bill_reader import BillReader
 from serve_app.changes import Actor, Change, ChangeQuery, Reversal, Via
 from serve_app.config import ControlArgs
 from serve_app.control_link import living_replicas
@@ -30,6 +31,8 @@ from serve_app.keys import KeyRecord, KeyTable, KeyWish, bootstrap_record
 from serve_app.ledger.budgets import BudgetStore
 from serve_app.ledger.database import Database
 from serve_app.ledger.grants import GrantStore
+from serve_app.ledger.insights import insight
+from serve_app.ledger.opencost import OpenCost
 from serve_app.ledger.prices import PriceStore
 from serve_app.ledger.report import report
 from serve_app.ledger.store import KeyStore
@@ -39,6 +42,7 @@ from serve_app.ledger.writer import LedgerWriter
 from serve_app.observer import describe_build
 from serve_app.price_file import BookLine
 from serve_app.scaler import Scaler
+from serve_app.telemetry.bill_metrics import BillMetrics
 from serve_app.telemetry.exposition import Family, merge, render_families
 from serve_app.telemetry.logs import configure, process_stderr
 from serve_app.telemetry.metrics import ControlMetrics
@@ -95,6 +99,7 @@ class Control:
             BudgetStore(database), time.monotonic, granter.routers, lambda: granter.epoch
         )
         await self._treasury.follow()
+        self._bills = self._read_bills()
         self._watch = asyncio.create_task(self._follow_store())
 
     async def heartbeat(self, beat: Heartbeat) -> Tables:
@@ -158,6 +163,10 @@ class Control:
     async def reverse_usage(self, request_id: str, reason: str, by: Actor) -> Reversal | None:
         """Take back what a request was billed; None if there is no such request."""
         return await asyncio.to_thread(self._ledger.reverse, request_id, reason, by)
+
+    async def insight(self, name: str, query: UsageQuery) -> dict[str, Any]:
+        """Return a report on cost; see ledger.insights."""
+        return await asyncio.to_thread(insight, self._database, name, query, self._args.costs)
 
     async def list_budgets(self) -> Sequence[Balance]:
         """Return every budget and how it stands."""
@@ -226,6 +235,17 @@ class Control:
             raise RuntimeError("the key store is no longer followed")
         if self._grants.superseded:
             raise RuntimeError("another Control has begun")
+
+    def _read_bills(self) -> BillReader | None:
+        """Begin to read nodes' bills, if the configuration says where they are."""
+        costs = self._args.costs
+        if costs.opencost is None:
+            return None
+        bills = OpenCost(costs.opencost.url, timeout_s=costs.opencost.timeout_s)
+        metrics = BillMetrics(self._metrics.registry)
+        reader = BillReader(bills, self._database, costs, metrics, time.time)
+        reader.start()
+        return reader
 
     def _routers(self) -> dict[str, tuple[str, bytes]]:
         self._forget_silent()

@@ -73,6 +73,11 @@ class HandleControlLink:
         done: Reversal | None = await self._handle.reverse_usage.remote(request_id, reason, by)
         return done
 
+    async def insight(self, name: str, query: UsageQuery) -> dict[str, Any]:
+        """Return a report on cost; see ledger.insights."""
+        report: dict[str, Any] = await self._handle.insight.remote(name, query)
+        return report
+
     async def lend(self, router: str, accounts: list[Account]) -> list[Line]:
         """See TreasuryLink."""
         lines: list[Line] = await self._handle.lend.remote(router, accounts)

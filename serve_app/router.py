@@ -40,6 +40,7 @@ from serve_app.gate import Gate
 from serve_app.gateway.admin import KeyAdministration
 from serve_app.gateway.admin_audit import AuditAdministration
 from serve_app.gateway.admin_budgets import BudgetAdministration
+from serve_app.gateway.admin_costs import CostAdministration
 from serve_app.gateway.admin_prices import PriceAdministration
 from serve_app.gateway.admin_usage import UsageAdministration
 from serve_app.gateway.front import Front
@@ -168,6 +169,7 @@ class Router:
         )
         administration = KeyAdministration(self._completions.caller, self._control)
         usage = UsageAdministration(self._completions.caller, self._control)
+        costs = CostAdministration(self._completions.caller, self._control)
         budgets = BudgetAdministration(self._completions.caller, self._control)
         prices = PriceAdministration(self._completions.caller, self._control)
         audit = AuditAdministration(self._completions.caller, self._control)
@@ -185,6 +187,7 @@ class Router:
                 Route("/metrics", operations.metrics, methods=["GET"]),
                 *administration.routes(),
                 *usage.routes(),
+                *costs.routes(),
                 *budgets.routes(),
                 *prices.routes(),
                 *audit.routes(),

@@ -20,6 +20,9 @@ FIELDS: Final = (
     *("engine_s", "cost_usd", "wasted_cost_usd", "unpriced_s"),
 )
 
+# Reports on cost that have a name: `headrace usage NAME`, /admin/usage/NAME.
+INSIGHTS: Final = ("economics", "anomalies", "savings", "reconciliation")
+
 _HOUR_S: Final = 3600
 
 

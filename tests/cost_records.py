@@ -7,8 +7,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from sqlalchemy import insert
+
 from serve_app.core.attribution import NS_PER_S, Use
 from serve_app.core.types import KeyId, PoolName, PriorityClass, TenantId
+from serve_app.ledger.database import Database
+from serve_app.ledger.schema import ENGINE_TIME, REPLICA_HOUR, SUMS, USAGE_ROLLUP, USES_NS
 from serve_app.usage import LedgerRecord, ReplicaPeriod, Witness
 from tests.usage_records import HOUR_S, START_S, charge, record
 
@@ -113,6 +117,67 @@ class Town:
                     node=f"gpu-{model}-{place}",
                     uses_ns={use.value: time_ns for use, time_ns in uses.items()},
                 )
+
+    def write_sums(self, database: Database) -> None:
+        """Write what ``records`` would add up to into the derived tables only: months are quick.
+
+        Requests of one person and hour all cost the same, and the first replica runs them.
+        """
+        chance = random.Random(self.seed)
+        tables: dict[Any, list[dict[str, Any]]] = {
+            table: [] for table in (ENGINE_TIME, USAGE_ROLLUP, REPLICA_HOUR)
+        }
+        for index in range(self.hours):
+            hour = self.start_s + index * HOUR_S
+            busy = dict.fromkeys(self.replicas, 0)
+            for standing in self.people:
+                person = self.change(standing, index)
+                count = _about(person.hourly, index, chance)
+                engine_ns = round(count * person.engine_ms * 1e6 * chance.uniform(0.8, 1.25))
+                busy[person.model] += engine_ns
+                whose = {
+                    "hour": hour,
+                    "tenant": person.tenant,
+                    "user_id": person.user,
+                    "key_id": f"k-{person.tenant}",
+                    "model": person.model,
+                    "priority_class": int(PriorityClass.STANDARD),
+                    "tag": "",
+                }
+                time = {"requests": count, "engine_ns": engine_ns, "wasted_ns": 0}
+                tables[ENGINE_TIME].append(whose | time | {"replica": f"{person.model}-0"})
+                tables[USAGE_ROLLUP].append(
+                    whose
+                    | dict.fromkeys(SUMS, 0)
+                    | {
+                        "requests": count,
+                        "billed_prompt_tokens": count * person.prompt,
+                        "billed_cached_tokens": count * person.cached,
+                        "billed_output_tokens": count * person.output,
+                    }
+                )
+            for model, count in self.replicas.items():
+                for place in range(count):
+                    useful_ns = busy[model] if place == 0 else 0
+                    assert useful_ns <= HOUR_NS, "more work than an hour has"
+                    tables[REPLICA_HOUR].append(
+                        {
+                            "hour": hour,
+                            "replica": f"{model}-{place}",
+                            "pool": model,
+                            "node": f"gpu-{model}-{place}",
+                            "instance": model,
+                            "gpus": 1.0,
+                            "from_ns": hour * NS_PER_S,
+                            "until_ns": hour * NS_PER_S + HOUR_NS,
+                            **dict.fromkeys(USES_NS, 0),
+                            "useful_ns": useful_ns,
+                            "idle_ns": HOUR_NS - useful_ns,
+                        }
+                    )
+        with database.transaction() as connection:
+            for table, rows in tables.items():
+                connection.execute(insert(table), rows)
 
 
 def _about(hourly: int, index: int, chance: random.Random) -> int:

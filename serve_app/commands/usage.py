@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from serve_app.commands._place import Service, actor, add_place_options, cost_settings, place
+from serve_app.commands._place import Service, actor, add_place_options, place
+from serve_app.commands.usage_insights import add_insights, usage
 from serve_app.errors import ConfigError
 from serve_app.terminal import Subparsers, command, note, out, table
 
 _EXAMPLE = """\
 headrace usage --by tenant,model --from 2026-01-01 --to 2026-02-01 --config configs/local.yaml
 headrace usage --by key --format csv --config configs/local.yaml
+headrace usage top --by user --config configs/local.yaml
+headrace usage economics --from 2026-01-01 --config configs/local.yaml
 headrace usage --verify --config configs/local.yaml
 headrace usage reverse req_0199... --reason "goodwill" --config configs/local.yaml
 HEADRACE_URL=http://127.0.0.1:8000 HEADRACE_ADMIN_KEY=hr-... headrace usage --by user"""
@@ -35,7 +37,9 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     add_place_options(parser)
     parser.set_defaults(run=run)
-    _add_reverse(parser.add_subparsers(title="actions", metavar="ACTION"))
+    actions = parser.add_subparsers(title="actions", metavar="ACTION")
+    add_insights(actions)
+    _add_reverse(actions)
 
 
 def _add_reverse(actions: Subparsers) -> None:
@@ -77,26 +81,14 @@ def _reverse(args: argparse.Namespace) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report, or what does not add up."""
-    from serve_app.usage_report import BadQuery, to_csv, to_table, usage_query
+    from serve_app.usage_report import to_csv, to_table
 
-    where = place(args, "the books")
     if args.verify:
+        where = place(args, "the books")
         if isinstance(where, Service):
             raise ConfigError("--verify reads every event: it needs the database, --config FILE")
         return _verify(where)
-    try:
-        query = usage_query(args.by, args.from_, args.to)
-    except BadQuery as error:
-        raise ConfigError(f"--{error}") from None
-    report: dict[str, Any]
-    if isinstance(where, Service):
-        from serve_app.admin_client import HttpUsage
-
-        report = HttpUsage(where.url, where.admin_key).usage(args.by, args.from_, args.to)
-    else:
-        from serve_app.admin_client import database_usage
-
-        report = database_usage(where, query, cost_settings(args.config).prices())
+    report = usage(args)
     if args.format == "json":
         import orjson
 

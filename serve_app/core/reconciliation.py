@@ -8,7 +8,7 @@ as such: nothing is scaled to make it vanish.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from fractions import Fraction
 from typing import Final
@@ -25,6 +25,7 @@ class Finding(StrEnum):
     NO_BILL = "no_bill"  # the bill lacks the node, or its amount is not a number
     FREE = "free"  # billed at zero and yet used
     NO_GPU = "no_gpu"  # the bill knows no GPU where we used one
+    NO_PRICE = "no_price"  # used, and nothing says at what price
     UNKNOWN_NODE = "unknown_node"  # billed, and nothing of ours ran there
 
 
@@ -38,12 +39,16 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class NodeCharge:
-    """What we say a node was used for in the hour; ``gpus`` of it are ours."""
+    """What we say a node was used for in the hour; ``gpus`` of it are ours.
+
+    ``unpriced`` says that a part of its use has no price and is in no amount.
+    """
 
     node: str
     attributed_nanousd: int
     idle_nanousd: int
-    gpus: int = 0
+    gpus: float = 0
+    unpriced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +110,48 @@ def reconcile(
         _compare(node, charged.get(node), billed.get(node), alert_ratio)
         for node in sorted(charged.keys() | billed.keys())
     ]
+    return _together(nodes)
+
+
+def over_hours(
+    hours: Iterable[Reconciliation], *, alert_ratio: Fraction = GAP_RATIO_ALERT
+) -> Reconciliation:
+    """Return several hours as one: each node's amounts of the hours that could be compared.
+
+    A node none of whose hours could be compared has the finding of its last one. Gaps that
+    cancel out over the hours are none here; each hour has its own alert.
+    """
+    last: dict[str, NodeGap] = {}
+    compared: dict[str, NodeGap] = {}
+    for hour in hours:
+        for each in hour.nodes:
+            last[each.node] = each
+            if each.gap_nanousd is None or each.billed_nanousd is None:
+                continue
+            before = compared.get(each.node, NodeGap(each.node, Finding.AGREES, 0, 0, 0, 0))
+            compared[each.node] = NodeGap(
+                each.node,
+                each.finding if each.finding is not Finding.GAP else before.finding,
+                before.attributed_nanousd + each.attributed_nanousd,
+                before.idle_nanousd + each.idle_nanousd,
+                (before.billed_nanousd or 0) + each.billed_nanousd,
+                (before.gap_nanousd or 0) + each.gap_nanousd,
+            )
+    nodes = [_judged(compared.get(node, last[node]), alert_ratio) for node in sorted(last)]
+    return _together(nodes)
+
+
+def _judged(node: NodeGap, alert_ratio: Fraction) -> NodeGap:
+    if node.gap_nanousd is None or not node.billed_nanousd:
+        return node
+    ratio = Fraction(node.gap_nanousd, node.billed_nanousd)
+    finding = node.finding
+    if finding is Finding.AGREES and abs(ratio) > alert_ratio:
+        finding = Finding.GAP
+    return replace(node, finding=finding, gap_ratio=ratio)
+
+
+def _together(nodes: Sequence[NodeGap]) -> Reconciliation:
     both = [each for each in nodes if each.gap_nanousd is not None]
     gap = sum(each.gap_nanousd or 0 for each in both)
     total = sum(each.billed_nanousd or 0 for each in both)
@@ -127,6 +174,8 @@ def _compare(
     amounts = (charge.attributed_nanousd, charge.idle_nanousd)
     if bill is None or billed is None:
         return NodeGap(node, Finding.NO_BILL, *amounts)
+    if charge.unpriced:
+        return NodeGap(node, Finding.NO_PRICE, *amounts, billed)
     gap = billed - used
     ratio = Fraction(gap, billed) if billed else None
     finding = Finding.AGREES
@@ -148,6 +197,7 @@ def _charges_by_node(charges: Iterable[NodeCharge]) -> dict[str, NodeCharge]:
             before.attributed_nanousd + charge.attributed_nanousd,
             before.idle_nanousd + charge.idle_nanousd,
             before.gpus + charge.gpus,
+            before.unpriced or charge.unpriced,
         )
     return found
 

@@ -1,0 +1,103 @@
+"""What a pool's million tokens and thousand requests truly cost, and what its waste does.
+
+    $ per million X = the pool's cost, idle and waste in it / (X / 1e6)     X: input, output, total
+
+At a higher use of the same replicas a token costs less: ``busy`` is what it would cost if
+nothing were ever idle, the best that this pool can do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from serve_app.core.attribution import Use
+from serve_app.core.true_cost import split
+
+_WASTE = (Use.CANCELLED, Use.PREEMPTED, Use.FAILED)
+_NOT_BUSY = (Use.IDLE, Use.START_UP, Use.DRAIN)
+
+
+@dataclass(slots=True)
+class PoolUse:
+    """A pool over some hours: its replicas' time and cost by use, and what it produced.
+
+    ``hours`` counts the hours it was there in; ``peak_busy`` is how many replicas' worth of
+    busy time its busiest hour had.
+    """
+
+    pool: str
+    time_ns: dict[Use, int] = field(default_factory=lambda: dict.fromkeys(Use, 0))
+    cost_nanousd: dict[Use, int] = field(default_factory=lambda: dict.fromkeys(Use, 0))
+    unpriced_ns: int = 0
+    hours: int = 0
+    peak_busy: Fraction = Fraction()
+    requests: int = 0
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    amount_nanousd: int = 0
+
+    def add(self, uses_ns: Mapping[Use, int], cost_nanousd: int | None) -> None:
+        """Take in a replica-hour, whose cost is split over its uses exactly."""
+        names = list(uses_ns)
+        times = [uses_ns[name] for name in names]
+        for name, time_ns in zip(names, times, strict=True):
+            self.time_ns[name] += time_ns
+        if cost_nanousd is None:
+            self.unpriced_ns += sum(times)
+            return
+        for name, part in zip(names, split(cost_nanousd, times), strict=True):
+            self.cost_nanousd[name] += part
+
+    @property
+    def total_ns(self) -> int:
+        """All of the replicas' time."""
+        return sum(self.time_ns.values())
+
+    @property
+    def total_nanousd(self) -> int:
+        """All of the replicas' cost."""
+        return sum(self.cost_nanousd.values())
+
+    @property
+    def busy_ratio(self) -> float:
+        """The part of the time in which there was work."""
+        rest = sum(self.time_ns[use] for use in _NOT_BUSY)
+        return 1 - rest / self.total_ns if self.total_ns else 0.0
+
+    @property
+    def busy_nanousd(self) -> int:
+        """What the time with work cost."""
+        return self.total_nanousd - sum(self.cost_nanousd[use] for use in _NOT_BUSY)
+
+    @property
+    def waste_nanousd(self) -> int:
+        """What was computed for nobody, or twice."""
+        return sum(self.cost_nanousd[use] for use in _WASTE)
+
+
+@dataclass(frozen=True, slots=True)
+class UnitCost:
+    """Dollars per million tokens, or per thousand requests; None where there were none."""
+
+    input_usd: float | None
+    output_usd: float | None
+    total_usd: float | None
+    requests_usd: float | None
+
+
+def unit_cost(use: PoolUse, nanousd: int) -> UnitCost:
+    """Return what an amount is per unit of what the pool produced."""
+
+    def per(count: int, unit: int) -> float | None:
+        return float(Fraction(nanousd * unit, count * 10**9)) if count else None
+
+    million = 10**6
+    return UnitCost(
+        per(use.input_tokens, million),
+        per(use.output_tokens, million),
+        per(use.input_tokens + use.output_tokens, million),
+        per(use.requests, 1000),
+    )

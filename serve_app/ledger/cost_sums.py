@@ -1,0 +1,194 @@
+"""Costs summed up the ways that reports on them need: by pool, by model, by hour and user."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, Final
+
+from sqlalchemy import Connection, Select, func, select
+
+from serve_app.core.attribution import Use
+from serve_app.core.savings import ModelUse, Repetition
+from serve_app.core.true_cost import HOUR_NS, HourCost, InstancePrice, Overhead
+from serve_app.core.unit_economics import PoolUse
+from serve_app.ledger.costs import SplitHour, split_hours
+from serve_app.ledger.schema import ENGINE_TIME, USAGE_EVENT, USAGE_ROLLUP
+from serve_app.usage import Witness
+from serve_app.usage_report import UsageQuery
+
+_NOT_BUSY: Final = (Use.IDLE, Use.START_UP, Use.DRAIN)
+_REPEATS_MIN: Final = 20
+
+
+@dataclass(slots=True)
+class PoolSums:
+    """Pools and the models that they served; ``hours`` is how many there was any pool in."""
+
+    pools: dict[str, PoolUse] = field(default_factory=dict)
+    models: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
+    hours: int = 0
+
+
+def uses_of(cost: HourCost) -> dict[Use, int]:
+    """Return a replica-hour by use, with what no account says as unattributed."""
+    uses = dict(cost.hour.uses_ns)
+    missing_ns = cost.lasted_ns - sum(uses.values())
+    uses[Use.UNATTRIBUTED] = uses.get(Use.UNATTRIBUTED, 0) + missing_ns
+    return uses
+
+
+def pool_sums(
+    connection: Connection, query: UsageQuery, instances: Mapping[str, InstancePrice]
+) -> PoolSums:
+    """Return every pool's time and cost by use, and what it produced.
+
+    A model that several pools served counts where most of its engine time was.
+    """
+    sums = PoolSums()
+    busy_ns: dict[tuple[str, int], int] = defaultdict(int)
+    for each in split_hours(connection, query, ("model",), instances):
+        account, uses = each.cost.hour, uses_of(each.cost)
+        pool = sums.pools.setdefault(account.pool, PoolUse(account.pool))
+        pool.add(uses, each.cost.cost_nanousd)
+        idle_ns = sum(uses.get(use, 0) for use in _NOT_BUSY)
+        busy_ns[account.pool, account.hour] += each.cost.lasted_ns - idle_ns
+        for part in each.cost.parts:
+            if not isinstance(part.key, Overhead):
+                key = (str(part.key[0]), account.pool)
+                time_ns, cost = sums.models.get(key, (0, 0))
+                sums.models[key] = time_ns + part.time_ns, cost + (part.cost_nanousd or 0)
+    for (name, _), time_ns in busy_ns.items():
+        pool = sums.pools[name]
+        pool.hours += 1
+        pool.peak_busy = max(pool.peak_busy, Fraction(time_ns, HOUR_NS))
+    sums.hours = len({hour for _, hour in busy_ns})
+    _add_products(connection, query, sums)
+    return sums
+
+
+def model_uses(connection: Connection, query: UsageQuery, sums: PoolSums) -> list[ModelUse]:
+    """Return what each model took where it mostly ran, its tokens and its longest request."""
+    event = USAGE_EVENT.c
+    longest = func.max(event.prompt_tokens + event.output_tokens)
+    statement = within(select(event.model, longest), event.hour, query).group_by(event.model)
+    longest_of = {row[0]: int(row[1]) for row in connection.execute(statement)}
+    tokens_of = {name: values[1] + values[3] for name, values in _products(connection, query)}
+    homes = _homes(sums)
+    return [
+        ModelUse(model, pool, *sums.models[model, pool], tokens_of.get(model, 0), longest_of[model])
+        for model, pool in sorted(homes.items())
+        if model in longest_of
+    ]
+
+
+def repetitions(connection: Connection, query: UsageQuery) -> list[Repetition]:
+    """Return prompts of one length that a tenant sent to a model again and again."""
+    event = USAGE_EVENT.c
+    keys = (event.tenant, event.model, event.prompt_tokens)
+    count, cached = func.count(), func.sum(event.cached_prompt_tokens)
+    statement = within(select(*keys, count, cached), event.hour, query)
+    statement = statement.where(event.witness == Witness.ENGINE.value)
+    statement = statement.group_by(*keys).having(count >= _REPEATS_MIN)
+    rows = connection.execute(statement.order_by(*keys))
+    return [Repetition(row[0], row[1], *(int(value) for value in row[2:])) for row in rows]
+
+
+def token_rows(connection: Connection, query: UsageQuery) -> dict[str, list[tuple[int, int, int]]]:
+    """Return by model: uncached prompt tokens, output tokens, engine time, hour by hour."""
+    used, time = USAGE_ROLLUP.c, ENGINE_TIME.c
+    tokens = select(
+        *(used.hour, used.tenant, used.model),
+        func.sum(used.billed_prompt_tokens - used.billed_cached_tokens),
+        func.sum(used.billed_output_tokens),
+    )
+    tokens = within(tokens, used.hour, query).group_by(used.hour, used.tenant, used.model)
+    times = select(time.hour, time.tenant, time.model, func.sum(time.engine_ns))
+    times = within(times, time.hour, query).group_by(time.hour, time.tenant, time.model)
+    time_of = {tuple(row[:3]): int(row[3]) for row in connection.execute(times)}
+    rows: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
+    for row in connection.execute(tokens):
+        if tuple(row[:3]) in time_of:
+            rows[row[2]].append((int(row[3]), int(row[4]), time_of[tuple(row[:3])]))
+    return rows
+
+
+@dataclass(slots=True)
+class HourSums:
+    """Costs by hour: of users as ``(tenant, user)``, with their requests, and of models."""
+
+    users: dict[tuple[str, str], dict[int, tuple[int, int]]] = field(default_factory=dict)
+    models: dict[str, dict[int, int]] = field(default_factory=dict)
+    priced: bool = True
+
+
+def hour_sums(
+    connection: Connection, query: UsageQuery, instances: Mapping[str, InstancePrice]
+) -> HourSums:
+    """Return costs by hour, nano-dollars; engine nanoseconds if any hour has no price."""
+    columns = ("tenant", "user_id", "model")
+    hours = list(split_hours(connection, query, columns, instances))
+    sums = HourSums(priced=all(each.cost.cost_nanousd is not None for each in hours))
+    for each in hours:
+        _add_hour(sums, each)
+    return sums
+
+
+def tokens_by_hour(connection: Connection, query: UsageQuery) -> dict[tuple[str, int], int]:
+    """Return how many tokens each model took and gave, by ``(model, hour)``."""
+    used = USAGE_ROLLUP.c
+    total = func.sum(used.billed_prompt_tokens + used.billed_output_tokens)
+    statement = within(select(used.model, used.hour, total), used.hour, query)
+    rows = connection.execute(statement.group_by(used.model, used.hour))
+    return {(row[0], row[1]): int(row[2]) for row in rows}
+
+
+def within(statement: Select[Any], hour: Any, query: UsageQuery) -> Select[Any]:
+    """Return a statement of the hours of ``query`` only."""
+    if query.from_s is not None:
+        statement = statement.where(hour >= query.from_s)
+    return statement if query.to_s is None else statement.where(hour < query.to_s)
+
+
+def _add_hour(sums: HourSums, each: SplitHour) -> None:
+    hour = each.cost.hour.hour
+    for part in each.cost.parts:
+        if isinstance(part.key, Overhead):
+            continue
+        tenant, user, model = map(str, part.key)
+        value = (part.cost_nanousd or 0) if sums.priced else part.time_ns
+        series = sums.users.setdefault((tenant, user), {})
+        requests, before = series.get(hour, (0, 0))
+        series[hour] = requests + each.counts[part.key][0], before + value
+        costs = sums.models.setdefault(model, {})
+        costs[hour] = costs.get(hour, 0) + value
+
+
+def _homes(sums: PoolSums) -> dict[str, str]:
+    homes: dict[str, str] = {}
+    for (model, pool), (time_ns, _) in sorted(sums.models.items()):
+        if model not in homes or time_ns > sums.models[model, homes[model]][0]:
+            homes[model] = pool
+    return homes
+
+
+def _products(connection: Connection, query: UsageQuery) -> list[tuple[str, tuple[int, ...]]]:
+    used = USAGE_ROLLUP.c
+    names = ("requests", "billed_prompt_tokens", "billed_cached_tokens", "billed_output_tokens")
+    columns = [func.sum(used[name]) for name in (*names, "amount_nanousd")]
+    statement = within(select(used.model, *columns), used.hour, query).group_by(used.model)
+    return [(row[0], tuple(map(int, row[1:]))) for row in connection.execute(statement)]
+
+
+def _add_products(connection: Connection, query: UsageQuery, sums: PoolSums) -> None:
+    homes = _homes(sums)
+    for model, (requests, prompt, cached, output, amount) in _products(connection, query):
+        pool = sums.pools.get(homes.get(model, ""))
+        if pool is not None:
+            pool.requests += requests
+            pool.input_tokens += prompt
+            pool.cached_tokens += cached
+            pool.output_tokens += output
+            pool.amount_nanousd += amount

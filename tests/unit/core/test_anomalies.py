@@ -1,0 +1,90 @@
+"""Jumps and rises against one's own history; nothing where nothing happened."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from serve_app.core.anomalies import Point, Sensitivity, deviation, jumps, median, rise
+
+HOUR_S = 3600
+BY = Sensitivity(score_min=6.0, ratio_min=3.0, history_min=24)
+HOURLY = replace(BY, ratio_min=4.0, history_span_s=7 * 24 * HOUR_S)
+
+
+def month(seed: int) -> list[Point]:
+    """Return hourly values of a user with days, nights, weekends and heavy-tailed requests."""
+    chance = random.Random(seed)
+    points = []
+    for index in range(24 * 30):
+        of_day = 1.0 if 8 <= index % 24 < 20 else 0.3
+        of_week = 1.0 if index // 24 % 7 < 5 else 0.4
+        count = round(30 * of_day * of_week * chance.uniform(0.6, 1.4))
+        value = sum(chance.lognormvariate(0, 0.7) for _ in range(count))
+        points.append(Point(index * HOUR_S, value))
+    return points
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_quiet_month_gives_no_alarm(seed: int) -> None:
+    assert jumps(month(seed), 0, HOURLY) == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_runaway_agent_is_found_in_its_first_hour_and_stays_found(seed: int) -> None:
+    points = month(seed)
+    start = 24 * 28
+    loud = [Point(each.at_s, each.value * 12) for each in points[start : start + 20]]
+    found = jumps(points[:start] + loud, start * HOUR_S, HOURLY)
+    day = [each for each in found if 8 <= each.at_s // HOUR_S % 24 < 20]
+    assert len(day) == 12
+    assert all(each.ratio > 4 for each in day)
+
+
+def test_wild_hours_of_the_past_hide_no_jump() -> None:
+    values = [1.0, 1.1, 0.9, 1.2] * 12
+    values[5] = values[17] = values[30] = 500.0
+    points = [Point(place, value) for place, value in enumerate([*values, 8.0])]
+    found = jumps(points, len(values), BY)
+    assert [(each.value, each.usual) for each in found] == [(8.0, 1.1)]
+
+
+def test_what_lasts_becomes_usual_after_a_quarter_of_the_history() -> None:
+    points = [Point(place, 1.0 if place < 100 else 10.0) for place in range(300)]
+    found = jumps(points, 0, BY, history_max=80)
+    assert found[0].at_s == 100
+    assert found[-1].at_s < 200
+
+
+def test_without_history_or_worth_or_a_usual_value_nothing_is_odd() -> None:
+    short = [Point(place, 1.0) for place in range(23)]
+    assert jumps([*short, Point(23, 99.0)], 0, BY) == []
+    flat = [Point(place, 0.0) for place in range(50)]
+    assert jumps([*flat, Point(50, 9.0)], 0, BY) == []
+    night = [Point(place, 1.0) for place in range(50)]
+    assert jumps([*night, Point(50, 9.0)], 0, replace(BY, history_span_s=60)) == []
+    small = [Point(place, 0.001) for place in range(50)]
+    dear = Sensitivity(value_min=0.1)
+    assert jumps([*small, Point(50, 0.05)], 0, dear) == []
+
+
+def test_a_unit_cost_that_doubles_is_found_and_one_that_wavers_is_not() -> None:
+    chance = random.Random(1)
+    by = Sensitivity(score_min=4.0, ratio_min=1.3, history_min=5)
+    quiet = [Point(day, chance.uniform(0.9, 1.1)) for day in range(28)]
+    assert rise(quiet, 2, by) is None
+    slow = [Point(day, each.value * (1 + max(0, day - 13) / 14)) for day, each in enumerate(quiet)]
+    found = rise(slow, 2, by)
+    assert found is not None
+    assert 1.5 < found.ratio < 2.2
+    assert rise(quiet[:2], 2, by) is None
+    assert rise([], 2, by) is None
+
+
+def test_the_middle_and_the_deviation_of_few_values() -> None:
+    assert median([3.0, 1.0]) == 2.0
+    assert median([3.0, 1.0, 9.0]) == 3.0
+    assert deviation([2.0, 2.0, 2.0]) == pytest.approx(0.1)
+    assert deviation([1.0, 2.0, 3.0]) == pytest.approx(1.4826)

@@ -1,0 +1,113 @@
+"""Suggestions that the ledger bears out, and none that it does not."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+
+from serve_app.core.attribution import NS_PER_S, Use
+from serve_app.core.savings import (
+    ModelUse,
+    Repetition,
+    TokenCost,
+    cheaper_models,
+    fit_token_cost,
+    repeated_prompts,
+    smaller_pools,
+)
+from serve_app.core.unit_economics import PoolUse, unit_cost
+
+HOUR_NS = 3600 * NS_PER_S
+DOLLAR = NS_PER_S
+MONTH = 730
+
+
+def pool(replicas: int, busy: float, peak: float, hourly: int = 2 * DOLLAR) -> PoolUse:
+    """Return a pool of a month."""
+    use = PoolUse("p", hours=MONTH, peak_busy=Fraction(peak))
+    for _ in range(replicas):
+        useful = round(busy * MONTH * HOUR_NS)
+        use.add({Use.USEFUL: useful, Use.IDLE: MONTH * HOUR_NS - useful}, hourly * MONTH)
+    return use
+
+
+def test_a_pool_whose_busiest_hour_fits_fewer_replicas_should_have_fewer() -> None:
+    (found,) = smaller_pools([pool(4, 0.2, 1.3)], MONTH)
+    assert found.saving_nanousd == 2 * 2 * DOLLAR * MONTH
+    assert "2 would do" in found.why
+
+
+@pytest.mark.parametrize(
+    "use", [pool(4, 0.2, 2.5), pool(1, 0.01, 0.1), pool(3, 0.1, 0.1, 0), PoolUse("none")]
+)
+def test_a_pool_that_needs_its_replicas_once_is_left_alone(use: PoolUse) -> None:
+    assert smaller_pools([use], MONTH) == []
+
+
+def model(name: str, cost: int, longest: int = 4000, engine_hours: int = 100) -> ModelUse:
+    return ModelUse(name, f"pool-{name}", engine_hours * HOUR_NS, cost * DOLLAR, 10**9, longest)
+
+
+def idle(name: str, hours: int) -> PoolUse:
+    use = PoolUse(f"pool-{name}")
+    use.add({Use.IDLE: hours * HOUR_NS}, 0)
+    return use
+
+
+def test_traffic_that_fits_a_cheaper_model_is_said_with_what_it_would_save() -> None:
+    models = [model("large", 1000), model("small", 100)]
+    pools = [idle("large", 500), idle("small", 500)]
+    (found,) = cheaper_models(models, pools, MONTH)
+    assert (found.subject, found.saving_nanousd) == ("large", 900 * DOLLAR)
+    assert found.why.startswith("small has served requests as long")
+
+
+@pytest.mark.parametrize(
+    ("cheaper", "hours"),
+    [
+        (model("small", 100, longest=3999), 500),
+        (model("small", 100), 99),
+        (model("small", 800), 500),
+    ],
+    ids=["never served one as long", "not idle enough", "hardly cheaper"],
+)
+def test_a_model_that_does_not_fit_is_not_suggested(cheaper: ModelUse, hours: int) -> None:
+    assert cheaper_models([model("large", 1000), cheaper], [idle("small", hours)], MONTH) == []
+
+
+def test_prompts_that_repeat_uncached_cost_what_their_tokens_take() -> None:
+    repeats = [
+        Repetition("acme", "m", 2000, 1001, 0),
+        Repetition("bolt", "m", 2000, 1001, 2_000_000),
+        Repetition("coil", "m", 100, 10**6, 0),
+        Repetition("dune", "unknown", 2000, 1001, 0),
+    ]
+    costs, price = {"m": TokenCost(30_000.0, 1e6)}, {"m": Fraction(1, 60)}
+    found = repeated_prompts(repeats, costs, price, MONTH)
+    assert [each.subject for each in found] == ["acme on m"]
+    assert found[0].saving_nanousd == 1000 * 2000 * 30_000 // 60
+
+
+def test_token_costs_are_found_again_from_hours_of_different_mixes() -> None:
+    rows = [(p, o, 30_000 * p + 7_000_000 * o) for p, o in ((10**6, 10**3), (10**4, 10**4), (5, 9))]
+    fit = fit_token_cost(rows)
+    assert fit is not None
+    assert fit.prompt_ns == pytest.approx(30_000)
+    assert fit.output_ns == pytest.approx(7_000_000)
+    assert fit_token_cost([]) is None
+    assert fit_token_cost([(10, 1, 5), (20, 2, 10)]) is None
+    below = fit_token_cost([(10, 1, 50), (10, 30, 1500)])
+    assert below is not None
+    assert below.prompt_ns >= 0 <= below.output_ns
+
+
+def test_unit_costs_are_of_the_whole_pool_and_say_nothing_of_nothing() -> None:
+    use = pool(1, 0.6, 0.6, hourly=22 * DOLLAR)
+    use.output_tokens = 3000 * 3600 * MONTH
+    cost = unit_cost(use, use.total_nanousd)
+    assert cost.output_usd == pytest.approx(2.04, abs=0.005)
+    assert cost.input_usd is cost.requests_usd is None
+    busy = unit_cost(use, use.busy_nanousd)
+    assert busy.output_usd == pytest.approx(2.04 * 0.6, abs=0.005)
+    assert use.busy_ratio == pytest.approx(0.6)
