@@ -26,10 +26,10 @@ from math import comb
 from pathlib import Path
 
 from serve_app.core.attribution import Account, Use
+from serve_app.core.cost_meter import CostMeter, EngineCosts
 from serve_app.core.engine_model import EngineModel, EngineParams, EventKind, StepRun
+from serve_app.core.model_steps import ModelSteps
 from serve_app.core.types import Outcome
-from serve_app.engine.cost_meter import CostMeter, EngineCosts
-from serve_app.engine.sim_steps import SimSteps
 from serve_app.sim.records import percentile
 from serve_app.sim.workload import Arrival, Lengths, Prefixes, Traffic, arrivals, day_shape
 
@@ -143,7 +143,9 @@ class Replica:
         self.day = Day()
         self._params = params
         self._meter = CostMeter(0.0, params.block_tokens)
-        self._steps = SimSteps(self._meter, lambda model_s: model_s)
+        self._steps = ModelSteps(
+            self._meter, lambda model_s: model_s, lambda sequence: sequence.name
+        )
         self._model = EngineModel(params, on_run=self._stepped)
         self._by_account: dict[Account, Request] = {}
         self._meter.ready(0.0)

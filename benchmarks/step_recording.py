@@ -33,9 +33,9 @@ from typing import Any
 
 from serve_app import models
 from serve_app.config import VllmSettings
+from serve_app.core.cost_meter import CostMeter
 from serve_app.core.types import PoolName, PriorityClass, ReplicaId, RequestId
 from serve_app.engine.api import Endpoint, GenerateCall
-from serve_app.engine.cost_meter import CostMeter
 from serve_app.engine.step_log import StepLog
 from serve_app.engine.step_reader import StepReader
 from serve_app.engine.step_records import StepInbox, StepSender

@@ -15,9 +15,9 @@ from typing import Protocol
 
 import msgspec
 
+from serve_app.core.cost_meter import EngineCosts
 from serve_app.core.types import Outcome, PriorityClass, ReplicaId, ReplicaView, RequestId, Usage
 from serve_app.engine.address import Address, ReplyTo
-from serve_app.engine.cost_meter import EngineCosts
 from serve_app.usage import Charge
 
 STREAM_END = b"data: [DONE]\n\n"

@@ -15,9 +15,13 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
+from typing import cast
 
 from serve_app.config import SimSettings
-from serve_app.core.engine_model import EngineModel, EngineParams
+from serve_app.core.attribution import Account
+from serve_app.core.cost_meter import CostMeter, EngineCosts
+from serve_app.core.engine_model import EngineModel, EngineParams, Sequence
+from serve_app.core.model_steps import ModelSteps
 from serve_app.core.types import Outcome, PoolName, ReplicaId, ReplicaView, RequestId
 from serve_app.engine.api import (
     Endpoint,
@@ -31,9 +35,7 @@ from serve_app.engine.api import (
     Metered,
     Refusal,
 )
-from serve_app.engine.cost_meter import CostMeter, EngineCosts
 from serve_app.engine.sim_generation import Generation
-from serve_app.engine.sim_steps import SimSteps
 from serve_app.engine.sim_text import Job, read_job
 from serve_app.engine.sim_wire import Header
 
@@ -102,7 +104,7 @@ class SimEngine:
         began_s = self._clock()
         on_run = None
         if self._costs is not None:
-            on_run = SimSteps(self._costs, self._wall_s).stepped
+            on_run = ModelSteps(self._costs, self._wall_s, _account_of).stepped
         self._model = EngineModel(engine_params(settings), on_run=on_run)
         await asyncio.sleep(settings.start_delay_s)
         self._origin_s = self._clock()
@@ -354,3 +356,8 @@ class SimEngine:
         if error is not None:
             _log.error("the simulated engine's loop failed", exc_info=error)
             self.kill()
+
+
+def _account_of(sequence: Sequence) -> Account:
+    # A generation names its sequences so; see Generation.submit.
+    return cast(Account, sequence.name)

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from serve_app.core.attribution import Account
+from serve_app.core.cost_meter import Chunk, CostMeter, Steps
 from serve_app.core.types import Outcome
-from serve_app.engine.cost_meter import Chunk, CostMeter, Steps
 from serve_app.engine.step_records import (
     Joined,
     Left,

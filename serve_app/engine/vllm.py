@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from serve_app.config import VllmSettings
+from serve_app.core.cost_meter import EngineCosts
 from serve_app.core.types import Outcome, PoolName, PriorityClass, ReplicaId, ReplicaView, RequestId
 from serve_app.engine import vllm_fork
 from serve_app.engine.api import (
@@ -38,7 +39,6 @@ from serve_app.engine.api import (
     Metered,
     Refusal,
 )
-from serve_app.engine.cost_meter import EngineCosts
 from serve_app.engine.meter import RequestMeter
 from serve_app.engine.start_stages import StartStages
 from serve_app.engine.step_records import StepInbox

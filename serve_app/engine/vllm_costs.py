@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from serve_app.core.attribution import Account
+from serve_app.core.cost_meter import CostMeter, EngineCosts
 from serve_app.core.types import Outcome
-from serve_app.engine.cost_meter import CostMeter, EngineCosts
 from serve_app.engine.step_reader import StepReader
 from serve_app.engine.step_records import StepInbox
 

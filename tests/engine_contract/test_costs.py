@@ -10,9 +10,9 @@ import pytest
 import pytest_asyncio
 
 from serve_app.core.attribution import NS_PER_S, Use
+from serve_app.core.cost_meter import EngineCosts
 from serve_app.core.types import Outcome
 from serve_app.engine.api import Engine, Final, GenerateCall, Metered
-from serve_app.engine.cost_meter import EngineCosts
 
 from .test_contract import Collected, collect, is_empty, make_call, until
 

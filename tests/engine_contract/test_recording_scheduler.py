@@ -16,8 +16,8 @@ import pytest
 from serve_app import models
 from serve_app.config import VllmSettings
 from serve_app.core.attribution import Account, Use
+from serve_app.core.cost_meter import CostMeter, Steps
 from serve_app.core.types import Outcome
-from serve_app.engine.cost_meter import CostMeter, Steps
 from serve_app.engine.step_log import StepLog
 from serve_app.engine.step_reader import StepReader
 from serve_app.engine.vllm_args import engine_and_frontend_args

@@ -16,14 +16,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve_app.config import SimSettings
+from serve_app.core import cost_meter
 from serve_app.core.attribution import Account, Use
+from serve_app.core.cost_meter import CostMeter, EngineCosts
 from serve_app.core.engine_model import EngineModel, EngineParams, Phase, Sequence, StepRun
+from serve_app.core.model_steps import ModelSteps
 from serve_app.core.types import Outcome, PoolName, PriorityClass, ReplicaId, RequestId, TenantId
-from serve_app.engine import cost_meter
 from serve_app.engine.api import Endpoint, Final, GenerateCall, GenerateItem, Metered
-from serve_app.engine.cost_meter import CostMeter, EngineCosts
 from serve_app.engine.sim import SimEngine
-from serve_app.engine.sim_steps import SimSteps
 
 UNATTRIBUTED_RATIO_MAX = 0.001
 SMALL = EngineParams(max_num_seqs=6, token_budget=64, kv_blocks=24, block_tokens=4)
@@ -34,7 +34,7 @@ class Replica:
 
     def __init__(self, params: EngineParams) -> None:
         self.meter = CostMeter(0.0, params.block_tokens)
-        self.steps = SimSteps(self.meter, lambda model_s: model_s)
+        self.steps = ModelSteps(self.meter, lambda model_s: model_s, lambda sequence: sequence.name)
         self.model = EngineModel(params, on_run=self._stepped)
         self.present: list[tuple[Account, Sequence]] = []
         self.accounts: list[Account] = []

@@ -8,8 +8,8 @@ from random import Random
 import pytest
 
 from serve_app.core.attribution import Account, Use
+from serve_app.core.cost_meter import CostMeter, Steps
 from serve_app.core.types import Outcome, TenantId
-from serve_app.engine.cost_meter import CostMeter, Steps
 from serve_app.engine.step_log import UNSENT_RECORDS_MAX, StepLog
 from serve_app.engine.step_reader import StepReader
 from serve_app.engine.step_records import Record, StepInbox, StepSender

@@ -3,7 +3,7 @@
 One meter per replica: it turns the engine's steps into the terms that
 ``core/attribution.py`` splits, learns the coefficients from the same steps and keeps each
 tenant's hold on the KV cache. Both engines feed it: the simulated one from its model
-(``sim_steps.py``), vLLM from the records of its scheduler (``step_reader.py``).
+(``model_steps.py``), vLLM from the records of its scheduler (``engine/step_reader.py``).
 """
 
 from __future__ import annotations
