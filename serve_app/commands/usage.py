@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from serve_app.commands._place import Service, actor, add_place_options, place
-from serve_app.commands.usage_insights import add_insights, usage
+from serve_app.commands._usage_insights import add_insights, usage
 from serve_app.errors import ConfigError
 from serve_app.terminal import Subparsers, command, note, out, table
 
