@@ -179,7 +179,10 @@ class Completions:
                 self._money.settle(audit)
 
     async def _pay(self, prepared: Prepared, relay: Relay, audit: Audit) -> Prepared:
-        """Reserve what the request may cost; return it with an answer as long as that pays."""
+        """Reserve what the request may cost; return it with an answer as long as that pays.
+
+        A stream goes on beyond that for as long as there is more to reserve.
+        """
         fare = None if self._money is None else self._money.fare(audit, prepared)
         if self._money is None or fare is None:
             return prepared
@@ -190,6 +193,9 @@ class Completions:
         if tokens >= prepared.ticket.max_tokens:
             return prepared
         relay.add_headers([(BUDGET_HEADER, b"max_tokens=%d" % tokens)])
+        if prepared.parsed.stream and prepared.parsed.choices == 1:
+            relay.cap = self._money.tranches(fare, answer, prepared.ticket.max_tokens)
+            return prepared
         return prepared.capped(tokens)
 
     async def _prepare(
@@ -232,7 +238,11 @@ class Completions:
                     lease,
                     self._transport(dispatch.pool),
                     lambda held: prepared.call(
-                        endpoint, held.dispatch, charge, relay.delivery.attempts
+                        endpoint,
+                        held.dispatch,
+                        charge,
+                        relay.delivery.attempts,
+                        None if relay.cap is None else relay.cap.tokens,
                     ),
                 )
                 audit.outcome = Outcome.COMPLETED

@@ -6,6 +6,7 @@ pays for; one request reserves no more than a part of what its budgets have left
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from serve_app.core.budget import BudgetKey, scopes_of
 from serve_app.core.pricing import FREE, Priced, Rates
 from serve_app.core.purses import Lacking, Overdrawn, Reserved
 from serve_app.core.types import RequestId, Usage
+from serve_app.engine.transport import Cap
 from serve_app.errors import ApiError, InsufficientQuota, RateLimited, Unavailable
 from serve_app.purse_link import Answer, PurseLink
 from serve_app.tickets import TEMPLATE_TOKENS, Prepared
@@ -25,6 +27,11 @@ LEAST_OUTPUT_TOKENS = 16
 # What one request may reserve of what is left, if that pays for an answer of some length.
 SHARE_OF_LEFT = 8
 USEFUL_OUTPUT_TOKENS = 512
+# A running answer's next part, and how long before its end it is reserved: time to ask Control
+# and the other routers while tokens go on coming.
+TRANCHE_TOKENS = 512
+LEAD_TOKENS = 256
+AGAIN_S = 0.25
 # What chat templates put before everything, on their own account or for tools.
 PREAMBLE_TOKENS = 256
 RETRY_AFTER_S = 1.0
@@ -65,6 +72,7 @@ class Money:
         self._link = link
         self._books = books
         self._fares: dict[RequestId, Fare] = {}
+        self._tranches: dict[RequestId, _Tranches] = {}
 
     def fare(self, audit: Audit, prepared: Prepared) -> Fare | None:
         """Return what has to be reserved, None where no budget or no price holds."""
@@ -125,8 +133,17 @@ class Money:
             self._on_refused(answer.key.scope, "spent" if answer.exhausted else "reserved")
         raise refusal(answer)
 
+    def tranches(self, fare: Fare, reserved: Reserved, most_tokens: int) -> Cap:
+        """Return a cap for a stream of one choice that grows while there is more to reserve."""
+        tranches = _Tranches(fare, reserved.amount, most_tokens, self._link)
+        self._tranches[fare.request_id] = tranches
+        return tranches.cap
+
     def settle(self, audit: Audit) -> None:
         """Charge a request that ended in whatever way; requests without a fare cost nothing."""
+        tranches = self._tranches.pop(audit.request_id, None)
+        if tranches is not None:
+            tranches.close()
         fare = self._fares.pop(audit.request_id, None)
         if fare is None:
             return
@@ -150,6 +167,63 @@ class Money:
             record = decode(payload)
             if isinstance(record, UsageRecord):
                 self._link.purses.acknowledge(record.charge.request_id)
+
+
+class _Tranches:
+    """A running answer's reservation, extended before the answer has come to its end.
+
+    The cap is raised only when what it stands for is reserved, so an answer never costs more
+    than was. Where nothing more is to be had it ends at its cap, unless some comes free first.
+    """
+
+    def __init__(self, fare: Fare, reserved: int, most_tokens: int, link: PurseLink) -> None:
+        self.cap = Cap(fare.output_tokens(reserved), self._came)
+        self._fare = fare
+        self._reserved = reserved
+        self._most_tokens = most_tokens
+        self._link = link
+        self._again_at_s = link.now_s()
+        self._task: asyncio.Task[None] | None = None
+
+    def close(self) -> None:
+        """Ask for no more."""
+        if self._task is not None:
+            self._task.cancel()
+
+    def _came(self, output_tokens: int) -> None:
+        """Reserve the next tranche once the answer is near the end of what is paid for."""
+        cap = self.cap
+        if cap.tokens - output_tokens > LEAD_TOKENS or cap.tokens >= self._most_tokens:
+            return
+        if (self._task is not None and not self._task.done()) or (
+            self._link.now_s() < self._again_at_s
+        ):
+            return
+        answer = self._extend()
+        if isinstance(answer, Lacking):
+            self._task = asyncio.create_task(self._fetch(answer))
+
+    async def _fetch(self, lacking: Lacking) -> None:
+        answer = await self._link.fetch(self._fare.request_id, lacking, self._attempt)
+        if answer is None:
+            self._again_at_s = self._link.now_s() + AGAIN_S
+
+    def _attempt(self) -> Answer:
+        answer = self._extend()
+        # One that has ended meanwhile needs nothing.
+        return Reserved(0) if answer is None else answer
+
+    def _extend(self) -> Answer | None:
+        rate = self._fare.rates.output_nanousd
+        tokens = min(TRANCHE_TOKENS, self._most_tokens - self.cap.tokens)
+        least = min(tokens, LEAST_OUTPUT_TOKENS)
+        answer = self._link.extend(self._fare.request_id, tokens * rate, least * rate)
+        if isinstance(answer, Reserved):
+            self._reserved += answer.amount
+            self.cap.raise_to(self._fare.output_tokens(self._reserved))
+        elif not isinstance(answer, Lacking):
+            self._again_at_s = self._link.now_s() + AGAIN_S
+        return answer
 
 
 def refusal(answer: Overdrawn | None) -> ApiError:

@@ -88,6 +88,11 @@ class PurseLink:
             request_id, keys, amount, least=least, wall_s=self._wall(), now_s=self._clock()
         )
 
+    def extend(self, request_id: RequestId, more: int, least: int) -> Answer | None:
+        """Reserve more for a request that runs, at once; None if it has ended."""
+        self._wall()
+        return self.purses.extend(request_id, more, least=least, now_s=self._clock())
+
     async def fetch(
         self, request_id: RequestId, lacking: Lacking, attempt: Callable[[], Answer]
     ) -> Reserved | Overdrawn | None:

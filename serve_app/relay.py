@@ -24,7 +24,7 @@ from serve_app.engine.api import (
     ReaderTooSlow,
     Refusal,
 )
-from serve_app.engine.transport import Transport
+from serve_app.engine.transport import Cap, Transport
 from serve_app.errors import (
     ApiError,
     ContextLengthExceeded,
@@ -65,7 +65,8 @@ class Delivery:
 class Relay:
     """Carries one dispatched request's output to its client.
 
-    ``before_end`` is awaited when all but what ends the response is out.
+    ``before_end`` is awaited when all but what ends the response is out. ``cap`` is there if
+    less is paid for than the whole answer may cost.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Relay:
         self._answered = False
         self._overflowed = False
         self._tier: bytes | None = None
+        self.cap: Cap | None = None
 
     def describe(self, dispatch: Dispatch, served_class: PriorityClass) -> None:
         """Say in the response where and how the request is served: headers, service tier."""
@@ -161,7 +163,8 @@ class Relay:
     ) -> None:
         closing: Frame | None = None
         final: Final | None = None
-        async with aclosing(transport.generate(call, overflow)) as items:
+        capped = () if self.cap is None else (self.cap,)
+        async with aclosing(transport.generate(call, overflow, *capped)) as items:
             async for item in items:
                 if isinstance(item, Frame):
                     frame, held = _hold_closing(item, streamed=call.stream)
@@ -189,6 +192,8 @@ class Relay:
         if tokens:
             self.delivery.output_tokens += tokens
             lease.progress(tokens)
+            if self.cap is not None:
+                self.cap.on_tokens(self.delivery.output_tokens)
         now_s = self._clock()
         data = frame.data
         if self.delivery.first_byte_at_s is None:

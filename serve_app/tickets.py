@@ -83,11 +83,17 @@ class Prepared:
         return replace(self, output_cap=cap)
 
     def call(
-        self, endpoint: Endpoint, dispatch: Dispatch, charge: Charge | None = None, attempt: int = 1
+        self,
+        endpoint: Endpoint,
+        dispatch: Dispatch,
+        charge: Charge | None = None,
+        attempt: int = 1,
+        paid_tokens: int | None = None,
     ) -> GenerateCall:
         """Return the engine's call, with the place and the cap that the core decided on.
 
-        ``charge`` and ``attempt`` are for the engine's own record of what it generated.
+        ``charge`` and ``attempt`` are for the engine's own record of what it generated;
+        ``paid_tokens`` is as far as a request of one choice may go for now.
         """
         first, *others = dispatch.replicas
         ticket, parsed = self.ticket, self.parsed
@@ -105,6 +111,7 @@ class Prepared:
             target=first,
             fallbacks=tuple(others),
             max_tokens=min(caps, default=None),
+            paid_tokens=paid_tokens,
             charge=charge,
             attempt=attempt,
         )

@@ -141,15 +141,31 @@ class Purses:
         self._holds[request_id] = _Hold(tuple(found), amount)
         return Reserved(amount)
 
-    def extend(self, request_id: RequestId, more: int) -> bool:
-        """Reserve ``more`` for an open request, of every budget or of none; tell if it could."""
+    def extend(
+        self, request_id: RequestId, more: int, *, least: int, now_s: float
+    ) -> Reserved | Lacking | Overdrawn | None:
+        """Reserve ``more`` for a request that runs, as ``reserve`` does; None if it has ended.
+
+        Of the periods in which it was admitted: of one that is over no more is to be had.
+        """
+        assert 0 <= least <= more
         hold = self._holds.get(request_id)
-        if hold is None or hold.settled or any(purse.free < more for purse in hold.purses):
-            return False
+        if hold is None or hold.settled:
+            return None
+        needs: list[tuple[BudgetKey, int]] = []
+        for purse in hold.purses:
+            current = self._purses.get(purse.key) is purse
+            if current and purse.free < more and purse.denied_until_s <= now_s:
+                needs.append((purse.key, more))
+            elif purse.free < least:
+                return Overdrawn(purse.key, exhausted=current and purse.left < least)
+        if needs:
+            return Lacking(tuple(needs))
+        more = min(more, *(purse.free for purse in hold.purses)) if hold.purses else more
         hold.amount += more
         for purse in hold.purses:
             purse.reserved += more
-        return True
+        return Reserved(more)
 
     def settle(
         self, request_id: RequestId, cost: int, *, final: bool = True, now_s: float = 0.0

@@ -37,6 +37,7 @@ class GenerateCall:
     ``body`` is the client's JSON object re-encoded by the edge: validated, engine-only
     fields removed. Its ``model`` is the client's name, which every answer repeats; the
     engine serves what it serves. ``max_tokens`` caps the body's own value.
+    ``paid_tokens`` caps it too, for now: ``Engine.extend`` raises that while the call runs.
     ``cache_salt`` isolates prefix caches between tenants.
     ``target`` names the replica the core chose; ``fallbacks`` the next ones, in order.
     ``resume_token_ids`` are tokens already delivered by another replica, to continue
@@ -55,6 +56,7 @@ class GenerateCall:
     target: ReplicaId | None = None
     fallbacks: tuple[ReplicaId, ...] = ()
     max_tokens: int | None = None
+    paid_tokens: int | None = None
     resume_token_ids: tuple[int, ...] = ()
     reply: ReplyTo | None = None
     charge: Charge | None = None
@@ -189,6 +191,14 @@ class Engine(Protocol):
 
     async def abort(self, request_id: RequestId) -> None:
         """Stop a generation at the next step; unknown ids are ignored."""
+
+    def extend(self, request_id: RequestId, paid_tokens: int) -> None:
+        """Let each choice of a generation that runs go on up to ``paid_tokens``.
+
+        It never goes beyond what it was told, however late that comes. Ids that are unknown
+        and generations that have ended are ignored; an engine that cannot do it ends at the
+        call's own ``paid_tokens``.
+        """
 
     def snapshot(self) -> ReplicaView:
         """The load right now. ``sequence`` grows by one with each snapshot."""

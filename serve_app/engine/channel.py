@@ -4,6 +4,7 @@ Every router and every engine replica binds one PULL socket and connects one PUS
 each process it has something for. A message is msgpack, one of:
 
 - Call, to an engine: one request. Cancel, to an engine: the reader of a stream has gone.
+  Extend, to an engine: a request may go on beyond what had been paid for.
 - Batch, from an engine: the frames that it handed over within one turn of its event loop, of
   all streams to that router, and how streams ended. An ending counts the stream's frames, so
   that a frame that was lost is an error and never a silent truncation.
@@ -21,7 +22,7 @@ from __future__ import annotations
 import msgspec
 
 from serve_app.core.exchange import Digest
-from serve_app.core.types import ReplicaId, ReplicaView
+from serve_app.core.types import ReplicaId, ReplicaView, RequestId
 from serve_app.engine.address import Address, ReplyTo
 from serve_app.engine.api import Final, GenerateCall, Refusal
 
@@ -79,7 +80,14 @@ class Told(msgspec.Struct, array_like=True, tag=5, frozen=True):
     digest: Digest
 
 
-Message = Batch | Call | Cancel | Hello | Load | Told
+class Extend(msgspec.Struct, array_like=True, tag=6, frozen=True):
+    """A running request's new ``paid_tokens``."""
+
+    request_id: RequestId
+    paid_tokens: int
+
+
+Message = Batch | Call | Cancel | Hello | Load | Told | Extend
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)

@@ -7,10 +7,10 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 
-from serve_app.core.types import ReplicaId, ReplicaView
+from serve_app.core.types import ReplicaId, ReplicaView, RequestId
 from serve_app.engine.address import Address, ReplyTo
 from serve_app.engine.api import EngineDead, Final, Frame, GenerateCall, GenerateItem
-from serve_app.engine.channel import Call, Cancel, End, Hello, Load, Message, pack
+from serve_app.engine.channel import Call, Cancel, End, Extend, Hello, Load, Message, pack
 from serve_app.engine.channel_inlet import Inlet
 from serve_app.engine.channel_outlet import Outlet, StreamLost
 from serve_app.engine.channel_sender import ChannelSender
@@ -27,15 +27,24 @@ class EngineChannel:
     """
 
     def __init__(
-        self, replica: ReplicaId, host: str, ports: range, generate: Generate, calls_max: int
+        self,
+        replica: ReplicaId,
+        host: str,
+        ports: range,
+        generate: Generate,
+        calls_max: int,
+        extend: Callable[[RequestId, int], None] = lambda request_id, paid_tokens: None,
     ) -> None:
         """Bind a free port of ``ports``; more than ``calls_max`` calls at once are turned away.
+
+        ``generate`` and ``extend`` are the engine's.
 
         Raises:
             OSError: no port of the range is free.
         """
         self._replica = replica
         self._generate = generate
+        self._extend = extend
         self._calls_max = calls_max
         self._sender = ChannelSender()
         self._tasks: dict[ReplyTo, asyncio.Task[None]] = {}
@@ -79,6 +88,8 @@ class EngineChannel:
             task = self._tasks.get(message.reply)
             if task is not None:
                 task.cancel()
+        elif isinstance(message, Extend):
+            self._extend(message.request_id, message.paid_tokens)
 
     def _begin(self, call: GenerateCall) -> None:
         reply = call.reply

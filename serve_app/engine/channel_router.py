@@ -7,10 +7,21 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from serve_app.core.exchange import Digest
-from serve_app.core.types import ReplicaId
+from serve_app.core.types import ReplicaId, RequestId
 from serve_app.engine.address import Address, ReplyTo
 from serve_app.engine.api import EngineDead, GenerateCall
-from serve_app.engine.channel import Batch, Call, Cancel, End, Hello, Load, Message, Told, pack
+from serve_app.engine.channel import (
+    Batch,
+    Call,
+    Cancel,
+    End,
+    Extend,
+    Hello,
+    Load,
+    Message,
+    Told,
+    pack,
+)
 from serve_app.engine.channel_inflow import Inflow, Line
 from serve_app.engine.channel_inlet import Inlet
 from serve_app.engine.channel_sender import ChannelSender
@@ -79,6 +90,12 @@ class RouterChannel:
         outlet.on_failed = line.cut
         outlet.send(pack(Call(replace(call, reply=reply))))
         return inflow
+
+    def extend(self, inflow: Inflow, request_id: RequestId, paid_tokens: int) -> None:
+        """Tell the engine that more of a stream that runs has been paid for."""
+        line = inflow.line
+        if not inflow.ended and line.error is None and line.address is not None:
+            self._sender.send(line.address, pack(Extend(request_id, paid_tokens)))
 
     def leave(self, inflow: Inflow) -> None:
         """Drop what still arrives for a stream; one that has not ended is cancelled."""

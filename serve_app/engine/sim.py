@@ -136,6 +136,7 @@ class SimEngine:
         frames = 0
         try:
             while True:
+                generation.cut(self._now_virtual_s())
                 data, token_ids = generation.render()
                 if data:
                     yield Frame(frames, data, token_ids)
@@ -161,6 +162,12 @@ class SimEngine:
         generation = self._live.get(request_id)
         if generation is not None:
             generation.abort(self._now_virtual_s())
+
+    def extend(self, request_id: RequestId, paid_tokens: int) -> None:
+        """See ``Engine.extend``."""
+        generation = self._live.get(request_id)
+        if generation is not None:
+            generation.extend(paid_tokens)
 
     def snapshot(self) -> ReplicaView:
         """Return the load right now."""

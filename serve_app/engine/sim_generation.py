@@ -16,7 +16,7 @@ from serve_app.engine.sim_wire import Choice, ChoiceEvents, Header, usage_event,
 class _Stream:
     """One choice of one generation: its place in the model and what was delivered."""
 
-    __slots__ = ("answer", "delivered", "ended", "events", "index", "sequence", "skipped")
+    __slots__ = ("answer", "capped", "delivered", "ended", "events", "index", "sequence", "skipped")
 
     def __init__(self, index: int, answer: Answer, events: ChoiceEvents | None, skipped: int):
         self.index = index
@@ -25,6 +25,7 @@ class _Stream:
         self.skipped = skipped
         self.delivered = skipped
         self.ended = False
+        self.capped = False
         self.sequence: Sequence
 
 
@@ -36,6 +37,7 @@ class Generation:
         "_job",
         "_model",
         "_open",
+        "_paid_tokens",
         "_submitted_s",
         "_waiter",
         "aborted",
@@ -64,6 +66,7 @@ class Generation:
         self._model = model
         self._submitted_s = 0.0
         self._open = 0
+        self._paid_tokens = call.paid_tokens
         self._waiter: asyncio.Future[None] | None = None
 
     def submit(self, now_s: float, settings: SimSettings) -> None:
@@ -101,15 +104,28 @@ class Generation:
                 self.streams.append(stream)
                 self._open += 1
 
+    def extend(self, paid_tokens: int) -> None:
+        """Go on up to ``paid_tokens``; what has ended has ended."""
+        if self._paid_tokens is not None:
+            self._paid_tokens = max(self._paid_tokens, paid_tokens)
+
+    def cut(self, now_s: float) -> None:
+        """End the choices that have all that was paid for."""
+        if self._paid_tokens is None:
+            return
+        for stream in self.streams:
+            if stream.sequence.phase is not Phase.ENDED and self._made(stream) >= self._paid_tokens:
+                stream.capped = True
+                self._model.abort(stream.sequence, now_s)
+
     def render(self) -> tuple[bytes, tuple[int, ...]]:
         """Return the bytes and token ids that are new since the last call."""
         parts: list[bytes] = []
         token_ids: tuple[int, ...] = ()
-        generated = self._model.generated
         for stream in self.streams:
             if stream.ended:
                 continue
-            made = stream.skipped + generated(stream.sequence)
+            made = self._made(stream)
             first = stream.delivered
             if made > first:
                 token_ids += stream.answer.token_ids(first, made)
@@ -142,17 +158,16 @@ class Generation:
 
         A prompt counts from its first output token on, as it does with a real engine.
         """
-        generated = self._model.generated
         choices = self._job.choices_per_prompt
         prompt_tokens = cached_tokens = completion_tokens = 0
         for number, prompt in enumerate(self._job.prompts):
-            sequences = [stream.sequence for stream in self.streams[number * choices :][:choices]]
-            made = sum(generated(sequence) for sequence in sequences)
+            streams = self.streams[number * choices :][:choices]
+            made = sum(self._made(stream) - stream.skipped for stream in streams)
             if made:
                 completion_tokens += made
                 prompt_tokens += prompt.tokens
                 # The first choice pays for the prompt, the others find it in the cache.
-                cached_tokens += min(sequences[0].cached_tokens, prompt.tokens)
+                cached_tokens += min(streams[0].sequence.cached_tokens, prompt.tokens)
         engine_s = 0.0 if self.account is None else self.account.engine_s
         return Usage(prompt_tokens, cached_tokens, completion_tokens, engine_s)
 
@@ -197,22 +212,29 @@ class Generation:
 
     def _has_news(self) -> bool:
         """Whether a choice ended, or has tokens to stream, that were not rendered."""
-        generated = self._model.generated
         for stream in self.streams:
-            sequence = stream.sequence
-            if sequence.phase is Phase.ENDED:
+            if stream.sequence.phase is Phase.ENDED:
                 if not stream.ended:
                     return True
-            elif (
-                stream.events is not None
-                and stream.skipped + generated(sequence) > stream.delivered
-            ):
+            elif stream.events is not None:
+                if self._made(stream) > stream.delivered:
+                    return True
+            elif self._paid_tokens is not None and self._made(stream) >= self._paid_tokens:
                 return True
         return False
 
+    def _made(self, stream: _Stream) -> int:
+        """Return how many tokens a choice has: none that was not paid for.
+
+        The model may have gone on a step before anybody looked.
+        """
+        made = stream.skipped + self._model.generated(stream.sequence)
+        return made if self._paid_tokens is None else min(made, self._paid_tokens)
+
     def _reason(self, stream: _Stream) -> str:
-        whole = stream.delivered >= stream.answer.tokens
-        return stream.answer.finish_reason if whole else "abort"
+        if stream.delivered >= stream.answer.tokens:
+            return stream.answer.finish_reason
+        return "length" if stream.capped else "abort"
 
     def _client_usage(self) -> Usage:
         """What the client sees counts the tokens another replica delivered too."""

@@ -55,8 +55,9 @@ def request_body(call: GenerateCall) -> dict[str, Any]:
     body["priority"] = int(call.priority_class)
     if call.cache_salt:
         body["cache_salt"] = call.cache_salt
-    if call.max_tokens is not None:
-        _cap_output(body, call.endpoint, call.max_tokens)
+    caps = [cap for cap in (call.max_tokens, call.paid_tokens) if cap is not None]
+    if caps:
+        _cap_output(body, call.endpoint, min(caps))
     return body
 
 

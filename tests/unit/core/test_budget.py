@@ -94,6 +94,12 @@ def reserve(
     )
 
 
+def extend(
+    purses: Purses, name: str, more: int, *, least: int | None = None
+) -> Reserved | Lacking | Overdrawn | None:
+    return purses.extend(RequestId(name), more, least=more if least is None else least, now_s=0.0)
+
+
 def fetch(purses: Purses, bank: Bank, lacking: object, now: int = 0, router: str = "r") -> None:
     assert isinstance(lacking, Lacking)
     accounts = purses.accounts(lacking.needs)
@@ -223,10 +229,44 @@ def test_a_tranche_is_extended_while_there_is_money() -> None:
     bank, purses = Bank({TENANT: budget(100)}), Purses()
     fetch(purses, bank, reserve(purses, "a", 100, least=100))
     assert reserve(purses, "a", 40) == Reserved(40)
-    assert purses.extend(RequestId("a"), 60)
-    assert not purses.extend(RequestId("a"), 1)
+    assert extend(purses, "a", 60) == Reserved(60)
+    assert extend(purses, "a", 1) == Lacking(((TENANT, 1),))
+    fetch(purses, bank, extend(purses, "a", 1))
+    assert extend(purses, "a", 1) == Overdrawn(TENANT, exhausted=False)
     purses.settle(RequestId("a"), 100)
-    assert not purses.extend(RequestId("a"), 0)
+    assert extend(purses, "a", 0) is None
+
+
+def test_the_end_of_a_budget_extends_by_what_is_left_of_it() -> None:
+    bank, purses = Bank({TENANT: budget(100)}, routers=1), Purses()
+    fetch(purses, bank, reserve(purses, "a", 70))
+    assert reserve(purses, "a", 70) == Reserved(70)
+    fetch(purses, bank, extend(purses, "a", 60, least=10))
+    assert extend(purses, "a", 60, least=10) == Reserved(30)
+    assert extend(purses, "a", 60, least=10) == Overdrawn(TENANT, exhausted=False)
+
+
+def test_every_budget_of_a_request_is_extended_or_none() -> None:
+    other = BudgetKey(BudgetScope.KEY, "k1")
+    bank = Bank({TENANT: budget(1000), other: replace(budget(50), key=other)}, routers=1)
+    purses = Purses()
+    fetch(purses, bank, reserve(purses, "a", 40, TENANT, other))
+    assert reserve(purses, "a", 40, TENANT, other) == Reserved(40)
+    fetch(purses, bank, extend(purses, "a", 20))
+    assert extend(purses, "a", 20) == Overdrawn(other, exhausted=False)
+    free = purses.accounts([(TENANT, 0)])
+    purses.settle(RequestId("a"), 40)
+    assert all(each.released <= each.granted for each in [*free, *purses.accounts()])
+
+
+def test_an_answer_that_outlives_its_period_gets_no_more_of_it() -> None:
+    march, april = wall_s(2027, 3, 31), wall_s(2027, 4, 1)
+    bank, purses = Bank({TENANT: budget(100, Window.MONTH)}, routers=1), Purses()
+    fetch(purses, bank, reserve(purses, "a", 60, at=march), now=march)
+    assert reserve(purses, "a", 60, at=march) == Reserved(60)
+    fetch(purses, bank, reserve(purses, "b", 10, at=april), now=april)
+    purses.expire(0.0, april)
+    assert extend(purses, "a", 1) == Overdrawn(TENANT, exhausted=False)
 
 
 def test_a_new_period_begins_with_a_grant_of_its_own_and_the_old_one_is_closed() -> None:
