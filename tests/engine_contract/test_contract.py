@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -313,6 +313,15 @@ async def test_the_lower_of_two_output_caps_holds(engine: Engine, stream: bool) 
         assert answer.final is not None
         assert answer.final.usage.completion_tokens == 6
         assert answer.final.finish_reason == "length"
+
+
+@STREAM_OR_NOT
+async def test_what_is_paid_for_caps_the_output_too(engine: Engine, stream: bool) -> None:
+    call = replace(make_call(stream=stream, max_tokens=20), paid_tokens=6)
+    answer = await collect(engine, call)
+    assert answer.final is not None
+    assert answer.final.usage.completion_tokens == 6
+    assert answer.final.finish_reason == "length"
 
 
 async def test_output_ends_with_the_context(engine: Engine) -> None:

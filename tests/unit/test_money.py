@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +32,7 @@ from serve_app.core.types import (
     Usage,
     UserId,
 )
+from serve_app.engine.transport import Cap
 from serve_app.errors import ApiError
 from serve_app.keys import KeyRecord
 from serve_app.money import PREAMBLE_TOKENS, Money
@@ -250,3 +252,124 @@ async def test_a_tags_budget_pays_for_what_bears_the_tag_and_is_its_tenants_own(
     site.link.list = BudgetList(3, frozenset({BudgetKey(BudgetScope.TAG, "rival/nightly")}))
     audit.tag = "nightly"
     assert site.money.fare(audit, prepared) is None
+
+
+async def stream_of(site: Site, max_tokens: int) -> tuple[Audit, Cap]:
+    """Reserve for a stream as the router does; return what may grow."""
+    audit, prepared = site.request(max_tokens)
+    fare = site.money.fare(audit, prepared)
+    assert fare is not None
+    answer = site.money.reserve(fare)
+    if not isinstance(answer, Reserved):
+        answer = await site.money.fetch(fare, answer)
+    audit.charge = charge(price_version=1)
+    return audit, site.money.tranches(fare, answer, max_tokens)
+
+
+async def come(cap: Cap, tokens: int) -> None:
+    """Let frames come up to so many tokens, as fast as Control answers."""
+    for _ in range(200):
+        cap.on_tokens(tokens)
+        await asyncio.sleep(0.001)
+
+
+async def test_a_stream_is_extended_before_its_end_while_there_is_money() -> None:
+    site = Site(100 + PROMPT + 10 * 1500)
+    site.link.start()
+    audit, cap = await stream_of(site, 100_000)
+    raised: list[int] = []
+    cap.on_raise = raised.append
+    assert cap.tokens == 512
+    await come(cap, 100)
+    assert raised == [], "it is far from its end"
+    await come(cap, 300)
+    assert raised == [1024]
+    await come(cap, 800)
+    assert raised == [1024, 1500], "what is left of the budget"
+    await come(cap, 1499)
+    assert cap.tokens == 1500
+    audit.delivery.usage = Usage(PROMPT, 0, 1500)
+    site.money.settle(audit)
+    site.money.acknowledge([encode(record(charge(request_id=audit.request_id)))])
+    assert site.purse.released == site.purse.granted == 100 + PROMPT + 10 * 1500
+    await site.link.stop()
+
+
+async def test_a_stream_is_extended_to_what_it_asked_for_and_no_further() -> None:
+    site = Site(10**6)
+    site.link.start()
+    _, cap = await stream_of(site, 100_000)
+    first = cap.tokens
+    await come(cap, first)
+    assert cap.tokens == first + 512
+    site.money._tranches.clear()
+    small, short = await stream_of(site, 600)
+    assert short.tokens >= 600, "all of it is reserved at once where there is enough"
+    site.money.settle(small)
+    await site.link.stop()
+
+
+async def test_money_that_comes_free_while_a_stream_runs_extends_it() -> None:
+    site = Site(2 * (100 + PROMPT) + 10 * 1024)
+    site.link.start()
+    other, _ = await stream_of(site, 512)
+    audit, cap = await stream_of(site, 2000)
+    await come(cap, 400)
+    assert cap.tokens == 512, "another request has the rest"
+    other.charge = None
+    site.money.settle(other)
+    site.now_s += 2.0
+    await come(cap, 500)
+    assert cap.tokens > 1000
+    site.money.settle(audit)
+    await site.link.stop()
+
+
+async def test_a_stream_that_ended_asks_for_nothing_more() -> None:
+    site = Site(10**6)
+    site.link.start()
+    audit, cap = await stream_of(site, 100_000)
+    raised: list[int] = []
+    cap.on_raise = raised.append
+    site.control.away = True
+    cap.on_tokens(cap.tokens)
+    audit.delivery.usage = Usage(PROMPT, 0, 100)
+    site.money.settle(audit)
+    site.control.away = False
+    await come(cap, cap.tokens)
+    assert raised == []
+    assert not site.link.purses.open_requests
+    await site.link.stop()
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_streams_that_grow_never_cost_more_than_there_is(seed: int) -> None:
+    """Engines that go on to their caps at once, clients that leave, answers that end early."""
+    chance = random.Random(seed)
+    amount = chance.randint(20_000, 200_000)
+    site = Site(amount)
+    site.link.start()
+    cost = 0
+
+    async def one() -> None:
+        nonlocal cost
+        try:
+            audit, cap = await stream_of(site, chance.randint(16, 4000))
+        except ApiError:
+            return
+        wanted, made = chance.randint(1, 4000), 0
+        while made < min(wanted, cap.tokens):
+            made = min(wanted, cap.tokens, made + chance.randint(1, 400))
+            cap.on_tokens(made)
+            await asyncio.sleep(0)
+        left = chance.random() < 0.2
+        # Who leaves is billed what the engine made until it heard of it: up to the cap.
+        made = cap.tokens if left else made
+        cost += RATES.cost_nanousd(Usage(PROMPT, 0, made))
+        audit.delivery.usage = Usage(PROMPT, 0, made)
+        site.money.settle(audit)
+
+    await asyncio.gather(*(one() for _ in range(40)))
+    assert 0 < cost <= amount
+    assert site.purse.granted <= amount
+    await site.link.stop()

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -341,3 +342,31 @@ async def test_an_engine_whose_loop_fails_is_dead_and_not_silent(
         await engine.check_health()
     assert "loop failed" in caplog.text
     await engine.stop()
+
+
+async def test_an_answer_goes_on_as_far_as_it_is_paid_for_and_not_a_token_further(
+    engine: SimEngine,
+) -> None:
+    call = replace(chat(max_tokens=200), stream=True, paid_tokens=10)
+    made, final = 0, None
+    async with aclosing(engine.generate(call)) as items:
+        async for item in items:
+            if isinstance(item, Frame):
+                made += len(item.token_ids)
+                if made and made <= 5:
+                    engine.extend(call.request_id, 60)
+                    engine.extend(call.request_id, 20)
+            elif isinstance(item, Final):
+                final = item
+    assert final is not None
+    assert (made, final.usage.completion_tokens) == (60, 60)
+    assert final.finish_reason == "length"
+    engine.extend(call.request_id, 99)
+
+
+async def test_an_extension_that_comes_too_late_is_of_no_use(engine: SimEngine) -> None:
+    call = replace(chat(max_tokens=200), stream=True, paid_tokens=10)
+    items = [item async for item in engine.generate(call)]
+    engine.extend(call.request_id, 100)
+    assert isinstance(items[-1], Final)
+    assert items[-1].usage.completion_tokens == 10

@@ -40,7 +40,7 @@ from serve_app.engine.channel import Batch, Call, End, Hello, Load, pack, unpack
 from serve_app.engine.channel_engine import EngineChannel
 from serve_app.engine.channel_router import RouterChannel
 from serve_app.engine.load_publisher import LoadPublisher
-from serve_app.engine.transport import ChannelTransport, HandleTransport, Transport
+from serve_app.engine.transport import Cap, ChannelTransport, HandleTransport, Transport
 
 PORTS = range(21_000, 22_000)
 BUFFER_BYTES = 4096
@@ -87,6 +87,7 @@ class Replica:
     snapshots: int = 0
     dead: bool = False
     attending: int = 0
+    extended: list[tuple[RequestId, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         engine: Any = self
@@ -307,6 +308,28 @@ async def test_a_gap_in_the_frames_is_an_error(case: Case) -> None:
     case.plays(frames(1)[0], Frame(2, b"data: y\n\n", (9,)), final(3))
     with pytest.raises(EngineDead, match="frame 2 arrived in place of 1"):
         await case.read()
+
+
+async def test_a_call_that_runs_is_told_how_far_it_may_go_on(channel: Case) -> None:
+    told = asyncio.Event()
+    channel.plays(*frames(2), final(2))
+    channel.replica.pause = told.wait
+    extended, reached = channel.replica.extended, asyncio.Event()
+    channel.replica.channel._extend = lambda *news: (extended.append(news), reached.set())
+    cap = Cap(10, lambda tokens: None)
+    async with aclosing(channel.transport.generate(call(), nothing, cap)) as items:
+        reading = asyncio.ensure_future(anext(items))
+        async with asyncio.timeout(WAIT_S):
+            while cap.on_raise is None:  # noqa: ASYNC110  # another task does it
+                await asyncio.sleep(0)
+            cap.raise_to(30)
+            await reached.wait()
+        told.set()
+        await reading
+    assert (cap.tokens, extended) == (30, [(RequestId("q"), 30)])
+    cap.raise_to(40)
+    await channel.read("other")
+    assert extended == [(RequestId("q"), 30)], "it has ended"
 
 
 async def test_a_reader_that_leaves_closes_the_generation(case: Case) -> None:
