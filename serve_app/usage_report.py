@@ -21,7 +21,11 @@ FIELDS: Final = (
 )
 
 # Reports on cost that have a name: `headrace usage NAME`, /admin/usage/NAME.
-INSIGHTS: Final = ("economics", "anomalies", "savings", "reconciliation")
+INSIGHTS: Final = (
+    *("economics", "anomalies", "savings", "reconciliation", "focus", "focus_allocation"),
+)
+# Rows of the FinOps specification, as CSV: what was billed, and how true cost is allocated.
+FOCUS_FORMATS: Final = {"focus": "focus", "focus-allocation": "focus_allocation"}
 
 _HOUR_S: Final = 3600
 
@@ -73,6 +77,15 @@ def to_csv(report: Mapping[str, Any]) -> str:
     columns = [*report["by"], *FIELDS]
     writer.writerow(columns)
     writer.writerows([row[column] for column in columns] for row in report["data"])
+    return text.getvalue()
+
+
+def focus_csv(report: Mapping[str, Any]) -> str:
+    """Return FOCUS rows as CSV with a header; a null is an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, report["columns"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(report["data"])
     return text.getvalue()
 
 

@@ -87,20 +87,29 @@ def usage(args: argparse.Namespace) -> dict[str, Any]:
     return database_usage(where, query, cost_settings(args.config).prices())
 
 
-def _insight(args: argparse.Namespace) -> int:
+def insight(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Return a report on cost of usage_report.INSIGHTS, from the database or the service.
+
+    Raises:
+        ConfigError: an option is wrong.
+        CommandFailed: the service cannot be reached or refuses.
+    """
     from serve_app.admin_client import HttpUsage, database_insight
     from serve_app.usage_report import BadQuery, usage_query
 
     where = place(args, "the books")
-    name = _SUMMARIES[args.insight][0]
     try:
         query = usage_query("", args.from_, args.to)
     except BadQuery as error:
         raise ConfigError(f"--{error}") from None
     if isinstance(where, Service):
-        report = HttpUsage(where.url, where.admin_key).insight(name, args.from_, args.to)
-    else:
-        report = database_insight(where, name, query, cost_settings(args.config))
+        return HttpUsage(where.url, where.admin_key).insight(name, args.from_, args.to)
+    return database_insight(where, name, query, cost_settings(args.config))
+
+
+def _insight(args: argparse.Namespace) -> int:
+    name = _SUMMARIES[args.insight][0]
+    report = insight(args, name)
     tables: Mapping[str, Callable[[Mapping[str, Any]], _Table]] = {
         "economics": _economics,
         "anomalies": _anomalies,

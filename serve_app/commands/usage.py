@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from serve_app.commands._place import Service, actor, add_place_options, place
-from serve_app.commands._usage_insights import add_insights, usage
+from serve_app.commands._usage_insights import add_insights, insight, usage
 from serve_app.errors import ConfigError
 from serve_app.terminal import Subparsers, command, note, out, table
 
@@ -18,6 +18,8 @@ headrace usage --verify --config configs/local.yaml
 headrace usage reverse req_0199... --reason "goodwill" --config configs/local.yaml
 HEADRACE_URL=http://127.0.0.1:8000 HEADRACE_ADMIN_KEY=hr-... headrace usage --by user"""
 
+_FORMATS = ("table", "csv", "json", "focus", "focus-allocation")
+
 
 def add_parser(subparsers: Subparsers) -> None:
     """Register the command."""
@@ -29,7 +31,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--from", dest="from_", metavar="TIME", help="a whole hour, UTC")
     parser.add_argument("--to", metavar="TIME", help="a whole hour, UTC; not included")
-    parser.add_argument("--format", choices=("table", "csv", "json"), default="table")
+    parser.add_argument("--format", choices=_FORMATS, default="table")
     parser.add_argument(
         "--verify",
         action="store_true",
@@ -81,13 +83,16 @@ def _reverse(args: argparse.Namespace) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report, or what does not add up."""
-    from serve_app.usage_report import to_csv, to_table
+    from serve_app.usage_report import FOCUS_FORMATS, focus_csv, to_csv, to_table
 
     if args.verify:
         where = place(args, "the books")
         if isinstance(where, Service):
             raise ConfigError("--verify reads every event: it needs the database, --config FILE")
         return _verify(where)
+    if args.format in FOCUS_FORMATS:
+        out(focus_csv(insight(args, FOCUS_FORMATS[args.format])).rstrip("\n"))
+        return 0
     report = usage(args)
     if args.format == "json":
         import orjson

@@ -24,12 +24,20 @@ from serve_app.gateway.auth import require_admin
 from serve_app.gateway.http import read_body, require_json
 from serve_app.gateway.invalid import from_validation, parse_object
 from serve_app.keys import KeyRecord
-from serve_app.usage_report import BadQuery, UsageQuery, to_csv, usage_query
+from serve_app.usage_report import (
+    FOCUS_FORMATS,
+    BadQuery,
+    UsageQuery,
+    focus_csv,
+    to_csv,
+    usage_query,
+)
 
 logger = logging.getLogger("headrace.admin")
 
 _MAX_BODY_BYTES: Final = 65_536
 _PARAMETERS: Final = ("by", "from", "to", "format")
+_FORMATS: Final = ("json", "csv", *FOCUS_FORMATS)
 
 
 class UsageReporter(Protocol):
@@ -37,6 +45,9 @@ class UsageReporter(Protocol):
 
     async def usage(self, query: UsageQuery) -> dict[str, Any]:
         """Return a report; see ledger.report."""
+
+    async def insight(self, name: str, query: UsageQuery) -> dict[str, Any]:
+        """Return a report on cost; see ledger.insights."""
 
     async def reverse_usage(self, request_id: str, reason: str, by: Actor) -> Reversal | None:
         """Take back what a request was billed; None if there is no such request."""
@@ -75,15 +86,14 @@ class UsageAdministration:
         ]
 
     async def usage(self, request: Request) -> Response:
-        """Answer with the sums asked for, as JSON or CSV."""
+        """Answer with the sums asked for, as JSON or CSV, or with FOCUS rows."""
         require_admin(self._caller(request.scope))
         query, form = _query(request)
+        if form in FOCUS_FORMATS:
+            rows = await from_control(self._reporter.insight(FOCUS_FORMATS[form], query))
+            return _csv(focus_csv(rows))
         report = await from_control(self._reporter.usage(query))
-        if form == "json":
-            return json_answer(report)
-        return Response(
-            to_csv(report), headers={"cache-control": "no-store"}, media_type="text/csv"
-        )
+        return json_answer(report) if form == "json" else _csv(to_csv(report))
 
     async def reverse(self, request: Request) -> Response:
         """Take back what a request was billed; doing it twice takes back once."""
@@ -105,6 +115,10 @@ class UsageAdministration:
         return json_answer(reversal_json(done), status=201 if done.new else 200)
 
 
+def _csv(text: str) -> Response:
+    return Response(text, headers={"cache-control": "no-store"}, media_type="text/csv")
+
+
 def _query(request: Request) -> tuple[UsageQuery, str]:
     given = request.query_params
     for name in given:
@@ -112,9 +126,10 @@ def _query(request: Request) -> tuple[UsageQuery, str]:
             known = ", ".join(_PARAMETERS)
             raise InvalidRequest(f"Unknown parameter {name!r:.40}; known are {known}.", param=name)
     form = given.get("format", "json")
-    if form not in ("json", "csv"):
+    if form not in _FORMATS:
+        known = ", ".join(_FORMATS)
         raise InvalidRequest(
-            f"Invalid value for 'format': json or csv (got {form!r:.40}).", param="format"
+            f"Invalid value for 'format': one of {known} (got {form!r:.40}).", param="format"
         )
     try:
         return usage_query(given.get("by", ""), given.get("from"), given.get("to")), form

@@ -32,6 +32,7 @@ from serve_app.ledger.cost_sums import (
     tokens_by_hour,
 )
 from serve_app.ledger.database import Database
+from serve_app.ledger.focus import allocation_rows, price_rows
 from serve_app.ledger.reconcile import reconciliation
 from serve_app.ledger.schema import ENGINE_TIME
 from serve_app.usage_report import UsageQuery, iso_time
@@ -115,6 +116,8 @@ _REPORTS: Final[Mapping[str, _Report]] = MappingProxyType(
         "anomalies": anomalies,
         "savings": savings,
         "reconciliation": reconciliation,
+        "focus": price_rows,
+        "focus_allocation": allocation_rows,
     }
 )
 

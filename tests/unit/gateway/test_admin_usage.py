@@ -35,6 +35,10 @@ class Reporter:
         self.asked.append(query)
         return REPORT
 
+    async def insight(self, name: str, query: UsageQuery) -> dict[str, Any]:
+        self.asked.append(query)
+        return {"object": name, "columns": ["BilledCost"], "data": [{"BilledCost": "1.5"}]}
+
     async def reverse_usage(self, request_id: str, reason: str, by: Actor) -> Reversal | None:
         if request_id != "req_1":
             return None
@@ -134,3 +138,10 @@ def test_only_admins_take_bills_back(client: TestClient, other: tuple[str, KeyRe
     headers = {"authorization": f"Bearer {other[0]}"}
     where = "/admin/usage/req_1/reversal"
     assert client.post(where, json={"reason": "x"}, headers=headers).status_code == 403
+
+
+@pytest.mark.parametrize("form", ["focus", "focus-allocation"])
+def test_focus_rows_are_csv(client: TestClient, form: str) -> None:
+    answer = client.get(f"/admin/usage?format={form}")
+    assert answer.headers["content-type"].startswith("text/csv")
+    assert answer.text == "BilledCost\n1.5\n"
