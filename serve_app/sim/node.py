@@ -5,8 +5,11 @@ from __future__ import annotations
 from enum import Enum
 from math import inf
 
+from serve_app.core.attribution import Account
+from serve_app.core.cost_meter import CostMeter
 from serve_app.core.engine_model import EngineModel, EngineParams, Event, Sequence
-from serve_app.core.types import PoolName, ReplicaId, ReplicaView, RequestId, Ticket
+from serve_app.core.model_steps import ModelSteps
+from serve_app.core.types import Outcome, PoolName, ReplicaId, ReplicaView, RequestId, Ticket
 from serve_app.sim.records import Question
 
 
@@ -14,6 +17,7 @@ class Attempt:
     """One HTTP request of a client: a question asked once."""
 
     __slots__ = (
+        "account",
         "dispatched_s",
         "ended",
         "first_token_s",
@@ -38,6 +42,7 @@ class Attempt:
         self.reported_tokens = 0
         self.node: Node | None = None
         self.sequence: Sequence | None = None
+        self.account: Account | None = None
         self.ended = False
 
 
@@ -53,7 +58,8 @@ class Health(Enum):
 class Node:
     """A replica of one pool and the attempts that run on it.
 
-    ``scheduled_s`` is the time of the one entry in the event queue that counts.
+    ``scheduled_s`` is the time of the one entry in the event queue that counts. With
+    ``measure_cost`` the engine's steps are split over the attempts, as a replica does it.
     """
 
     __slots__ = (
@@ -62,6 +68,7 @@ class Node:
         "free_at_snapshot",
         "health",
         "id",
+        "meter",
         "pool",
         "prefill_broken_until_s",
         "scheduled_s",
@@ -71,11 +78,23 @@ class Node:
     )
 
     def __init__(
-        self, replica: ReplicaId, pool: PoolName, params: EngineParams, now_s: float
+        self,
+        replica: ReplicaId,
+        pool: PoolName,
+        params: EngineParams,
+        now_s: float,
+        *,
+        measure_cost: bool = False,
     ) -> None:
         self.id = replica
         self.pool = pool
-        self.engine = EngineModel(params)
+        self.meter: CostMeter | None = None
+        on_run = None
+        if measure_cost:
+            self.meter = CostMeter(now_s, params.block_tokens)
+            self.meter.ready(now_s)
+            on_run = ModelSteps(self.meter, lambda model_s: model_s, _account_of).stepped
+        self.engine = EngineModel(params, on_run=on_run)
         self.attempts: dict[RequestId, Attempt] = {}
         self.free_at_snapshot = 0
         self.health = Health.UP
@@ -123,6 +142,8 @@ class Node:
         """
         arrival = attempt.question.arrival
         if self.health is not Health.HUNG:
+            if self.meter is not None:
+                attempt.account = self.meter.open(attempt.ticket.tenant)
             attempt.sequence = self.engine.add(
                 attempt,
                 now_s,
@@ -142,7 +163,16 @@ class Node:
             return 0
         if self.health is not Health.HUNG:
             self.engine.abort(attempt.sequence, now_s)
+            self.settle(attempt, Outcome.CANCELLED)
         return self.engine.generated(attempt.sequence)
+
+    def settle(self, attempt: Attempt, outcome: Outcome) -> float:
+        """Return the engine time of an attempt that has ended, in seconds; 0 unmeasured."""
+        account = attempt.account
+        if self.meter is None or account is None:
+            return 0.0
+        self.meter.close(account, outcome)
+        return account.engine_s
 
     def advance(self, now_s: float) -> list[Event]:
         """Return the engine's events up to ``now_s``; a hung or dead engine has none."""
@@ -155,3 +185,10 @@ class Node:
         if self.health in (Health.HUNG, Health.DEAD):
             return inf
         return self.engine.next_event_s()
+
+
+def _account_of(sequence: Sequence) -> Account:
+    attempt = sequence.name
+    assert isinstance(attempt, Attempt)
+    assert attempt.account is not None
+    return attempt.account

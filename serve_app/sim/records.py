@@ -19,7 +19,8 @@ class Question:
 
     ``ttft_s`` counts from ``asked_s``: its first attempt since it was last refused. Time
     spent with a replica that died or never answered counts, time a client was told to
-    stay away does not.
+    stay away does not. ``engine_s`` is the engine time of the attempt that completed, where
+    it is measured.
     """
 
     __slots__ = (
@@ -29,6 +30,7 @@ class Question:
         "cached_tokens",
         "degraded",
         "ended_s",
+        "engine_s",
         "outcome",
         "output_tokens",
         "refusal",
@@ -52,6 +54,7 @@ class Question:
         self.output_tokens = 0
         self.cached_tokens = 0
         self.degraded = False
+        self.engine_s = 0.0
 
 
 @dataclass(slots=True)

@@ -126,7 +126,8 @@ class Setup:
     admission sends an engine more than it can run. ``routers`` share the arrivals in turn;
     each knows its own requests at once, the others' from snapshots and from what they tell each
     other every ``exchange_period_s``, in turn. ``scaler`` builds
-    what sizes the first pool; None keeps it as it is.
+    what sizes the first pool; None keeps it as it is. ``measure_cost`` has every question's
+    engine time measured, as is done anyway where a pool's fairness goes by it.
     """
 
     pools: tuple[PoolSetup, ...]
@@ -147,6 +148,7 @@ class Setup:
     routers: int = 1
     exchange_period_s: float = EXCHANGE_PERIOD_S
     scaler: Callable[[], Scaler] | None = None
+    measure_cost: bool = False
 
     @property
     def arrivals_end_s(self) -> float:

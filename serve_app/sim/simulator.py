@@ -366,7 +366,13 @@ class Simulator:
         self._stays_s += at_s - attempt.dispatched_s
         # The engine's sequence names the attempt: without this cut they'd be a cycle.
         attempt.sequence = attempt.node = None
-        usage = Usage(sequence.prompt_tokens, sequence.cached_tokens, sequence.output_tokens)
+        question.engine_s = node.settle(attempt, Outcome.COMPLETED)
+        usage = Usage(
+            sequence.prompt_tokens,
+            sequence.cached_tokens,
+            sequence.output_tokens,
+            question.engine_s,
+        )
         controller = self._controllers[attempt.router]
         effects = controller.finish(request_id, usage, Outcome.COMPLETED, now_s)
         self._apply(attempt.router, effects, now_s)
@@ -435,7 +441,14 @@ class Simulator:
 
     def _start_node(self, now_s: float, pool: PoolSetup) -> None:
         number = len(self._ever)
-        node = Node(ReplicaId(f"{pool.name}-{number}"), pool.name, pool.engine, now_s)
+        measure_cost = self._setup.measure_cost or pool.policy.fairness.by_engine_seconds
+        node = Node(
+            ReplicaId(f"{pool.name}-{number}"),
+            pool.name,
+            pool.engine,
+            now_s,
+            measure_cost=measure_cost,
+        )
         self._ever.append(node)
         self._nodes[node.id] = node
         self._tell(now_s, node)
