@@ -22,7 +22,8 @@ FIELDS: Final = (
 
 # Reports on cost that have a name: `headrace usage NAME`, /admin/usage/NAME.
 INSIGHTS: Final = (
-    *("economics", "anomalies", "savings", "reconciliation", "focus", "focus_allocation"),
+    *("economics", "anomalies", "savings", "reconciliation", "spending"),
+    *("focus", "focus_allocation"),
 )
 # Rows of the FinOps specification, as CSV: what was billed, and how true cost is allocated.
 FOCUS_FORMATS: Final = {"focus": "focus", "focus-allocation": "focus_allocation"}

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from serve_app.commands._place import Service, add_place_options, cost_settings, place
 from serve_app.errors import ConfigError
-from serve_app.terminal import Subparsers, command, note, out, table
+from serve_app.terminal import CommandFailed, Subparsers, command, note, out, table
 
 _Table = tuple[Sequence[str], list[Sequence[str]]]
 
@@ -35,13 +35,22 @@ def add_insights(actions: Subparsers) -> None:
     top.add_argument("--sort", choices=("cost", "amount", "waste", "tokens"), default="cost")
     top.add_argument("-n", dest="rows", type=int, default=10, metavar="N", help="rows (default 10)")
     top.set_defaults(run=_top)
+    plot = command(
+        actions,
+        "plot",
+        "Draw what each day cost and what was billed, as a PNG file (extra: plots).",
+        "headrace usage plot --out spend.png --config configs/local.yaml",
+    )
+    plot.add_argument("--out", required=True, metavar="FILE", help="the PNG file to write")
+    plot.set_defaults(run=_plot)
     for name, (_, summary) in _SUMMARIES.items():
         action = command(
             actions, name, summary, f"headrace usage {name} --config configs/local.yaml"
         )
         action.set_defaults(run=_insight, insight=name)
         _add_options(action)
-    _add_options(top)
+    for action in (top, plot):
+        _add_options(action)
 
 
 def _add_options(action: argparse.ArgumentParser) -> None:
@@ -105,6 +114,22 @@ def insight(args: argparse.Namespace, name: str) -> dict[str, Any]:
     if isinstance(where, Service):
         return HttpUsage(where.url, where.admin_key).insight(name, args.from_, args.to)
     return database_insight(where, name, query, cost_settings(args.config))
+
+
+def _plot(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from serve_app.commands._spend_plot import draw_spending
+
+    report = insight(args, "spending")
+    try:
+        draw_spending(report, Path(args.out))
+    except ModuleNotFoundError as error:
+        raise CommandFailed("plots need matplotlib: pip install 'headrace[plots]'") from error
+    except OSError as error:
+        raise CommandFailed(f"{args.out} cannot be written: {error.strerror}") from error
+    out(f"wrote {args.out}: {len(report['data'])} days")
+    return 0
 
 
 def _insight(args: argparse.Namespace) -> int:

@@ -35,6 +35,7 @@ from serve_app.ledger.database import Database
 from serve_app.ledger.focus import allocation_rows, price_rows
 from serve_app.ledger.reconcile import reconciliation
 from serve_app.ledger.schema import ENGINE_TIME
+from serve_app.ledger.spending_days import spending_days
 from serve_app.usage_report import UsageQuery, iso_time
 
 HOUR_S: Final = 3600
@@ -116,6 +117,7 @@ _REPORTS: Final[Mapping[str, _Report]] = MappingProxyType(
         "anomalies": anomalies,
         "savings": savings,
         "reconciliation": reconciliation,
+        "spending": spending_days,
         "focus": price_rows,
         "focus_allocation": allocation_rows,
     }

@@ -1,0 +1,54 @@
+"""What was spent and billed by the day: the curve of a month."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any, Final
+
+from sqlalchemy import Connection, func, select
+
+from serve_app.config_costs import CostSettings
+from serve_app.core.pricing import CURRENCY, dollars
+from serve_app.core.true_cost import Overhead
+from serve_app.ledger.cost_sums import within
+from serve_app.ledger.costs import split_hours
+from serve_app.ledger.schema import USAGE_ROLLUP
+from serve_app.usage_report import UsageQuery, iso_time
+
+DAY_S: Final = 86_400
+
+
+def spending_days(
+    connection: Connection, query: UsageQuery, settings: CostSettings
+) -> dict[str, Any]:
+    """Return by day, UTC, what was billed, and what each model and the rest of the time cost.
+
+    Days in which nothing happened are not there. Amounts add up to the fleet's cost exactly.
+    """
+    models: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    overheads: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for each in split_hours(connection, query, ("model",), settings.prices()):
+        day = each.cost.hour.hour // DAY_S * DAY_S
+        for part in each.cost.parts:
+            if isinstance(part.key, Overhead):
+                overheads[day][part.key.value] += part.cost_nanousd or 0
+            else:
+                models[day][str(part.key[0])] += part.cost_nanousd or 0
+    used = USAGE_ROLLUP.c
+    amounts = select(used.hour, func.sum(used.amount_nanousd))
+    billed: dict[int, int] = defaultdict(int)
+    for row in connection.execute(within(amounts, used.hour, query).group_by(used.hour)):
+        billed[row[0] // DAY_S * DAY_S] += int(row[1])
+    return {
+        "object": "spending",
+        "currency": CURRENCY,
+        "data": [
+            {
+                "day": iso_time(day)[:10],
+                "billed_usd": dollars(billed[day]),
+                "models_usd": {name: dollars(cost) for name, cost in sorted(models[day].items())},
+                "overheads_usd": {name: dollars(cost) for name, cost in overheads[day].items()},
+            }
+            for day in sorted(overheads.keys() | {day for day, cost in billed.items() if cost})
+        ],
+    }
