@@ -27,13 +27,19 @@ NOBODY = 65534
 _NOBODY = (f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
 START_TIMEOUT_S = 60.0
 POLL_S = 0.05
+SETTINGS = ("max_connections=50",)
 # Tests kill clients, not the machine: nothing here needs the disk.
-SETTINGS = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=50")
+QUICK = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
+# As a server is run.
+DURABLE = ("fsync=on", "synchronous_commit=on", "full_page_writes=on")
 
 
 @contextmanager
-def running_postgres() -> Iterator[str]:
-    """Start a server; yield the URL of its cluster, to which a database's name is added."""
+def running_postgres(*, durable: bool = False) -> Iterator[str]:
+    """Start a server; yield the URL of its cluster, to which a database's name is added.
+
+    ``durable``: every commit is on the disk before it is answered.
+    """
     folder = Path(tempfile.mkdtemp(prefix="pg", dir=_open_to_all()))
     try:
         folder.chmod(0o755)
@@ -53,7 +59,11 @@ def running_postgres() -> Iterator[str]:
             port = probe.getsockname()[1]
         url = f"postgresql+psycopg://tests:{secret}@127.0.0.1:{port}/"
         where = ["-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", ""]
-        options = [word for setting in SETTINGS for word in ("-c", setting)]
+        options = [
+            word
+            for setting in (*SETTINGS, *(DURABLE if durable else QUICK))
+            for word in ("-c", setting)
+        ]
         with (folder / "log").open("wb") as log:
             server = subprocess.Popen(
                 [*_as_user(), programs / "postgres", *where, *options],

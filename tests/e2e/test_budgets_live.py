@@ -156,3 +156,24 @@ def test_an_answer_is_no_longer_than_its_budget_pays_for(stack: Stack) -> None:
     assert 16 <= answer.json()["usage"]["completion_tokens"] < 100
     until(lambda: spent(stack, "small") > 0, "the ledger has it")
     assert spent(stack, "small") <= 0.002 * NANO
+
+
+def test_a_stream_goes_on_as_long_as_there_is_budget_and_lets_others_in(stack: Stack) -> None:
+    headrace(stack, "budgets", "set", "tenant", "long", "0.012")
+    key = make_key(stack, "long")
+    client = stack.openai(api_key=key, max_retries=0).completions
+    told = {"include_usage": True}
+    with client.create(
+        model="sim", prompt="x", max_tokens=5000, stream=True, stream_options=told
+    ) as stream:
+        first = next(iter(stream))
+        # It asked for four times the budget; a short answer is paid for beside it.
+        client.create(model="sim", prompt="x", max_tokens=8)
+        chunks = [first, *stream]
+    usage = chunks[-1].usage
+    reasons = [choice.finish_reason for each in chunks for choice in each.choices]
+    assert reasons[-1] == "length"
+    assert usage is not None
+    assert usage.completion_tokens > 900, "more than the 512 tokens that were reserved at first"
+    until(lambda: settled(stack, "long"), "the ledger has everything")
+    assert 0.95 * 0.012 * NANO <= spent(stack, "long") <= 0.012 * NANO

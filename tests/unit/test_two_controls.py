@@ -249,6 +249,23 @@ async def test_a_budget_is_never_overspent_by_controls_that_are_stopped_continue
         assert all(not link.purses.open_requests for link in site.money)
 
 
+@pytest.mark.proof
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+async def test_a_thousand_at_once_through_four_routers_spend_nearly_all_and_never_more(
+    tmp_path: Path, kind: str
+) -> None:
+    amount = 3000 * 10 * RATES.output_nanousd
+    async with site_of(kind, tmp_path) as site:
+        site.budgets.put(Budget(ACME, amount, Window.NONE))
+        chance = random.Random(7)
+        async with asyncio.timeout(300), asyncio.TaskGroup() as tasks:
+            for number in range(1000):
+                tasks.create_task(site.spend(number % ROUTERS, chance))
+        assert 0.99 * amount <= site.spent() <= amount
+        assert verify(site.database).differences == 0
+        assert all(not link.purses.open_requests for link in site.money)
+
+
 @DATABASES
 @pytest.mark.parametrize(
     "seed", [1, *(pytest.param(n, marks=pytest.mark.proof) for n in (2, 3, 4))]

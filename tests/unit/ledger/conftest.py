@@ -18,13 +18,29 @@ def postgres() -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(scope="session")
+def durable_postgres() -> Iterator[str]:
+    """The same, with every commit on the disk: as it is run, and slower."""
+    with running_postgres(durable=True) as url:
+        yield url
+
+
+_SERVERS = {"postgresql": "postgres", "postgresql with fsync": "durable_postgres"}
+
+
+@pytest.fixture(
+    params=[
+        "sqlite",
+        "postgresql",
+        pytest.param("postgresql with fsync", marks=pytest.mark.proof),
+    ]
+)
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """An empty database of either kind."""
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path}/inner/headrace.db"
     else:
-        with fresh_database(request.getfixturevalue("postgres")) as made:
+        with fresh_database(request.getfixturevalue(_SERVERS[request.param])) as made:
             yield made
 
 

@@ -66,6 +66,12 @@ def agrees(database: Database) -> bool:
 
 
 PAID = charge(price_version=1)
+BUDGETED = (
+    *(BudgetKey(BudgetScope.TENANT, name) for name in ("acme", "bolt", "coil")),
+    *(BudgetKey(BudgetScope.USER, name) for name in ("acme/ann", "bolt/bob")),
+    *(BudgetKey(BudgetScope.KEY, name) for name in ("k1", "k2")),
+    BudgetKey(BudgetScope.TAG, "coil/batch-7"),
+)
 
 
 def test_an_event_keeps_what_was_seen_and_what_it_cost(
@@ -334,12 +340,17 @@ def test_whatever_is_changed_behind_its_back_is_found(
     "requests",
     [
         pytest.param(50_000, id="1e5 events"),
-        pytest.param(500_000, id="1e6 events", marks=pytest.mark.proof),
+        pytest.param(
+            500_000, id="1e6 events", marks=(pytest.mark.proof, pytest.mark.timeout(1800))
+        ),
     ],
 )
-def test_events_and_rollups_do_not_drift_by_a_nano_dollar(
+def test_events_rollups_and_budgets_do_not_drift_by_a_nano_dollar(
     ledger: UsageLedger, database: Database, requests: int
 ) -> None:
+    budgets = BudgetStore(database, lambda: START_S + 3 * HOUR_S)
+    for key in BUDGETED:
+        budgets.put(Budget(key, 10**15, Window.MONTH))
     records = traffic(requests, seed=requests, price_version=1)
     written = 0
     while batch := list(itertools.islice(records, 2000)):
@@ -353,3 +364,19 @@ def test_events_and_rollups_do_not_drift_by_a_nano_dollar(
     ledger.rebuild()
     assert sums == {name: total(database, name) for name in SUMS}
     assert findings.amount_nanousd == sums["amount_nanousd"] > 10**9
+    # Budgets, from the events themselves, added up by nobody but this test.
+    amounts = dict.fromkeys(BUDGETED, 0)
+    names = ("tenant", "user_id", "key_id", "tag", "amount_nanousd")
+    with database.transaction() as connection:
+        for row in connection.execute(select(*(USAGE_EVENT.c[name] for name in names))):
+            for key in (
+                BudgetKey(BudgetScope.TENANT, row.tenant),
+                BudgetKey(BudgetScope.USER, f"{row.tenant}/{row.user_id}"),
+                BudgetKey(BudgetScope.KEY, row.key_id),
+                BudgetKey(BudgetScope.TAG, f"{row.tenant}/{row.tag}"),
+            ):
+                if key in amounts:
+                    amounts[key] += row.amount_nanousd
+    spent = {each.budget.key: each.spent_nanousd for each in budgets.balances()}
+    assert spent == amounts
+    assert min(spent.values()) > 10**8
