@@ -58,6 +58,11 @@ def test_what_lasts_becomes_usual_after_a_quarter_of_the_history() -> None:
     assert found[-1].at_s < 200
 
 
+def test_what_runs_away_is_not_its_own_history() -> None:
+    points = [Point(place, 1.0 if place < 30 else 10.0) for place in range(90)]
+    assert [each.usual for each in jumps(points, 0, BY)] == [1.0] * 60
+
+
 def test_without_history_or_worth_or_a_usual_value_nothing_is_odd() -> None:
     short = [Point(place, 1.0) for place in range(23)]
     assert jumps([*short, Point(23, 99.0)], 0, BY) == []
