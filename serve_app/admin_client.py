@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import Any, Protocol
 from urllib.parse import quote
 
@@ -11,7 +10,6 @@ import httpx
 
 from serve_app.changes import PARAMETERS, Actor, ChangeQuery, change_json
 from serve_app.config_costs import CostSettings
-from serve_app.core.true_cost import InstancePrice
 from serve_app.errors import ApiError, ConfigError
 from serve_app.gateway.admin import key_json, key_request
 from serve_app.gateway.admin_usage import reversal_json
@@ -197,9 +195,7 @@ def database_changes(url: str, query: ChangeQuery) -> list[dict[str, Any]]:
         database.close()
 
 
-def database_usage(
-    url: str, query: UsageQuery, instances: Mapping[str, InstancePrice]
-) -> dict[str, Any]:
+def database_usage(url: str, query: UsageQuery, costs: CostSettings) -> dict[str, Any]:
     """Return a report from the database itself.
 
     Raises:
@@ -207,7 +203,7 @@ def database_usage(
     """
     database = Database(url)
     try:
-        return report(database, query, instances)
+        return report(database, query, costs.prices(), costs.idle_rules())
     finally:
         database.close()
 

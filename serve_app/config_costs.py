@@ -7,13 +7,15 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from serve_app.config_base import Strict
 from serve_app.core.attribution import NS_PER_S
+from serve_app.core.idle import IdlePolicy, IdleRule
 from serve_app.core.pricing import nanousd
 from serve_app.core.reconciliation import Rate
 from serve_app.core.true_cost import InstancePrice
+from serve_app.core.types import TenantId
 
 _USD_PER_HOUR_MAX = 100_000
 
@@ -82,6 +84,33 @@ class OpenCostSettings(Strict):
     )
 
 
+class IdleSettings(Strict):
+    """Who bears the idle time of a pool. It is a column of its own in any case."""
+
+    policy: IdlePolicy = Field(
+        IdlePolicy.UNALLOCATED,
+        description="Nobody, each tenant by what its requests cost, or by what is kept for it.",
+    )
+    reserved: dict[
+        Annotated[str, Field(min_length=1, max_length=64)], Annotated[int, Field(ge=1, le=10**9)]
+    ] = Field(
+        default_factory=dict,
+        max_length=10_000,
+        description="Capacity kept for each tenant, in any unit: for by_reservation.",
+    )
+
+    @model_validator(mode="after")
+    def _reserves(self) -> IdleSettings:
+        if (self.policy is IdlePolicy.BY_RESERVATION) != bool(self.reserved):
+            raise ValueError("reserved and policy: by_reservation go together")
+        return self
+
+    def to_core(self) -> IdleRule:
+        """Return the rule as core reads it."""
+        reserved = {TenantId(tenant): kept for tenant, kept in self.reserved.items()}
+        return IdleRule(self.policy, reserved)
+
+
 class CostSettings(Strict):
     """What the time of replicas costs."""
 
@@ -91,6 +120,11 @@ class CostSettings(Strict):
         description="By a pool's `instance`; others pay by their node's bill.",
     )
     opencost: OpenCostSettings | None = None
+    idle: dict[Annotated[str, Field(min_length=1, max_length=64)], IdleSettings] = Field(
+        default_factory=dict,
+        max_length=1000,
+        description="By pool: who bears its idle time; a pool without an entry bears its own.",
+    )
     alert_gap_ratio: float = Field(
         0.01, gt=0, le=1, description="A node's gap above this part of its bill is an alert."
     )
@@ -98,6 +132,10 @@ class CostSettings(Strict):
     def prices(self) -> dict[str, InstancePrice]:
         """Return the list of prices as core reads it."""
         return {name: instance.to_core() for name, instance in self.instances.items()}
+
+    def idle_rules(self) -> dict[str, IdleRule]:
+        """Return who bears what pool's idle time, as core reads it."""
+        return {pool: settings.to_core() for pool, settings in self.idle.items()}
 
     @property
     def alert_ratio(self) -> Fraction:

@@ -158,7 +158,10 @@ class Control:
 
     async def usage(self, query: UsageQuery) -> dict[str, Any]:
         """Return a report of what was used; see ledger.report."""
-        return await asyncio.to_thread(report, self._database, query, self._args.costs.prices())
+        costs = self._args.costs
+        return await asyncio.to_thread(
+            report, self._database, query, costs.prices(), costs.idle_rules()
+        )
 
     async def reverse_usage(self, request_id: str, reason: str, by: Actor) -> Reversal | None:
         """Take back what a request was billed; None if there is no such request."""

@@ -75,7 +75,7 @@ def to_csv(report: Mapping[str, Any]) -> str:
     """Return a report's rows as CSV with a header; lines end in a line feed."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    columns = [*report["by"], *FIELDS]
+    columns = [*report["by"], *FIELDS, *_idle_columns(report)]
     writer.writerow(columns)
     writer.writerows([row[column] for column in columns] for row in report["data"])
     return text.getvalue()
@@ -94,26 +94,45 @@ def to_table(report: Mapping[str, Any]) -> tuple[Sequence[str], list[Sequence[st
     """Return a report's header and rows for people: whose, the rest, and the total last.
 
     True cost stands there where engines measured any; it is cut to a millionth of a dollar.
+    By tenant, idle time that a pool's rule has tenants bear is a column of its own.
     """
     fleet = report["fleet"]
     measured = fleet["time_s"] != "0"
     shown = ("requests", "prompt_tokens", "output_tokens", "wasted_tokens", "amount_usd")
     header = [*(name.upper() for name in report["by"]), "REQUESTS", "INPUT", "OUTPUT"]
     header += ["WASTED", "USD", *(("ENGINE S", "COST USD") if measured else ())]
+    idle = bool(measured and _idle_columns(report) and report["idle"]["tenants"])
+    header += ["IDLE USD"] if idle else []
     rows: list[Sequence[str]] = []
     for row in report["data"]:
         cells = [str(row[column]) or "-" for column in (*report["by"], *shown)]
-        rows.append([*cells, *(_cost_cells(row, "engine_s") if measured else ())])
+        costs = _cost_cells(row, "engine_s") if measured else ()
+        rows.append([*cells, *costs, *([_cut(row["idle_cost_usd"])] if idle else ())])
     named = bool(report["by"])
     if named and measured:
         for row in report["overheads"]:
             if row["time_s"] != "0":
                 gap = [""] * (len(report["by"]) - 1 + len(shown))
-                rows.append([f"({row['what']})", *gap, *_cost_cells(row, "time_s")])
+                left = ""
+                if idle and row["what"] == "idle":
+                    left = _cut(report["idle"]["unallocated_usd"])
+                cells = [f"({row['what']})", *gap, *_cost_cells(row, "time_s")]
+                rows.append([*cells, *([left] if idle else ())])
     total = ["TOTAL", *[""] * (len(report["by"]) - 1)] if named else []
     cells = [*total, *(str(report["total"][column]) for column in shown)]
-    rows.append([*cells, *(_cost_cells(fleet, "time_s") if measured else ())])
+    costs = _cost_cells(fleet, "time_s") if measured else ()
+    rows.append([*cells, *costs, *([""] if idle else ())])
     return header, rows
+
+
+def _idle_columns(report: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the column of who bears idle time: only tenants do."""
+    return ("idle_cost_usd",) if report["by"] == ["tenant"] and "idle" in report else ()
+
+
+def _cut(amount: str) -> str:
+    dollars, _, rest = amount.partition(".")
+    return f"{dollars}.{rest[:6]:0<6}"
 
 
 def _cost_cells(row: Mapping[str, Any], time: str) -> list[str]:
@@ -121,8 +140,7 @@ def _cost_cells(row: Mapping[str, Any], time: str) -> list[str]:
     if row["unpriced_s"] == row[time] != "0":
         cost = "no price"
     else:
-        dollars, _, rest = row["cost_usd"].partition(".")
-        cost = f"{dollars}.{rest[:6]:0<6}" + ("+" if row["unpriced_s"] != "0" else "")
+        cost = _cut(row["cost_usd"]) + ("+" if row["unpriced_s"] != "0" else "")
     return [f"{whole}.{part[:3]:0<3}", cost]
 
 

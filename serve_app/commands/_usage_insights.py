@@ -93,7 +93,7 @@ def usage(args: argparse.Namespace) -> dict[str, Any]:
         raise ConfigError(f"--{error}") from None
     if isinstance(where, Service):
         return HttpUsage(where.url, where.admin_key).usage(args.by, args.from_, args.to)
-    return database_usage(where, query, cost_settings(args.config).prices())
+    return database_usage(where, query, cost_settings(args.config))
 
 
 def insight(args: argparse.Namespace, name: str) -> dict[str, Any]:

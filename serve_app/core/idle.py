@@ -11,7 +11,7 @@ own, and the column sums to what was idle.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from serve_app.core.attribution import shares_ns
@@ -24,6 +24,14 @@ class IdlePolicy(StrEnum):
     UNALLOCATED = "unallocated"
     BY_USE = "by_use"
     BY_RESERVATION = "by_reservation"
+
+
+@dataclass(frozen=True, slots=True)
+class IdleRule:
+    """A pool's policy; ``reserved`` is the capacity kept for each tenant, in any whole unit."""
+
+    policy: IdlePolicy = IdlePolicy.UNALLOCATED
+    reserved: Mapping[TenantId, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

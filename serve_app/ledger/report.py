@@ -8,16 +8,20 @@ from typing import Any, Final
 
 from sqlalchemy import Row, func, select
 
+from serve_app.core.idle import IdleRule, IdleShares
 from serve_app.core.pricing import CURRENCY, dollars
 from serve_app.core.true_cost import InstancePrice
-from serve_app.core.types import PriorityClass
+from serve_app.core.types import PriorityClass, TenantId
 from serve_app.ledger.costs import CostTally, read_costs
 from serve_app.ledger.database import Database
+from serve_app.ledger.idle import read_idle
 from serve_app.ledger.schema import SUMS, USAGE_ROLLUP
 from serve_app.ledger.tally import NOTHING, Tally
 from serve_app.usage_report import UsageQuery, iso_time
 
 NO_PRICES: Final[Mapping[str, InstancePrice]] = MappingProxyType({})
+NO_RULES: Final[Mapping[str, IdleRule]] = MappingProxyType({})
+_BY_TENANT: Final = ("tenant",)
 
 _COLUMNS: Final = {
     "tenant": "tenant",
@@ -31,12 +35,17 @@ _COLUMNS: Final = {
 
 
 def report(
-    database: Database, query: UsageQuery, instances: Mapping[str, InstancePrice] = NO_PRICES
+    database: Database,
+    query: UsageQuery,
+    instances: Mapping[str, InstancePrice] = NO_PRICES,
+    idle_rules: Mapping[str, IdleRule] = NO_RULES,
 ) -> dict[str, Any]:
     """Return the report as a JSON object: its query, its rows in order, their total.
 
     ``overheads`` is what replicas' time went to beside requests, ``fleet`` all of it: the
-    rows' cost and the overheads' are the fleet's, to the nano-dollar.
+    rows' cost and the overheads' are the fleet's, to the nano-dollar. ``idle`` says who
+    bears the idle part of the overheads, by the rules of the pools; it is in nobody's cost,
+    and a column of its own in a report by tenant.
 
     Raises:
         StoreUnavailable: the database failed.
@@ -53,14 +62,20 @@ def report(
     with database.snapshot() as connection:
         found = [row for row in connection.execute(statement) if row.requests is not None]
         costs = read_costs(connection, query, columns, instances)
+        idle = read_idle(connection, query, instances, idle_rules)
     tallies = {tuple(row[: len(columns)]): _tally(row) for row in found}
     nothing = CostTally()
+    keys_ = tallies.keys() | costs.rows.keys()
+    if query.by == _BY_TENANT:
+        # Capacity may be kept for one who asked nothing.
+        keys_ |= {(str(tenant),) for tenant in idle.tenants}
     data = [
         {
             **_keys(query, key),
             **_figures(tallies.get(key, NOTHING), costs.rows.get(key, nothing)),
+            **(_idle_of(idle, key[0]) if query.by == _BY_TENANT else {}),
         }
-        for key in sorted(tallies.keys() | costs.rows.keys())
+        for key in sorted(keys_)
     ]
     whole = CostTally()
     for row in costs.rows.values():
@@ -76,6 +91,13 @@ def report(
         "overheads": [
             {"what": each.value, **_spent(tally)} for each, tally in costs.overheads.items()
         ],
+        "idle": {
+            "tenants": [
+                {"tenant": tenant, **_idle_of(idle, tenant)} for tenant in sorted(idle.tenants)
+            ],
+            "unallocated_usd": dollars(idle.unallocated),
+            "unallocated_nanousd": idle.unallocated,
+        },
         "fleet": _spent(costs.fleet),
     }
 
@@ -123,3 +145,8 @@ def _spent(cost: CostTally) -> dict[str, Any]:
         "cost_nanousd": cost.cost_nanousd,
         "unpriced_s": dollars(cost.unpriced_ns),
     }
+
+
+def _idle_of(idle: IdleShares, tenant: str) -> dict[str, Any]:
+    share = idle.tenants.get(TenantId(tenant), 0)
+    return {"idle_cost_usd": dollars(share), "idle_cost_nanousd": share}
