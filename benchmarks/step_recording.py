@@ -3,11 +3,12 @@
     python -m benchmarks.step_recording                # the real engine, about three minutes
     python -m benchmarks.step_recording --micro        # the log and the reader alone, seconds
 
-One engine serves a closed loop of streams all the time; recording is switched on and off in
-its own process every few seconds, in the order on, off, off, on, so that a trend cancels. A
-window's rate is its tokens over the time between its first and its last step. The result is
-the ratio of the rates, on over off, with the 95 % interval over the blocks of four windows.
-Reading the records and splitting the steps in the replica is switched with it.
+One engine serves a closed loop of streams all the time; recording is switched in its own
+process every few steps, in the order on, off, off, on, so that a trend and a busy neighbour
+hit both alike. Blocks in which nobody joined or left are compared: tokens over time while on,
+over the same while off. The result is the trimmed mean of the blocks' ratios with its 95 %
+bootstrap interval. A switch makes the next step dearer to record than a steady one is. What
+the replica does with the records falls into the steps after them, on for the most part.
 
 On a CPU vLLM resolves to its synchronous scheduler, whose engine process then does in the
 step what it does beside the step on a GPU: the dearer case. ``--asynchronous`` is for GPUs.
@@ -17,18 +18,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
-import mmap
 import os
+import random
 import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
-from math import exp, log, sqrt
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import Any
 
 from serve_app import models
@@ -41,54 +42,58 @@ from serve_app.engine.step_reader import StepReader
 from serve_app.engine.step_records import StepInbox, StepSender
 from serve_app.engine.vllm import VllmEngine
 
-SWITCH_VARIABLE = "BENCHMARK_STEP_SWITCH"
-SETTLE_STEPS = 2
+STEPS_VARIABLE = "BENCHMARK_STEPS_FILE"
+SWITCH_STEPS = 4
 ORDER = (True, False, False, True)
-# Student's t, 97.5 %, by degrees of freedom; normal beyond.
-T_975 = {3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26, 14: 2.14, 19: 2.09}
-
-
-class Switch:
-    """A byte of shared memory: 1 while steps are to be recorded."""
-
-    def __init__(self, file: Path) -> None:
-        with file.open("r+b") as opened:
-            self._byte = mmap.mmap(opened.fileno(), 1)
-
-    @property
-    def on(self) -> bool:
-        return self._byte[0] == 1
-
-    @on.setter
-    def on(self, value: bool) -> None:
-        self._byte[0] = int(value)
+BLOCK_STEPS = SWITCH_STEPS * len(ORDER)
+TRIM_RATIO = 0.1
+RESAMPLES = 4000
 
 
 def switched(recording: type[Any]) -> type[Any]:
-    """Return a recording scheduler that records only the steps begun while switched on.
+    """Return a recording scheduler that is on and off in turn, and times its own steps.
 
-    Who comes and goes is always noted, so that it can be switched on in the middle.
+    Who comes and goes is always noted, so that it can be switched on in the middle. A line
+    of the file is one step: whether it was recorded, its tokens, its requests, its time in
+    seconds since the end of the one before.
     """
     bases = recording.__mro__
     plain = bases[bases.index(_mixin()) + 1]
 
     class Switched(recording):  # type: ignore[misc,valid-type]  # built at run time
         def __init__(self, *args: Any, **options: Any) -> None:
-            self._switch = Switch(Path(os.environ[SWITCH_VARIABLE]))
-            self._recorded: deque[bool] = deque()
+            self._file = open(os.environ[STEPS_VARIABLE], "w", buffering=2**16)  # noqa: SIM115
+            self._begun = 0
+            self._under_way: deque[tuple[bool, int, int]] = deque()
+            self._ended_s = 0.0
             super().__init__(*args, **options)
 
         def schedule(self, *args: Any, **options: Any) -> Any:
-            self._recorded.append(self._switch.on)
-            if self._recorded[-1]:
-                return super().schedule(*args, **options)
-            self.steps.preempted("", 0)  # what follows is not the same again
-            return plain.schedule(self, *args, **options)
+            on = ORDER[self._begun // SWITCH_STEPS % len(ORDER)]
+            self._begun += 1
+            if on:
+                output = super().schedule(*args, **options)
+            else:
+                self._note("preempted", "", 0)  # what follows is not the same again
+                output = plain.schedule(self, *args, **options)
+            tokens = output.num_scheduled_tokens
+            self._under_way.append((on, sum(tokens.values()), len(tokens)))
+            return output
 
         def update_from_output(self, *args: Any, **options: Any) -> Any:
-            if self._recorded.popleft():
-                return super().update_from_output(*args, **options)
-            return plain.update_from_output(self, *args, **options)
+            on, tokens, requests = self._under_way.popleft()
+            if on:
+                outputs = super().update_from_output(*args, **options)
+            else:
+                outputs = plain.update_from_output(self, *args, **options)
+            now_s = time.perf_counter()
+            self._file.write(f"{int(on)} {tokens} {requests} {now_s - self._ended_s:.9f}\n")
+            self._ended_s = now_s
+            return outputs
+
+        def shutdown(self) -> None:
+            self._file.close()
+            super().shutdown()
 
     return Switched
 
@@ -115,70 +120,21 @@ def __getattr__(name: str) -> Any:
 # ---- the real engine ---------------------------------------------------------------
 
 
-class Bench:
-    """A closed loop of streams on one engine, and the steps it took."""
+async def keep_busy(engine: VllmEngine, streams: int, output_tokens: int, for_s: float) -> None:
+    """Ask for streams, ``streams`` at any time, until ``for_s`` seconds have passed."""
+    asked = itertools.count()
 
-    def __init__(self, engine: VllmEngine, streams: int, output_tokens: int) -> None:
-        self._engine = engine
-        self._streams = streams
-        self._output_tokens = output_tokens
-        self._asked = 0
-        self.steps: list[tuple[float, int]] = []
-
-    async def measure(self, switch: Switch, *, blocks: int, window_s: float) -> list[list[float]]:
-        """Return the rates of every block's windows, tokens/s, in the order of ``ORDER``."""
-        self._watch()
-        rates: list[list[float]] = []
-        clients = [asyncio.create_task(self._client(place)) for place in range(self._streams)]
-        try:
-            await self._window(4 * window_s)
-            for block in range(blocks):
-                row = []
-                for on in ORDER:
-                    self._turn(switch, on)
-                    row.append(await self._window(window_s))
-                rates.append(row)
-                print(f"block {block}: " + " ".join(f"{rate:.1f}" for rate in row), flush=True)
-        finally:
-            for client in clients:
-                client.cancel()
-            await asyncio.wait(clients)
-        return rates
-
-    def _watch(self) -> None:
-        load = self._llm.load
-        record = load.record
-
-        def watching(scheduler_stats: Any, iteration_stats: Any, *args: Any, **more: Any) -> None:
-            record(scheduler_stats, iteration_stats, *args, **more)
-            if iteration_stats is not None and iteration_stats.num_generation_tokens:
-                step = (time.monotonic(), iteration_stats.num_generation_tokens)
-                self.steps.append(step)
-
-        load.record = watching
-        self._reader = load.steps
-
-    def _turn(self, switch: Switch, on: bool) -> None:
-        switch.on = on
-        self._llm.load.steps = self._reader if on else None
-
-    async def _window(self, window_s: float) -> float:
-        self.steps.clear()
-        await asyncio.sleep(window_s)
-        steps = self.steps[SETTLE_STEPS:]
-        return sum(tokens for _, tokens in steps[1:]) / (steps[-1][0] - steps[0][0])
-
-    async def _client(self, place: int) -> None:
+    async def client(place: int) -> None:
         while True:
-            self._asked += 1
+            number = next(asked)
             body = {
-                "prompt": f"{self._asked} boats went down the river " * 8,
-                "max_tokens": self._output_tokens + place * 7,
+                "prompt": f"{number} boats went down the river " * 4,
+                "max_tokens": output_tokens + place * 37,
                 "temperature": 0,
                 "ignore_eos": True,
             }
             call = GenerateCall(
-                request_id=RequestId(f"bench-{self._asked}"),
+                request_id=RequestId(f"bench-{number}"),
                 endpoint=Endpoint.COMPLETIONS,
                 body=json.dumps(body).encode(),
                 stream=True,
@@ -186,21 +142,24 @@ class Bench:
                 cache_salt="",
                 priority_class=PriorityClass.STANDARD,
             )
-            async with aclosing(self._engine.generate(call)) as items:
+            async with aclosing(engine.generate(call)) as items:
                 async for _ in items:
                     pass
 
-    @property
-    def _llm(self) -> Any:
-        return self._engine._llm
+    clients = [asyncio.create_task(client(place)) for place in range(streams)]
+    try:
+        await asyncio.sleep(for_s)
+    finally:
+        for each in clients:
+            each.cancel()
+        await asyncio.wait(clients)
 
 
 async def run_engine(args: argparse.Namespace) -> dict[str, Any]:
-    """Start an engine, measure, and return the figures."""
-    with tempfile.NamedTemporaryFile(prefix="step-switch-") as file:
-        file.write(b"\x01")
-        file.flush()
-        os.environ[SWITCH_VARIABLE] = file.name
+    """Start an engine, keep it busy, and return the figures."""
+    with tempfile.TemporaryDirectory(prefix="step-recording-") as folder:
+        steps = Path(folder) / "steps"
+        os.environ[STEPS_VARIABLE] = str(steps)
         kind = "SwitchedAsyncScheduler" if args.asynchronous else "SwitchedScheduler"
         settings = VllmSettings(
             model="smollm2",
@@ -214,38 +173,61 @@ async def run_engine(args: argparse.Namespace) -> dict[str, Any]:
         engine = VllmEngine(settings, path, PoolName("bench"), ReplicaId("bench-0"), time.monotonic)
         await engine.start()
         try:
-            bench = Bench(engine, args.streams, args.output_tokens)
-            switch = Switch(Path(file.name))
-            rates = await bench.measure(switch, blocks=args.blocks, window_s=args.window_s)
+            await keep_busy(engine, args.streams, args.output_tokens, args.for_s)
             costs = engine.costs()
             assert costs is not None
         finally:
             await engine.stop()
-    found = interval(rates)
-    found |= {
-        "tokens_per_s_on": median([row[at] for row in rates for at in (0, 3)]),
-        "tokens_per_s_off": median([row[at] for row in rates for at in (1, 2)]),
+        found = compare(steps.read_text().splitlines())
+    return found | {
         "streams": args.streams,
-        "fitted_steps": costs.fitted_steps,
+        "recorded_steps": costs.fitted_steps,
         "fit_error_ratio": costs.fit_error_ratio,
-        "rates": rates,
     }
-    return found
 
 
-def interval(rates: list[list[float]]) -> dict[str, Any]:
-    """Return the ratio of the rates, on over off, with its 95 % interval over the blocks."""
-    logs = [log(row[0] * row[3] / (row[1] * row[2])) / 2 for row in rates]
-    mean = fmean(logs)
-    degrees = len(logs) - 1
-    near = max((each for each in T_975 if each <= degrees), default=3)
-    half = T_975[near] * stdev(logs) / sqrt(len(logs)) if degrees else float("inf")
+def compare(lines: list[str]) -> dict[str, Any]:
+    """Return tokens/s on over off, over the blocks of steps in which only decoding went on."""
+    steps = [line.split() for line in lines if line.count(" ") == 3]
+    ratios: list[float] = []
+    rates: dict[bool, list[float]] = {True: [], False: []}
+    for at in range(0, len(steps) - BLOCK_STEPS + 1, BLOCK_STEPS):
+        block = steps[at : at + BLOCK_STEPS]
+        if len({(tokens, requests) for _, tokens, requests, _ in block}) > 1:
+            continue
+        time_s = {"0": 0.0, "1": 0.0}
+        for on, _, _, took_s in block:
+            time_s[on] += float(took_s)
+        tokens = int(block[0][1])
+        if tokens != int(block[0][2]) or not tokens:
+            continue
+        half = tokens * BLOCK_STEPS / 2
+        rates[True].append(half / time_s["1"])
+        rates[False].append(half / time_s["0"])
+        ratios.append(time_s["0"] / time_s["1"])
+    low, high = resampled(ratios)
     return {
-        "ratio": exp(mean),
-        "ratio_low": exp(mean - half),
-        "ratio_high": exp(mean + half),
-        "blocks": len(logs),
+        "ratio": trimmed(ratios),
+        "ratio_low": low,
+        "ratio_high": high,
+        "blocks": len(ratios),
+        "steps": len(steps),
+        "tokens_per_s_on": median(rates[True]),
+        "tokens_per_s_off": median(rates[False]),
     }
+
+
+def trimmed(values: Sequence[float]) -> float:
+    """Return the mean without the lowest and the highest tenth."""
+    cut = int(TRIM_RATIO * len(values))
+    return fmean(sorted(values)[cut : len(values) - cut])
+
+
+def resampled(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the trimmed mean."""
+    dice = random.Random(1)
+    means = sorted(trimmed(dice.choices(values, k=len(values))) for _ in range(RESAMPLES))
+    return means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES)]
 
 
 # ---- the parts alone ---------------------------------------------------------------
@@ -304,10 +286,9 @@ def main() -> int:
     """Measure and print. Returns 0."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step_recording")
     parser.add_argument("--micro", action="store_true", help="the parts alone, without an engine")
-    parser.add_argument("--streams", type=int, default=16)
-    parser.add_argument("--output-tokens", type=int, default=150)
-    parser.add_argument("--blocks", type=int, default=15, help="of four windows each")
-    parser.add_argument("--window-s", type=float, default=2.0)
+    parser.add_argument("--streams", type=int, default=4)
+    parser.add_argument("--output-tokens", type=int, default=600)
+    parser.add_argument("--for-s", type=float, default=150.0, help="how long it is kept busy")
     parser.add_argument("--asynchronous", action="store_true", help="on a GPU")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
@@ -322,9 +303,9 @@ def main() -> int:
     else:
         found = asyncio.run(run_engine(args))
         print(
-            f"on / off: {found['ratio']:.4f} ({found['ratio_low']:.4f} to "
-            f"{found['ratio_high']:.4f}, 95 %, {found['blocks']} blocks), "
-            f"{found['tokens_per_s_on']:.0f} and {found['tokens_per_s_off']:.0f} tokens/s"
+            f"tokens/s on / off: {found['ratio']:.4f} ({found['ratio_low']:.4f} to "
+            f"{found['ratio_high']:.4f}, 95 %, {found['blocks']} blocks of {BLOCK_STEPS} steps), "
+            f"{found['tokens_per_s_on']:.1f} and {found['tokens_per_s_off']:.1f} tokens/s"
         )
     if args.json is not None:
         args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

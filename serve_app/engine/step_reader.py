@@ -46,6 +46,7 @@ class StepReader:
         self._strangers: set[int] = set()
         self._decodes: tuple[tuple[Account, int], ...] = ()
         self._passed = 0
+        self._broken = False
         self.lost_records = 0
 
     def expect(self, request_id: str, account: Account) -> None:
@@ -57,7 +58,17 @@ class StepReader:
         expected[request_id] = account
 
     def read(self) -> None:
-        """Take in the records that have arrived."""
+        """Take in the records that have arrived; after one that makes no sense, none."""
+        if self._broken:
+            return
+        try:
+            self._read()
+        except Exception:  # noqa: BLE001 - see below
+            # A request must not fail, nor the engine end, for what is only measured.
+            _log.exception("the records of the engine's steps are no longer read")
+            self._broken = True
+
+    def _read(self) -> None:
         for record in self._inbox.receive():
             if isinstance(record, Stepped):
                 self._meter.stepped(self._steps(record))

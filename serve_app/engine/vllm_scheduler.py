@@ -7,6 +7,7 @@ scheduling off.
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -16,11 +17,16 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from serve_app.engine.step_log import StepLog
 from serve_app.engine.step_records import SOCKET_VARIABLE, StepSender
 
+_log = logging.getLogger("headrace.engine")
+
 
 class RecordsSteps:
-    """Over a scheduler of vLLM's: calls it, and says to a StepLog what it did."""
+    """Over a scheduler of vLLM's: calls it, and says to a StepLog what it did.
 
-    steps: StepLog
+    A fault in the log ends the recording and not the engine: ``steps`` is None from then on.
+    """
+
+    steps: StepLog | None
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self.steps = StepLog(StepSender(os.environ.get(SOCKET_VARIABLE)))
@@ -28,35 +34,46 @@ class RecordsSteps:
 
     def schedule(self, *args: Any, **options: Any) -> Any:
         """Compose the next step."""
-        began_s = self.steps.clock()
+        began_s = 0.0 if self.steps is None else self.steps.clock()
         output = super().schedule(*args, **options)  # type: ignore[misc]  # vLLM's, untyped here
-        self.steps.scheduled(output.num_scheduled_tokens, self.requests, began_s)  # type: ignore[attr-defined]  # vLLM's
+        requests = self.requests  # type: ignore[attr-defined]  # vLLM's
+        self._note("scheduled", output.num_scheduled_tokens, requests, began_s)
         return output
 
     def update_from_output(self, *args: Any, **options: Any) -> Any:
         """Take in the output of the oldest step under way."""
         outputs = super().update_from_output(*args, **options)  # type: ignore[misc]  # vLLM's
-        self.steps.completed(busy=self._busy())
+        self._note("completed", busy=self._busy())
         return outputs
 
     def add_request(self, request: Any) -> None:
         """Take in a request."""
-        self.steps.joined(request.request_id)
+        self._note("joined", request.request_id)
         super().add_request(request)  # type: ignore[misc]  # vLLM's
 
     def finish_requests(self, *args: Any, **options: Any) -> Any:
         """End requests from outside a step."""
         ended = super().finish_requests(*args, **options)  # type: ignore[misc]  # vLLM's
-        self.steps.looked(busy=self._busy())
+        self._note("looked", busy=self._busy())
         return ended
 
     def _preempt_request(self, request: Any, *args: Any, **options: Any) -> None:
-        self.steps.preempted(request.request_id, request.num_computed_tokens)
+        self._note("preempted", request.request_id, request.num_computed_tokens)
         super()._preempt_request(request, *args, **options)  # type: ignore[misc]  # vLLM's
 
     def _free_request(self, request: Any, *args: Any, **options: Any) -> Any:
-        self.steps.left(request.request_id)
+        self._note("left", request.request_id)
         return super()._free_request(request, *args, **options)  # type: ignore[misc]  # vLLM's
+
+    def _note(self, what: str, *args: Any, **options: Any) -> None:
+        if self.steps is None:
+            return
+        try:
+            getattr(self.steps, what)(*args, **options)
+        except Exception:  # noqa: BLE001 - see below
+            # What is measured must not stop what is served.
+            _log.exception("steps are no longer recorded")
+            self.steps = None
 
     def _busy(self) -> bool:
         # Not get_num_unfinished_requests: that is 0 while the scheduler is paused.

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from serve_app.core.attribution import NS_PER_S, ReplicaUse, Use
+from serve_app.core.attribution import NS_PER_S, ReplicaUse, StepCoefficients, Use
 from serve_app.core.types import TenantId
 
 
@@ -18,6 +18,8 @@ class EngineCosts(Protocol):
     def use(self) -> ReplicaUse: ...
     @property
     def fit_error_ratio(self) -> float: ...
+    @property
+    def coefficients(self) -> StepCoefficients: ...
     @property
     def kv_block_s(self) -> Mapping[TenantId, float]: ...
 
@@ -44,6 +46,11 @@ class CostMetrics:
         self.engine_provisional_seconds_total = Counter(
             "headrace_engine_provisional_seconds_total",
             "Engine time split over requests by default coefficients, before enough steps.",
+            registry=registry,
+        )
+        self.engine_coefficients_provisional = Gauge(
+            "headrace_engine_coefficients_provisional",
+            "1 while steps are split by default coefficients, 0 once they are fitted.",
             registry=registry,
         )
         self.engine_step_fit_error_ratio = Gauge(
@@ -73,6 +80,7 @@ class CostMetrics:
             (provisional_ns - self._provisional_ns) / NS_PER_S
         )
         self._provisional_ns = provisional_ns
+        self.engine_coefficients_provisional.set(costs.coefficients.provisional)
         self.engine_step_fit_error_ratio.set(costs.fit_error_ratio)
         kv_block_s = sum(costs.kv_block_s.values())
         # Sums of floats in another order may be smaller by their last bit.

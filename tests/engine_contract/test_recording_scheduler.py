@@ -269,6 +269,17 @@ def test_what_is_written_as_repeated_is_what_a_preemption_threw_away(asynchronou
     assert first.recomputed_ns == 0
 
 
+def test_a_fault_in_the_log_ends_the_recording_and_not_the_engine(asynchronous: bool) -> None:
+    core = Core(vllm_config(asynchronous=asynchronous), kv_blocks=40)
+    core.add("a", list(range(48)), 20)
+    core.turn()
+    core.scheduler.steps.completed = None
+    while core.turn():
+        pass
+    assert core.ended == {"a": "completed"}
+    assert core.scheduler.steps is None
+
+
 async def test_nothing_is_measured_where_the_settings_say_so() -> None:
     from serve_app.engine.vllm_costs import VllmCosts
 

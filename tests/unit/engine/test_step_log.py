@@ -12,7 +12,7 @@ from serve_app.core.cost_meter import CostMeter, Steps
 from serve_app.core.types import Outcome, TenantId
 from serve_app.engine.step_log import UNSENT_RECORDS_MAX, StepLog
 from serve_app.engine.step_reader import StepReader
-from serve_app.engine.step_records import Record, StepInbox, StepSender
+from serve_app.engine.step_records import Record, StepInbox, Stepped, StepSender
 
 BLOCK_TOKENS = 16
 
@@ -342,6 +342,23 @@ def test_a_long_random_day_adds_up() -> None:
     assert paid_s == pytest.approx(uses["useful"] + uses["cancelled"])
     assert not engine.reader._accounts
     assert not engine.log._numbers
+
+
+def test_a_record_that_makes_no_sense_ends_the_reading_and_nothing_else(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine = Engine()
+    account = engine.add("a")
+    engine.reader.read()
+    engine.pipe.records.append(Stepped(10.0, 11.0, 1, [99, 5], []))
+    engine.reader.read()
+    engine.pipe.records.append(Stepped(10.0, 11.0, 1, [0, 5], []))
+    engine.reader.read()
+    assert [record.message for record in caplog.records] == [
+        "the records of the engine's steps are no longer read"
+    ]
+    engine.meter.close(account, Outcome.COMPLETED)
+    assert account.engine_s == 0.0
 
 
 # ---- the socket --------------------------------------------------------------------

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from prometheus_client import CollectorRegistry
 
-from serve_app.core.attribution import ReplicaUse, Use
+from serve_app.core.attribution import ReplicaUse, StepCoefficients, Use
 from serve_app.core.types import TenantId
 from serve_app.telemetry.exposition import render_families
 from serve_app.telemetry.metrics import EngineMetrics
@@ -18,6 +18,7 @@ class Costs:
     use: ReplicaUse
     fit_error_ratio: float = 0.02
     kv_block_s: dict[TenantId, float] = field(default_factory=dict)
+    coefficients: StepCoefficients = field(default_factory=StepCoefficients)
 
 
 def costs(*, open_ns: int, useful_ns: int, idle_ns: int, kv_block_s: float = 0.0) -> Costs:
@@ -57,3 +58,14 @@ def test_an_engine_that_does_not_measure_shows_no_zeros() -> None:
     assert not any("engine_time" in name for name in render_families(metrics.registry, {}))
     metrics.engine_costs(costs(open_ns=0, useful_ns=1, idle_ns=1))
     assert any("engine_time" in name for name in render_families(metrics.registry, {}))
+
+
+def test_figures_that_default_coefficients_made_are_marked_until_they_are_fitted() -> None:
+    metrics = EngineMetrics(CollectorRegistry())
+    value = metrics.registry.get_sample_value
+    figures = costs(open_ns=0, useful_ns=1, idle_ns=1)
+    metrics.engine_costs(figures)
+    assert value("headrace_engine_coefficients_provisional") == 1.0
+    fitted = StepCoefficients(1, 1, 1, 1, provisional=False)
+    metrics.engine_costs(replace(figures, coefficients=fitted))
+    assert value("headrace_engine_coefficients_provisional") == 0.0
