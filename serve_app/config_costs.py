@@ -44,6 +44,7 @@ def _price(value: float) -> float:
     return value
 
 
+ClassName = Literal["critical", "standard", "sheddable"]
 Moment = Annotated[str, BeforeValidator(_moment)]
 UsdPerHour = Annotated[float, Field(ge=0, le=_USD_PER_HOUR_MAX), AfterValidator(_price)]
 
@@ -124,6 +125,11 @@ class CostSettings(Strict):
         default_factory=dict,
         max_length=1000,
         description="By pool: who bears its idle time; a pool without an entry bears its own.",
+    )
+    ttft_slo_s: dict[ClassName, Annotated[float, Field(gt=0)]] = Field(
+        {"critical": 1.0, "standard": 2.0, "sheddable": 10.0},
+        min_length=1,
+        description="A request is in time if its first token came within its class's.",
     )
     alert_gap_ratio: float = Field(
         0.01, gt=0, le=1, description="A node's gap above this part of its bill is an alert."

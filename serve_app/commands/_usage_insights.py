@@ -73,6 +73,8 @@ def _top(args: argparse.Namespace) -> int:
     ordered = sorted(report["data"], key=amounts[args.sort], reverse=True)
     report["data"] = ordered[: max(1, args.rows)]
     _print(args.format, report, to_table)
+    if len(ordered) > len(report["data"]):
+        note(f"{len(ordered) - len(report['data'])} more are in the total")
     return 0
 
 
@@ -160,7 +162,16 @@ def _print(form: str, report: dict[str, Any], to_table: Callable[[Any], _Table])
 
 def _economics(report: Mapping[str, Any]) -> _Table:
     header = [*("POOL", "REPLICA H", "BUSY", "COST", "$/M IN", "$/M OUT", "$/M TOTAL")]
-    header += ["NEVER IDLE", "$/1000 REQ", "IDLE", "CANCELLED", "PREEMPTED", "FAILED"]
+    header += [
+        "NEVER IDLE",
+        "AT SLO",
+        "IN TIME",
+        "$/1000 REQ",
+        "IDLE",
+        "CANCELLED",
+        "PREEMPTED",
+        "FAILED",
+    ]
     header += ["START, DRAIN", "BILLED"]
     rows: list[Sequence[str]] = []
     for pool in report["data"]:
@@ -174,6 +185,8 @@ def _economics(report: Mapping[str, Any]) -> _Table:
                 _usd(pool["cost_usd"]),
                 *(_usd(pool[f"usd_per_million_{kind}"]) for kind in ("input", "output", "total")),
                 _usd(pool["usd_per_million_total_never_idle"]),
+                _usd(pool["usd_per_million_total_at_slo"]),
+                "-" if pool["slo_ratio"] is None else f"{pool['slo_ratio']:.1%}",
                 _usd(pool["usd_per_thousand_requests"]),
                 *(_usd(uses[use]) for use in ("idle", "cancelled", "preempted", "failed")),
                 _usd(starting),

@@ -3,7 +3,8 @@
     $ per million X = the pool's cost, idle and waste in it / (X / 1e6)     X: input, output, total
 
 At a higher use of the same replicas a token costs less: ``busy`` is what it would cost if
-nothing were ever idle, the best that this pool can do.
+nothing were ever idle, the best that this pool can do. At the SLO only those tokens count
+whose request had its first token in time: the rest cost money and were worth less.
 """
 
 from __future__ import annotations
@@ -19,9 +20,20 @@ _WASTE = (Use.CANCELLED, Use.PREEMPTED, Use.FAILED)
 _NOT_BUSY = (Use.IDLE, Use.START_UP, Use.DRAIN)
 
 
+@dataclass(frozen=True, slots=True)
+class Product:
+    """What came out: requests and their tokens."""
+
+    requests: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
 @dataclass(slots=True)
 class PoolUse:
     """A pool over some hours: its replicas' time and cost by use, and what it produced.
+
+    ``good`` is the part of that whose first token came within its class's SLO.
 
     ``hours`` counts the hours it was there in; ``peak_busy`` is how many replicas' worth of
     busy time its busiest hour had.
@@ -38,6 +50,7 @@ class PoolUse:
     cached_tokens: int = 0
     output_tokens: int = 0
     amount_nanousd: int = 0
+    good: Product = Product()
 
     def add(self, uses_ns: Mapping[Use, int], cost_nanousd: int | None) -> None:
         """Take in a replica-hour, whose cost is split over its uses exactly."""
@@ -50,6 +63,11 @@ class PoolUse:
             return
         for name, part in zip(names, split(cost_nanousd, times), strict=True):
             self.cost_nanousd[name] += part
+
+    @property
+    def product(self) -> Product:
+        """All that came out."""
+        return Product(self.requests, self.input_tokens, self.output_tokens)
 
     @property
     def total_ns(self) -> int:
@@ -88,16 +106,16 @@ class UnitCost:
     requests_usd: float | None
 
 
-def unit_cost(use: PoolUse, nanousd: int) -> UnitCost:
-    """Return what an amount is per unit of what the pool produced."""
+def unit_cost(product: Product, nanousd: int) -> UnitCost:
+    """Return what an amount is per unit of what was produced for it."""
 
     def per(count: int, unit: int) -> float | None:
         return float(Fraction(nanousd * unit, count * 10**9)) if count else None
 
     million = 10**6
     return UnitCost(
-        per(use.input_tokens, million),
-        per(use.output_tokens, million),
-        per(use.input_tokens + use.output_tokens, million),
-        per(use.requests, 1000),
+        per(product.input_tokens, million),
+        per(product.output_tokens, million),
+        per(product.input_tokens + product.output_tokens, million),
+        per(product.requests, 1000),
     )

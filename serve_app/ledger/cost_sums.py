@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Final
 
-from sqlalchemy import Connection, Select, func, select
+from sqlalchemy import Connection, Select, and_, func, or_, select
 
 from serve_app.core.attribution import Use
 from serve_app.core.savings import ModelUse, Repetition
 from serve_app.core.true_cost import HOUR_NS, HourCost, InstancePrice, Overhead
-from serve_app.core.unit_economics import PoolUse
+from serve_app.core.types import Outcome, PriorityClass
+from serve_app.core.unit_economics import PoolUse, Product
 from serve_app.ledger.costs import SplitHour, split_hours
 from serve_app.ledger.schema import ENGINE_TIME, USAGE_EVENT, USAGE_ROLLUP
 from serve_app.usage import Witness
@@ -67,6 +68,39 @@ def pool_sums(
     sums.hours = len({hour for _, hour in busy_ns})
     _add_products(connection, query, sums)
     return sums
+
+
+def add_good(
+    connection: Connection,
+    query: UsageQuery,
+    sums: PoolSums,
+    ttft_slo_s: Iterable[tuple[str, float]],
+) -> None:
+    """Add to pools what came in time: completed, its first token within its class's SLO."""
+    event, homes = USAGE_EVENT.c, _homes(sums)
+    in_time = or_(
+        *(
+            and_(
+                event.priority_class == int(PriorityClass[name.upper()]),
+                event.first_token_s <= slo_s,
+            )
+            for name, slo_s in ttft_slo_s
+        )
+    )
+    columns = (func.count(), func.sum(event.prompt_tokens), func.sum(event.output_tokens))
+    statement = within(select(event.model, *columns), event.hour, query)
+    statement = statement.where(
+        event.witness == Witness.ROUTER.value, event.outcome == Outcome.COMPLETED.value, in_time
+    )
+    for row in connection.execute(statement.group_by(event.model)):
+        pool = sums.pools.get(homes.get(row[0], ""))
+        if pool is not None:
+            before = pool.good
+            pool.good = Product(
+                before.requests + int(row[1]),
+                before.input_tokens + int(row[2]),
+                before.output_tokens + int(row[3]),
+            )
 
 
 def model_uses(connection: Connection, query: UsageQuery, sums: PoolSums) -> list[ModelUse]:

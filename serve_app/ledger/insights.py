@@ -24,6 +24,7 @@ from serve_app.core.savings import (
 from serve_app.core.unit_economics import PoolUse, unit_cost
 from serve_app.ledger.cost_sums import (
     HourSums,
+    add_good,
     hour_sums,
     model_uses,
     pool_sums,
@@ -54,6 +55,7 @@ _NANO: Final = 10**9
 def economics(connection: Connection, query: UsageQuery, settings: CostSettings) -> dict[str, Any]:
     """Return what every pool's tokens and requests cost, and what idle and waste do."""
     sums = pool_sums(connection, query, settings.prices())
+    add_good(connection, query, sums, settings.ttft_slo_s.items())
     return {
         "object": "economics",
         "currency": CURRENCY,
@@ -146,7 +148,9 @@ def _window(query: UsageQuery) -> dict[str, Any]:
 
 
 def _pool(pool: PoolUse) -> dict[str, Any]:
-    whole, busy = unit_cost(pool, pool.total_nanousd), unit_cost(pool, pool.busy_nanousd)
+    whole = unit_cost(pool.product, pool.total_nanousd)
+    busy = unit_cost(pool.product, pool.busy_nanousd)
+    at_slo = unit_cost(pool.good, pool.total_nanousd)
     return {
         "pool": pool.pool,
         "requests": pool.requests,
@@ -163,6 +167,10 @@ def _pool(pool: PoolUse) -> dict[str, Any]:
         "usd_per_million_total": whole.total_usd,
         "usd_per_thousand_requests": whole.requests_usd,
         "usd_per_million_total_never_idle": busy.total_usd,
+        "slo_ratio": round(pool.good.requests / pool.requests, 4) if pool.requests else None,
+        "usd_per_million_input_at_slo": at_slo.input_usd,
+        "usd_per_million_output_at_slo": at_slo.output_usd,
+        "usd_per_million_total_at_slo": at_slo.total_usd,
         "cost_by_use_usd": {use.value: dollars(pool.cost_nanousd[use]) for use in Use},
     }
 

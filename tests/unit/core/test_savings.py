@@ -105,9 +105,9 @@ def test_token_costs_are_found_again_from_hours_of_different_mixes() -> None:
 def test_unit_costs_are_of_the_whole_pool_and_say_nothing_of_nothing() -> None:
     use = pool(1, 0.6, 0.6, hourly=22 * DOLLAR)
     use.output_tokens = 3000 * 3600 * MONTH
-    cost = unit_cost(use, use.total_nanousd)
+    cost = unit_cost(use.product, use.total_nanousd)
     assert cost.output_usd == pytest.approx(2.04, abs=0.005)
     assert cost.input_usd is cost.requests_usd is None
-    busy = unit_cost(use, use.busy_nanousd)
+    busy = unit_cost(use.product, use.busy_nanousd)
     assert busy.output_usd == pytest.approx(2.04 * 0.6, abs=0.005)
     assert use.busy_ratio == pytest.approx(0.6)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from serve_app.config_costs import CostSettings
 from serve_app.core.pricing import nanousd
@@ -118,7 +119,26 @@ def test_what_pools_cost_by_use_is_what_the_fleet_cost(database: Database) -> No
     tokens = small["input_tokens"] + small["output_tokens"]
     assert small["usd_per_million_total"] == pytest.approx(22.5 * 10**6 / tokens)
     assert small["usd_per_million_total_never_idle"] < small["usd_per_million_total"]
+    assert small["slo_ratio"] == 0
+    assert small["usd_per_million_total_at_slo"] is None
     assert small["usd_per_thousand_requests"] == pytest.approx(22500 / small["requests"])
+
+
+def test_at_the_slo_only_what_came_in_time_counts(database: Database) -> None:
+    prices = PriceStore(database)
+    prices.replace([], "none")
+    town = replace(MONTH, hours=1, people=(Person("acme", "ann", "small", 40),))
+    records: list[Any] = []
+    for number, each in enumerate(town.records()):
+        if getattr(each, "witness", "") == "router":
+            # Half of them in time; the class is Standard.
+            each = structs.replace(each, first_token_s=1.9 if number % 4 else 2.1)
+        records.append(each)
+    UsageLedger(database, prices).commit(records)
+    (small,) = [pool for pool in ask(database, "economics")["data"] if pool["pool"] == "small"]
+    assert 0.3 < small["slo_ratio"] < 0.7
+    dearer = small["usd_per_million_output_at_slo"] / small["usd_per_million_output"]
+    assert dearer == pytest.approx(1 / small["slo_ratio"], rel=0.25)
 
 
 def test_savings_name_the_pool_the_model_and_the_prompts(database: Database) -> None:
