@@ -78,7 +78,6 @@ class StepLog:
         self._end_s = 0.0
         self._unsent: list[Record] = []
         self._sent_s = clock()
-        self._dropping = False
         self._dropped = 0
 
     # ---- what the scheduler says -------------------------------------------------
@@ -175,9 +174,7 @@ class StepLog:
         unsent = self._unsent
         last = unsent[-1] if unsent else None
         if step.decodes is None:
-            if self._dropping:
-                self._dropped += 1
-            elif isinstance(last, Stepped) and last.end_s == start_s:
+            if isinstance(last, Stepped) and last.end_s == start_s:
                 # Only steps without a prompt are followed by more of the same.
                 last.steps += 1
                 last.end_s = end_s
@@ -185,9 +182,9 @@ class StepLog:
                 unsent.append(Stepped(start_s, end_s, 1, None, []))
             return
         if len(unsent) >= UNSENT_RECORDS_MAX:
+            # Here, so that what follows refers to a composition that is written in full.
             self._drop()
-        self._dropping = False
-        unsent.append(Stepped(start_s, end_s, 1, step.decodes, step.prefills))
+        self._unsent.append(Stepped(start_s, end_s, 1, step.decodes, step.prefills))
 
     def _drop(self) -> None:
         """Forget steps that nobody has read for long; who came and went is kept."""

@@ -149,6 +149,11 @@ def test_steps_of_one_composition_are_one_record_until_it_is_time_to_send() -> N
     assert len({id(steps.decodes) for steps in engine.seen}) == 1
     assert engine.seen[-1].passed + engine.seen[-1].steps == sum(each.steps for each in engine.seen)
     assert [context for _, context in engine.seen[0].decodes] == [10, 10]
+    engine.schedule(a=1)
+    engine.complete(0.03)
+    engine.reader.read()
+    assert engine.seen[-1].passed == 0
+    assert [context for _, context in engine.seen[-1].decodes] == [112]
 
 
 def test_steps_that_overlap_are_divided_where_one_ends() -> None:
@@ -199,6 +204,11 @@ def test_an_idle_engines_turns_are_idle_time() -> None:
     engine.now_s += 0.5
     engine.close("a")
     assert engine.uses() == pytest.approx({"useful": 0.1, "idle": 0.502})
+    engine.add("b")
+    engine.schedule(b=10)
+    engine.complete(0.1, "b")
+    engine.close("b")
+    assert engine.uses() == pytest.approx({"useful": 0.2, "idle": 0.502})
 
 
 def test_a_turn_in_which_nothing_is_computed_while_requests_wait_is_nobodys() -> None:
@@ -245,6 +255,34 @@ def test_what_a_preemption_threw_away_is_repeated_work_and_no_more_is() -> None:
     (again_s,) = [value for name, value in engine.uses().items() if name == "open"]
     assert again_s == pytest.approx(0.24)
     assert engine.accounts["a"].recomputed_ns == pytest.approx(85 / 86 * 1e8, rel=0.01)
+
+
+def test_a_preempted_request_that_finds_all_but_a_token_is_not_taken_for_going_on() -> None:
+    engine = Engine()
+    engine.add("a", 10, cached=9)
+    for _ in range(20):
+        engine.schedule(a=1)
+        engine.complete(0.01)
+    engine.log.preempted("a", 29)
+    engine.requests["a"].num_computed_tokens = 15
+    engine.schedule(a=1)
+    engine.complete(0.03)
+    engine.reader.read()
+    (chunk,) = engine.seen[-1].prefills
+    assert (chunk.computed_tokens, chunk.repeated_tokens) == (16, 1)
+
+
+def test_what_an_engine_does_before_it_is_ready_is_start_up() -> None:
+    engine = Engine()
+    engine.meter = CostMeter(engine.now_s, BLOCK_TOKENS)
+    engine.reader = StepReader(engine.pipe, engine.meter)
+    engine.add("warm-up")
+    engine.schedule(**{"warm-up": 10})
+    engine.complete(0.5, "warm-up")
+    assert engine.close("warm-up").engine_s == 0.0
+    engine.meter.ready(engine.now_s)
+    engine.now_s += 1.0
+    assert engine.uses() == pytest.approx({"start_up": 0.5, "idle": 1.0})
 
 
 def test_the_last_token_of_a_prompt_alone_counts_as_decoding() -> None:
