@@ -30,6 +30,7 @@ HOUR_S: Final = 3600
 DAY_HOURS: Final = 24
 # Bills change for some hours: credits, spot prices, late disks.
 _SETTLED_AFTER_S: Final = 6 * HOUR_S
+_FAILURES_MAX: Final = 2
 
 
 class Bills(Protocol):
@@ -78,8 +79,11 @@ class BillReader:
 
     async def read(self) -> Reconciliation:
         """Read the hours whose bills are missing or may have changed, and compare a day."""
+        failed = 0
         for hour in await asyncio.to_thread(self._wanted):
-            if not await self._read_hour(hour):
+            # One hour may be lost to OpenCost for good; where the next fails too, it is away.
+            failed = 0 if await self._read_hour(hour) else failed + 1
+            if failed == _FAILURES_MAX:
                 break
         found = await asyncio.to_thread(self._compare)
         self._tell(found)

@@ -175,7 +175,7 @@ async def test_nonsense_is_named_and_changes_no_cost(
     await bill_reader.stop()
 
 
-async def test_a_dead_opencost_is_said_once_and_asked_once_a_period(
+async def test_a_dead_opencost_is_said_once_and_asked_twice_a_period(
     opencost: FakeOpenCost, database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
     opencost.answer = lambda _: (503, "down")
@@ -184,12 +184,24 @@ async def test_a_dead_opencost_is_said_once_and_asked_once_a_period(
         await bill_reader.read()
         await bill_reader.read()
     assert caplog.text.count("OpenCost is away") == 1
-    assert len(opencost.asked) == 2
-    assert registry.get_sample_value("headrace_opencost_reads_total", {"outcome": "failed"}) == 2
+    assert len(opencost.asked) == 4
+    assert registry.get_sample_value("headrace_opencost_reads_total", {"outcome": "failed"}) == 4
     opencost.answer = both()
     await bill_reader.read()
     with database.transaction() as connection:
         assert len(read_bills(connection, UsageQuery())) == 2 * HOURS
+    await bill_reader.stop()
+
+
+async def test_an_hour_that_opencost_has_lost_holds_up_no_other(
+    opencost: FakeOpenCost, database: Database
+) -> None:
+    lost = "window=2026-01-01T09%3A00%3A00Z"
+    opencost.answer = lambda target: (500, "no data") if lost in target else both()(target)
+    bill_reader, _ = reader(database, settings(opencost.url))
+    await bill_reader.read()
+    with database.transaction() as connection:
+        assert len(read_bills(connection, UsageQuery())) == 2 * (HOURS - 1)
     await bill_reader.stop()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import create_engine, inspect, text
+from sqlalchemy import String, create_engine, inspect, text
 
 from serve_app.errors import StoreUnavailable
 from serve_app.keys import KeyWish
@@ -71,6 +71,50 @@ def test_a_database_from_before_the_migrations_keeps_its_keys(url: str, tmp_path
     assert store.version() == 41
     store.create(KeyWish(name="new"))
     store.close()
+
+
+def test_engine_time_from_before_it_was_whole_is_kept(database: Database) -> None:
+    database.migrate("0004")
+    filled = {
+        "witness": "'engine'",
+        "engine_s": "1.500000007",
+        "hour": "3600",
+        "arrived_at_s": "3601",
+        "outcome": "'cancelled'",
+        "replica": "'r1'",
+    }
+    with database.transaction() as connection:
+        columns = inspect(connection).get_columns("usage_event")
+        boolean = {"billable", "batch", "exact"}
+        values = {
+            each["name"]: filled.get(
+                each["name"], "'0'" if each["name"] in boolean else _zero(each["type"])
+            )
+            for each in columns
+        }
+        names, literals = ", ".join(values), ", ".join(values.values())
+        connection.execute(text(f"INSERT INTO usage_event ({names}) VALUES ({literals})"))
+    database.migrate("head")
+    with database.transaction() as connection:
+        event = connection.execute(text("SELECT engine_ns, engine_hour FROM usage_event")).one()
+        assert tuple(event) == (1_500_000_007, 3600)
+        derived = connection.execute(
+            text("SELECT hour, replica, requests, engine_ns, wasted_ns FROM engine_time")
+        ).one()
+        assert tuple(derived) == (3600, "r1", 1, 1_500_000_007, 1_500_000_007)
+        view = connection.execute(text("SELECT engine_ns FROM usage_reconciliation")).scalar_one()
+        assert int(view) == 1_500_000_007
+    database.migrate("0004")
+    with database.transaction() as connection:
+        back = connection.execute(text("SELECT engine_s FROM usage_event")).scalar_one()
+        assert back == 1.500000007
+        rows = connection.execute(text("SELECT engine_rows FROM usage_reconciliation"))
+        assert int(rows.scalar_one()) == 1
+    database.migrate("head")
+
+
+def _zero(kind: object) -> str:
+    return "''" if isinstance(kind, String) else "0"
 
 
 def test_a_database_of_a_newer_program_is_left_alone(url: str) -> None:
