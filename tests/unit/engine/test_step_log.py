@@ -203,7 +203,6 @@ def test_an_idle_engines_turns_are_idle_time() -> None:
     engine.complete(0.002)
     engine.now_s += 0.5
     engine.close("a")
-    assert engine.uses() == pytest.approx({"useful": 0.1, "idle": 0.502})
     engine.add("b")
     engine.schedule(b=10)
     engine.complete(0.1, "b")
@@ -227,11 +226,14 @@ def test_an_engine_that_stands_still_between_two_steps_charges_nobody() -> None:
     engine.add("a")
     engine.schedule(a=10)
     engine.complete(0.1)
+    for _ in range(3):
+        engine.schedule(a=1)
+        engine.complete(0.005)
     engine.now_s += 5.0  # paused with a request in it
     engine.schedule(a=1)
     engine.complete(0.01, "a")
     engine.close("a")
-    assert engine.uses() == pytest.approx({"unattributed": 5.0, "useful": 0.11})
+    assert engine.uses() == pytest.approx({"unattributed": 5.0, "useful": 0.125})
 
 
 def test_what_a_preemption_threw_away_is_repeated_work_and_no_more_is() -> None:
