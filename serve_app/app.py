@@ -85,6 +85,10 @@ def _size_options(replicas: EngineReplicaSettings) -> dict[str, Any]:
         max_replicas=most,
         initial_replicas=replicas.num_replicas,
         metrics_interval_s=1.0,
+        # Serve delays even what a policy of one's own decides: ours has windows already.
+        upscale_delay_s=0.0,
+        downscale_delay_s=0.0,
+        downscale_to_zero_delay_s=0.0,
         policy=AutoscalingPolicy(policy_function="serve_app.autoscaling:replicas"),
     )
     return {"autoscaling_config": scaled}

@@ -234,7 +234,10 @@ class ScalingSettings(Strict):
         2, gt=1, description="The quick average over the slow one that is a panic: no shrinking."
     )
     down_after_s: float = Field(300, gt=0, description="The largest size wanted so lately counts.")
-    idle_s: float = Field(600, gt=0, description="Idle for so long, a pool with least 0 has none.")
+    to_zero: bool = Field(
+        False, description="An idle pool may have no replica; its autoscale.min_replicas is 0."
+    )
+    idle_s: float = Field(600, gt=0, description="An idle pool is put to sleep after so long.")
     forecast: bool = Field(False, description="Remember the rate by time of day, be ready for it.")
 
     @model_validator(mode="after")
@@ -247,6 +250,7 @@ class ScalingSettings(Strict):
         """Return the settings as core reads them; ``cap`` is the pool's per replica."""
         given = dict(self)
         forecast, knee = given.pop("forecast"), given.pop("knee_concurrency")
+        del given["to_zero"]  # the routers' to know; what the size may be is the engines' to say
         return ScalingPolicy(
             knee_concurrency=knee or float(cap),
             forecast_buckets=FORECAST_BUCKETS if forecast else 0,

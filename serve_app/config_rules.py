@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import Final
 
 from serve_app.config import ControlArgs, GatewayArgs, PoolArgs, RouterConfig, VllmSettings
+from serve_app.config_policy import PoolPolicy
 from serve_app.usage_log import DEFAULT_FOLDER
 
 GATEWAY: Final = "serve_app.app:gateway"
@@ -69,6 +70,10 @@ def _pool_problems(gateway: Application, pools: list[Application]) -> list[str]:
         for name, application in served.items()
         if name not in router.pools
     ]
+    for name, policy in router.pools.items():
+        pool = served.get(name)
+        if pool is not None and isinstance(pool.args, PoolArgs):
+            problems += _scaling_problems(f"{config}.pools.{name}", policy, pool, pool.args)
     for alias, route in router.aliases.items():
         pool = served.get(route.pool)
         if route.adapter is None or pool is None or not isinstance(pool.args, PoolArgs):
@@ -79,6 +84,24 @@ def _pool_problems(gateway: Application, pools: list[Application]) -> list[str]:
                 "serves no adapters; point the alias at the pool itself"
             )
     return problems
+
+
+def _scaling_problems(
+    where: str, policy: PoolPolicy, pool: Application, args: PoolArgs
+) -> list[str]:
+    """Return where a pool's two parts disagree on whether it may sleep."""
+    sleeps = args.replicas.bounds is not None and args.replicas.bounds[0] == 0
+    if policy.scaling.to_zero and not sleeps:
+        return [
+            f"{where}.scaling.to_zero: {pool.where}.args.replicas.autoscale.min_replicas must be 0 "
+            "for it"
+        ]
+    if sleeps and not policy.scaling.to_zero:
+        return [
+            f"{pool.where}.args.replicas.autoscale.min_replicas: 0 lets the pool sleep; then write "
+            f"{where}.scaling.to_zero: true"
+        ]
+    return []
 
 
 def journal_folder(applications: Sequence[Application]) -> str:
@@ -145,7 +168,24 @@ def warnings(applications: list[Application]) -> list[str]:
             lines.append(f"{application.where}: no aliases, so no model can be called")
         if isinstance(args, GatewayArgs):
             lines += _prompt_warnings(application, applications)
+            lines += _sleep_warnings(application)
     return lines
+
+
+def _sleep_warnings(gateway: Application) -> list[str]:
+    """Return the pools that sleep whose requests would not be held until they are awake."""
+    where = f"{gateway.where}.deployments[0].user_config.pools"
+    return [
+        f"{where}.{name}.{field}: {held_s:g} s is below scaling.cold_start_s "
+        f"({pool.scaling.cold_start_s:g} s): a sleeping pool refuses before it wakes"
+        for name, pool in (gateway.router or RouterConfig()).pools.items()
+        if pool.scaling.to_zero
+        for field, held_s in (
+            ("hold_without_replica_s", pool.hold_without_replica_s),
+            ("queue_timeout_s", pool.queue_timeout_s),
+        )
+        if held_s < pool.scaling.cold_start_s
+    ]
 
 
 def _prompt_warnings(gateway: Application, applications: list[Application]) -> list[str]:

@@ -17,7 +17,11 @@ METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """What a router can do right now."""
+    """What a router can do right now.
+
+    ``pools`` are the replicas of each; ``sleeping`` those that may have none while idle, and wake
+    for a request.
+    """
 
     keys_loaded: bool
     pools: Mapping[str, int]
@@ -25,12 +29,13 @@ class Readiness:
     control_away: bool
     notes: Sequence[str] = ()
     draining: bool = False
+    sleeping: frozenset[str] = frozenset()
 
     @property
     def ready(self) -> bool:
-        """Whether requests of at least one pool can be served."""
-        served = any(replicas > 0 for replicas in self.pools.values())
-        return self.keys_loaded and served and not self.draining
+        """Whether requests of at least one pool can be served, if need be after it woke."""
+        served = self.sleeping or any(replicas > 0 for replicas in self.pools.values())
+        return self.keys_loaded and bool(served) and not self.draining
 
 
 class MetricsCopy:
@@ -91,6 +96,7 @@ class Operations:
             "status": "ready" if state.ready else "not_ready",
             "pools": {
                 name: {"ready": replicas > 0, "replicas": replicas}
+                | ({"asleep": True} if not replicas and name in state.sleeping else {})
                 for name, replicas in sorted(state.pools.items())
             },
             "keys_loaded": state.keys_loaded,

@@ -238,6 +238,9 @@ class Router:
             fast_path=ray_env.fast_path(os.environ),
             notes=self._shortcomings,
             control_away=self._uplink.control_is_away,
+            sleeping=frozenset(
+                name for name, pool in self._config.pools.items() if pool.scaling.to_zero
+            ),
         )
 
     def _beat(self) -> Heartbeat:

@@ -185,7 +185,8 @@ def decide(policy: ScalingPolicy, state: ScalingState, demand: Demand) -> Decisi
     needed, parts = _needed(policy, state, demand)
     demanded = bool(demand.queued or demand.in_flight or state.slow_per_s > 1e-6)
     wanted = ceil(needed - policy.up_margin - ROUNDING) + (policy.headroom if demanded else 0)
-    wanted = min(max(wanted, policy.least, 1 if demanded else 0), policy.most)
+    # To nothing it goes by being idle for long enough, and not otherwise.
+    wanted = min(max(wanted, policy.least, 1 if demanded or size else 0), policy.most)
     state = replace(state, peaks=_peaks(policy, state, demand.now_s, wanted))
     if wanted >= size:
         step = max(policy.up_step_least, floor(size * policy.up_step_ratio))

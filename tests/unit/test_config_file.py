@@ -506,3 +506,37 @@ def test_journals_in_different_folders_are_refused(tmp_path: Path) -> None:
     apart["applications"][1]["args"]["journal"] = {"folder": "/b"}
     [line] = problems(tmp_path, apart)
     assert line.startswith("applications[1].args.journal.folder: '/b', but '/a' elsewhere")
+
+
+def scaled(autoscale: dict[str, int], scaling: dict[str, Any], num_replicas: int = 1) -> Any:
+    sized = document()
+    sized["applications"][1]["args"]["replicas"] = {
+        "num_replicas": num_replicas,
+        "autoscale": autoscale,
+    }
+    pools = sized["applications"][2]["deployments"][0]["user_config"]["pools"]
+    pools["sim"] = {**(pools["sim"] or {}), "scaling": scaling}
+    return sized
+
+
+def test_a_pool_sleeps_only_if_both_its_parts_say_so(tmp_path: Path) -> None:
+    [line] = problems(tmp_path, scaled({"min_replicas": 0, "max_replicas": 2}, {}))
+    assert line.endswith("user_config.pools.sim.scaling.to_zero: true")
+    [line] = problems(tmp_path, scaled({"min_replicas": 1, "max_replicas": 2}, {"to_zero": True}))
+    assert line.endswith("args.replicas.autoscale.min_replicas must be 0 for it")
+    sleeping = scaled({"min_replicas": 0, "max_replicas": 2}, {"to_zero": True})
+    warned = loaded(tmp_path, sleeping).warnings
+    assert [line.split(":")[0].rpartition(".")[2] for line in warned] == [
+        "hold_without_replica_s",
+        "queue_timeout_s",
+    ]
+
+
+def test_a_pool_begins_between_its_bounds(tmp_path: Path) -> None:
+    [line] = problems(tmp_path, scaled({"min_replicas": 2, "max_replicas": 4}, {}))
+    assert (
+        "num_replicas (1) must be between autoscale.min_replicas (2) and max_replicas (4)" in line
+    )
+    [line] = problems(tmp_path, scaled({"min_replicas": 4, "max_replicas": 2}, {}))
+    assert "min_replicas must be at most max_replicas" in line
+    assert loaded(tmp_path, scaled({"min_replicas": 1, "max_replicas": 4}, {})).pools["sim"]
