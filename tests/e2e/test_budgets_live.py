@@ -28,7 +28,9 @@ def document() -> dict[str, Any]:
     _, pool, gateway = found["applications"]
     pool["args"]["engine"] |= {"weights_s": 0.005}
     gateway["args"]["replicas"]["num_replicas"] = ROUTERS
-    gateway["deployments"][0]["user_config"]["pools"]["sim"] |= {"queue_timeout_s": 60}
+    rules = gateway["deployments"][0]["user_config"]
+    rules["pools"]["sim"] |= {"queue_timeout_s": 60}
+    rules["tenants"] = {"quiet": {"limits": {"concurrent": 5000}}}
     return found
 
 
@@ -177,3 +179,35 @@ def test_a_stream_goes_on_as_long_as_there_is_budget_and_lets_others_in(stack: S
     assert usage.completion_tokens > 900, "more than the 512 tokens that were reserved at first"
     until(lambda: settled(stack, "long"), "the ledger has everything")
     assert 0.95 * 0.012 * NANO <= spent(stack, "long") <= 0.012 * NANO
+
+
+def test_prices_corrections_and_who_changed_what_are_had_over_http(stack: Stack) -> None:
+    with stack.http() as admin:
+        [book] = admin.get("/admin/prices").json()["data"]
+        assert (book["version"], book["in_force"]) == (1, True)
+        headrace(stack, "budgets", "set", "tenant", "taken", "1")
+        body = {"model": "sim", "prompt": "x", "max_tokens": 4}
+        with stack.http(make_key(stack, "taken")) as client:
+            served = client.post("/v1/completions", json=body)
+        where = f"/admin/usage/{served.headers['x-headrace-request-id']}/reversal"
+        reason = {"reason": "a test"}
+        until(lambda: admin.post(where, json=reason).status_code != 404, "the ledger has it")
+        assert admin.post(where, json=reason).json()["new"] is False
+        until(lambda: spent(stack, "taken") == 0, "both witnesses have spoken, or one")
+
+        def told(subject: str) -> list[dict[str, Any]]:
+            found: list[dict[str, Any]]
+            found = admin.get("/admin/audit", params={"subject": subject}).json()["data"]
+            return found
+
+        [imported] = told("prices")
+        assert (imported["action"], imported["via"]) == ("prices.import", "command")
+        [reversal, *_] = told("request")
+        assert (reversal["actor"], reversal["note"]) == ("key bootstrap", "a test")
+        [key, *_] = told("key")
+        assert (key["action"], key["via"]) == ("key.create", "http")
+        [limits] = told("limits")
+        assert limits["via"] == "configuration"
+        assert limits["after"] == {"tenants.quiet.limits.concurrent": 5000}
+    verified = stack.headrace("usage", "--verify", "--config", stack.folder / "stack.yaml")
+    assert verified.returncode == 0, verified.stdout

@@ -370,3 +370,25 @@ async def test_an_extension_that_comes_too_late_is_of_no_use(engine: SimEngine) 
     engine.extend(call.request_id, 100)
     assert isinstance(items[-1], Final)
     assert items[-1].usage.completion_tokens == 10
+
+
+async def test_an_engine_that_was_held_up_counts_nothing_that_was_not_paid_for() -> None:
+    late_s = [0.0]
+    settings = SimSettings(max_model_len=4096)
+    engine = SimEngine(
+        settings, PoolName("pool"), ReplicaId("r0"), lambda: time.monotonic() + late_s[0]
+    )
+    await engine.start()
+    metered: list[Metered] = []
+    engine.on_metered(metered.append)
+    call = replace(chat(max_tokens=2000), stream=True, paid_tokens=10)
+    made = 0
+    async with aclosing(engine.generate(call)) as items:
+        async for item in items:
+            if isinstance(item, Frame):
+                made += len(item.token_ids)
+            # A thousand steps at once, when it gets to look.
+            late_s[0] = 10.0
+    await engine.stop()
+    assert made == 10
+    assert [each.usage.completion_tokens for each in metered] == [10]
