@@ -65,8 +65,8 @@ class Steps:
 
     ``decodes`` holds every decoding sequence, by its account, with its context ``passed``
     steps before the first of these; it grows by one token a step. Steps of one composition
-    share that tuple and follow one another without a gap. With ``prefills`` there is one
-    step. Where one ends and the next starts is the same float.
+    share that tuple. With ``prefills`` there is one step. Where one ends and the next starts
+    is the same float, unless the engine stood still in between.
     """
 
     start_s: float
@@ -133,7 +133,12 @@ class CostMeter:
         if not self._ready:
             return
         first = self._first
-        if first is None or steps.decodes is not first.decodes or steps.prefills:
+        if (
+            first is None
+            or steps.decodes is not first.decodes
+            or steps.prefills
+            or _ns(steps.start_s) > self._stepped_ns  # in between nobody computed
+        ):
             self._split()
             self._first = first = steps
             self._steps = 0
