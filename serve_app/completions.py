@@ -41,6 +41,7 @@ from serve_app.gateway.auth import authenticate, require_model
 from serve_app.gateway.edge import request_names, server_send
 from serve_app.gateway.http import ClientGone, internal_error, read_body, require_json
 from serve_app.gateway.wire import ParsedRequest, parse_chat, parse_completions
+from serve_app.hold import Hold
 from serve_app.keys import KeyRecord, KeyTable
 from serve_app.limiter import RouterLimits
 from serve_app.money import Money
@@ -223,7 +224,15 @@ class Completions:
         self, endpoint: Endpoint, prepared: Prepared, relay: Relay, audit: Audit
     ) -> None:
         """Wait for a place and deliver the answer while it is held."""
-        async with self._gate.place(prepared.ticket) as lease:
+        limits = self._limits
+        hold = Hold(
+            relay.stream,
+            streamed=prepared.parsed.stream,
+            comment_s=limits.hold_comment_s,
+            plain_s=limits.hold_plain_s,
+        )
+        async with hold, self._gate.place(prepared.ticket) as lease:
+            await hold.over()
             dispatch = lease.dispatch
             # A fallback pool may have taken it.
             audit.pool = dispatch.pool

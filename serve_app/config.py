@@ -222,6 +222,12 @@ class LimitSettings(Strict):
     max_choices: int = Field(16, ge=1, description="Upper bound of n.")
     max_prompts: int = Field(128, ge=1, description="Prompts in one completions request.")
     max_stream_s: float = Field(600, gt=0, description="A response may last this long.")
+    hold_comment_s: float = Field(
+        10, gt=0, description="A stream that waits for a place says so with a comment so often."
+    )
+    hold_plain_s: float = Field(
+        60, gt=0, description="What is not streamed waits for a place at most so long."
+    )
 
 
 class ChannelSettings(Strict):

@@ -100,7 +100,9 @@ class Relay:
         self.add_headers(headers)
 
     def add_headers(self, headers: Headers) -> None:
-        """Add response headers, before anything was sent."""
+        """Add response headers; a stream that was held may have sent its own already."""
+        if self.stream.started:
+            return
         self._headers.extend(headers)
         for name, value in headers:
             self.stream.add_header(name, value)

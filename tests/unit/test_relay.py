@@ -145,7 +145,7 @@ class Case:
         self.slots = Slots(replicas or ("r1",))
         self.client = client or Client()
         self.relay = Relay(self.client.send, [(b"x-own", b"1")], lambda: 1.0)
-        self.lease = Lease(self.slots, ticket(), self.slots.dispatch())  # type: ignore[arg-type]
+        self.lease = Lease(self.slots, ticket(), self.slots.dispatch(), 0.0)  # type: ignore[arg-type]
         self.stream = stream
 
     async def run(self) -> None:
