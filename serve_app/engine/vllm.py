@@ -50,6 +50,7 @@ from serve_app.engine.vllm_args import (
 from serve_app.engine.vllm_costs import VllmCosts
 from serve_app.engine.vllm_generation import Generation
 from serve_app.engine.vllm_output import OwnOutput, root_cause
+from serve_app.engine.vllm_wire import most_tokens
 
 if TYPE_CHECKING:
     import psutil
@@ -92,6 +93,7 @@ class VllmEngine:
         self._clock = clock
         self._listeners: list[Callable[[Metered], None]] = []
         self._in_flight: dict[RequestId, Generation] = {}
+        self._extending: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
         self._loading: asyncio.Future[tuple[MeteredAsyncLLM, Namespace]] | None = None
@@ -154,7 +156,16 @@ class VllmEngine:
             await self._llm.abort(list(generation.collectors))
 
     def extend(self, request_id: RequestId, paid_tokens: int) -> None:
-        """Do nothing: vLLM's engine holds on to the maximum that a request came with."""
+        """See ``Engine.extend``. With a scheduler that is not ours nothing happens."""
+        generation = self._in_flight.get(request_id)
+        if generation is None or self._llm is None or generation.call.paid_tokens is None:
+            return
+        most = most_tokens(generation.call)
+        tokens = paid_tokens if most is None else min(paid_tokens, most)
+        for name in list(generation.collectors):
+            task = asyncio.create_task(self._llm.extend(name, tokens))
+            self._extending.add(task)
+            task.add_done_callback(self._extending.discard)
 
     def snapshot(self) -> ReplicaView:
         """Return the load right now.

@@ -25,6 +25,7 @@ from serve_app.engine.meter import ChoiceStep, PromptMeter
 from serve_app.engine.step_reader import StepReader
 from serve_app.engine.step_records import SOCKET_VARIABLE, StepInbox
 from serve_app.engine.vllm_executor import attached_executor
+from serve_app.engine.vllm_extension import extension
 from serve_app.engine.vllm_generation import Generation
 from serve_app.engine.vllm_scheduler import recording_scheduler
 
@@ -166,6 +167,12 @@ class MeteredAsyncLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is untyped here
 
         self.output_processor.add_request = add_request
         self.load.steps = steps
+
+    async def extend(self, request_id: str, output_tokens: int) -> None:
+        """Let a request that runs go on to ``output_tokens``; what has ended has ended."""
+        internal_ids = self.output_processor.external_req_ids.get(request_id, ())
+        told = [extension(each, output_tokens) for each in internal_ids]
+        await self.engine_core.abort_requests_async(told)
 
     def stop_listening(self) -> None:
         """Stop reading the engine's output, so that its end is not taken for its death."""

@@ -16,6 +16,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from serve_app.engine.step_log import StepLog
 from serve_app.engine.step_records import SOCKET_VARIABLE, StepSender
+from serve_app.engine.vllm_extension import ExtendsAnswers
 
 _log = logging.getLogger("headrace.engine")
 
@@ -80,11 +81,11 @@ class RecordsSteps:
         return any(self.get_request_counts())  # type: ignore[attr-defined]  # vLLM's
 
 
-class RecordingScheduler(RecordsSteps, Scheduler):  # type: ignore[misc]  # vLLM is untyped here
+class RecordingScheduler(ExtendsAnswers, RecordsSteps, Scheduler):  # type: ignore[misc]  # vLLM is untyped here
     """vLLM's synchronous scheduler."""
 
 
-class RecordingAsyncScheduler(RecordsSteps, AsyncScheduler):  # type: ignore[misc]  # as above
+class RecordingAsyncScheduler(ExtendsAnswers, RecordsSteps, AsyncScheduler):  # type: ignore[misc]  # as above
     """vLLM's asynchronous scheduler."""
 
 

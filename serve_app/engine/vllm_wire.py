@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -59,6 +60,16 @@ def request_body(call: GenerateCall) -> dict[str, Any]:
     if caps:
         _cap_output(body, call.endpoint, min(caps))
     return body
+
+
+def most_tokens(call: GenerateCall) -> int | None:
+    """Return the most output tokens of each choice if all were paid for, None without a limit."""
+    body = request_body(replace(call, paid_tokens=None))
+    wanted = body.get("max_completion_tokens") if call.endpoint is Endpoint.CHAT else None
+    wanted = body.get("max_tokens") if wanted is None else wanted
+    if wanted is None and call.endpoint is Endpoint.COMPLETIONS:
+        return _DEFAULT_COMPLETION_TOKENS
+    return wanted if isinstance(wanted, int) else None
 
 
 def refusal(endpoint: Endpoint, status: int, message: str, param: str | None) -> Refusal:

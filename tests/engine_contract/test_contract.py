@@ -324,6 +324,35 @@ async def test_what_is_paid_for_caps_the_output_too(engine: Engine, stream: bool
     assert answer.final.finish_reason == "length"
 
 
+async def test_what_is_paid_for_meanwhile_lets_an_answer_go_on(engine: Engine) -> None:
+    call = replace(make_call(max_tokens=60), paid_tokens=24)
+    answer = Collected()
+    async with aclosing(engine.generate(call)) as items:
+        async for item in items:
+            if isinstance(item, Frame):
+                if not answer.frames:
+                    engine.extend(call.request_id, 40)
+                    engine.extend(call.request_id, 30)
+                answer.frames.append(item)
+            elif isinstance(item, Final):
+                answer.final = item
+    assert answer.final is not None
+    assert answer.final.usage.completion_tokens == 40
+    assert answer.final.finish_reason == "length"
+    engine.extend(call.request_id, 50)
+
+
+async def test_no_extension_goes_beyond_what_was_asked_for(engine: Engine) -> None:
+    call = replace(make_call(max_tokens=30), paid_tokens=24)
+    final = None
+    async with aclosing(engine.generate(call)) as items:
+        async for item in items:
+            engine.extend(call.request_id, 1000)
+            final = item
+    assert isinstance(final, Final)
+    assert final.usage.completion_tokens == 30
+
+
 async def test_output_ends_with_the_context(engine: Engine) -> None:
     answer = await collect(engine, make_call(Endpoint.COMPLETIONS, text="boat " * 800))
     long = await collect(

@@ -9,6 +9,7 @@ from serve_app.core.types import PriorityClass, RequestId
 from serve_app.engine.api import Endpoint, GenerateCall
 from serve_app.engine.vllm_wire import (
     ENGINE_ONLY_FIELDS,
+    most_tokens,
     refusal,
     request_body,
     validation_error,
@@ -124,3 +125,24 @@ def test_validation_errors_name_the_field_as_the_client_wrote_it(
     named, message = validation_error(path, "Value error, is wrong")
     assert named == param
     assert message == (f"{param}: is wrong" if param else "is wrong")
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body", "cap", "most"),
+    [
+        (Endpoint.CHAT, {"max_tokens": 50}, None, 50),
+        (Endpoint.CHAT, {"max_tokens": 50, "max_completion_tokens": 40}, None, 40),
+        (Endpoint.CHAT, {"max_tokens": 50}, 30, 30),
+        (Endpoint.CHAT, {}, None, None),
+        (Endpoint.CHAT, {}, 30, 30),
+        (Endpoint.COMPLETIONS, {}, None, 16),
+        (Endpoint.COMPLETIONS, {"max_tokens": 50}, 80, 50),
+    ],
+)
+def test_what_is_paid_for_caps_an_answer_below_the_most_it_may_have(
+    endpoint: Endpoint, body: dict[str, Any], cap: int | None, most: int | None
+) -> None:
+    call = _call(body, endpoint=endpoint, max_tokens=cap, paid_tokens=8)
+    sent = request_body(call)
+    assert 8 in (sent.get("max_tokens"), sent.get("max_completion_tokens"))
+    assert most_tokens(call) == most
