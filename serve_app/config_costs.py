@@ -131,6 +131,9 @@ class CostSettings(Strict):
         min_length=1,
         description="A request is in time if its first token came within its class's.",
     )
+    watch_period_s: float = Field(
+        60, ge=1, le=3600, description="How often Control looks whether an hour is over."
+    )
     alert_gap_ratio: float = Field(
         0.01, gt=0, le=1, description="A node's gap above this part of its bill is an alert."
     )

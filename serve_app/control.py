@@ -25,6 +25,7 @@ from serve_app.core.budget import Account, Balance, Budget, BudgetKey, Line
 from serve_app.core.demand import EngineNews
 from serve_app.core.pricing import PriceBook, RateCard
 from serve_app.core.slice_messages import Bell, Message, Reply
+from serve_app.cost_watch import CostWatch
 from serve_app.granter import GrantDesk
 from serve_app.journal import Sweeper
 from serve_app.keys import KeyRecord, KeyTable, KeyWish, bootstrap_record
@@ -46,6 +47,7 @@ from serve_app.telemetry.bill_metrics import BillMetrics
 from serve_app.telemetry.exposition import Family, merge, render_families
 from serve_app.telemetry.logs import configure, process_stderr
 from serve_app.telemetry.metrics import ControlMetrics
+from serve_app.telemetry.spending_metrics import SpendingMetrics
 from serve_app.telemetry.uplink import Heartbeat, Tables
 from serve_app.treasury import MoneyBell, Treasury
 from serve_app.usage_log import journal_folder
@@ -100,6 +102,9 @@ class Control:
         )
         await self._treasury.follow()
         self._bills = self._read_bills()
+        spending = SpendingMetrics(self._metrics.registry)
+        self._costs = CostWatch(database, self._args.costs, spending, time.time)
+        self._costs.start()
         self._watch = asyncio.create_task(self._follow_store())
 
     async def heartbeat(self, beat: Heartbeat) -> Tables:
