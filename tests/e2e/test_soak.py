@@ -160,7 +160,7 @@ async def test_a_client_that_reads_a_byte_at_a_time_is_cut_off_and_nobody_else_n
     "duration_s",
     [
         pytest.param(60, id="1 minute"),
-        pytest.param(1800, id="30 minutes", marks=pytest.mark.proof),
+        pytest.param(1800, id="30 minutes", marks=(pytest.mark.proof, pytest.mark.timeout(3600))),
     ],
 )
 async def test_steady_load_leaks_no_memory_stream_slot_or_socket(
