@@ -11,7 +11,7 @@ import httpx
 from serve_app.changes import PARAMETERS, Actor, ChangeQuery, change_json
 from serve_app.config_costs import CostSettings
 from serve_app.errors import ApiError, ConfigError
-from serve_app.gateway.admin import key_json, key_request
+from serve_app.gateway.admin import key_json, key_request, rotated_json, rotation_request
 from serve_app.gateway.admin_usage import reversal_json
 from serve_app.keys import BOOTSTRAP_KEY_ID
 from serve_app.ledger.database import Database
@@ -38,6 +38,9 @@ class Keys(Protocol):
 
     def list(self) -> list[dict[str, Any]]:
         """Return every key."""
+
+    def rotate(self, key_id: str, overlap_s: float) -> dict[str, Any]:
+        """Make a key in another's place; the answer's `key` is its secret."""
 
     def revoke(self, key_id: str) -> dict[str, Any]:
         """Revoke a key."""
@@ -68,16 +71,32 @@ class DatabaseKeys:
         """See Keys."""
         return [key_json(record, time.time()) for record in self._store.list()]
 
+    def rotate(self, key_id: str, overlap_s: float) -> dict[str, Any]:
+        """See Keys."""
+        _require_stored(key_id)
+        try:
+            wish = rotation_request({"overlap_s": overlap_s})
+        except ApiError as error:
+            raise CommandFailed(str(error)) from error
+        rotated = self._store.rotate(key_id, wish.overlap_s, self._by)
+        if rotated is None:
+            raise CommandFailed(f"there is no valid key {key_id!r}; see `headrace keys list`")
+        return rotated_json(*rotated, time.time())
+
     def revoke(self, key_id: str) -> dict[str, Any]:
         """See Keys."""
-        if key_id == BOOTSTRAP_KEY_ID:
-            raise CommandFailed(
-                "the bootstrap key comes from HEADRACE_BOOTSTRAP_KEY; unset it and restart"
-            )
+        _require_stored(key_id)
         record = self._store.revoke(key_id, self._by)
         if record is None:
             raise CommandFailed(f"there is no key {key_id!r}; see `headrace keys list`")
         return key_json(record, time.time())
+
+
+def _require_stored(key_id: str) -> None:
+    if key_id == BOOTSTRAP_KEY_ID:
+        raise CommandFailed(
+            "the bootstrap key comes from HEADRACE_BOOTSTRAP_KEY; unset it and restart"
+        )
 
 
 class _Service:
@@ -129,6 +148,10 @@ class HttpKeys(_Service):
         """See Keys."""
         records: list[dict[str, Any]] = self._call("GET", "/admin/keys")["data"]
         return records
+
+    def rotate(self, key_id: str, overlap_s: float) -> dict[str, Any]:
+        """See Keys."""
+        return self._call("POST", f"/admin/keys/{key_id}/rotation", json={"overlap_s": overlap_s})
 
     def revoke(self, key_id: str) -> dict[str, Any]:
         """See Keys."""

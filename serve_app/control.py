@@ -231,6 +231,14 @@ class Control:
         await self._refresh()
         return created
 
+    async def rotate_key(
+        self, key_id: str, overlap_s: float, by: Actor
+    ) -> tuple[str, KeyRecord, KeyRecord] | None:
+        """Make a key in another's place; return its secret, its record and the old one's."""
+        rotated = await asyncio.to_thread(self._store.rotate, key_id, overlap_s, by)
+        await self._refresh()
+        return rotated
+
     async def revoke_key(self, key_id: str, by: Actor) -> KeyRecord | None:
         """Revoke a key; None if there is none of that id."""
         revoked = await asyncio.to_thread(self._store.revoke, key_id, by)

@@ -148,6 +148,15 @@ class HandleControlLink:
         created: tuple[str, KeyRecord] = await self._handle.create_key.remote(wish, by)
         return created
 
+    async def rotate_key(
+        self, key_id: str, overlap_s: float, by: Actor
+    ) -> tuple[str, KeyRecord, KeyRecord] | None:
+        """Make a key in another's place; None if there is none valid of that id."""
+        rotated: tuple[str, KeyRecord, KeyRecord] | None = await self._handle.rotate_key.remote(
+            key_id, overlap_s, by
+        )
+        return rotated
+
     async def revoke_key(self, key_id: str, by: Actor) -> KeyRecord | None:
         """Revoke a key; None if there is none of that id."""
         revoked: KeyRecord | None = await self._handle.revoke_key.remote(key_id, by)

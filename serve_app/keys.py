@@ -86,6 +86,20 @@ class KeyWish:
     expires_at_s: float | None = None
 
 
+def successor(record: KeyRecord, now_wall_s: float) -> KeyWish:
+    """Return the wish for a key that takes this one's place: its scope, its lifetime anew."""
+    lifetime_s = None if record.expires_at_s is None else record.expires_at_s - record.created_at_s
+    return KeyWish(
+        name=record.name,
+        tenant=record.tenant,
+        user=record.user,
+        admin=record.admin,
+        priority_ceiling=record.priority_ceiling,
+        models=record.models,
+        expires_at_s=None if lifetime_s is None else now_wall_s + lifetime_s,
+    )
+
+
 def new_key(wish: KeyWish, now_wall_s: float) -> tuple[str, KeyRecord]:
     """Make a key from the system's random source; return its secret and its record.
 

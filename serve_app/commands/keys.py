@@ -1,4 +1,4 @@
-"""``headrace keys``: create, list and revoke API keys."""
+"""``headrace keys``: create, list, rotate and revoke API keys."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 def add_parser(subparsers: Subparsers) -> None:
     """Register the command."""
-    parser = command(subparsers, "keys", "Create, list and revoke API keys.", _EXAMPLE)
+    parser = command(subparsers, "keys", "Create, list, rotate and revoke API keys.", _EXAMPLE)
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     create = command(
         actions, "create", "Create an API key; it is shown once and kept nowhere.", _CREATE_EXAMPLE
@@ -38,6 +38,20 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     listing.add_argument("--all", action="store_true", help="revoked and expired keys too")
     listing.set_defaults(run=_list)
+    rotate = command(
+        actions,
+        "rotate",
+        "Make a key in another's place: same scope, same lifetime anew; shown once.",
+        "headrace keys rotate k7f3m2qa --overlap 12h --config configs/local.yaml",
+    )
+    rotate.add_argument("key_id", metavar="KEY_ID", help="as `headrace keys list` shows it")
+    rotate.add_argument(
+        "--overlap",
+        metavar="TIME",
+        default="24h",
+        help="the old key works for so long beside the new one (default: %(default)s)",
+    )
+    rotate.set_defaults(run=_rotate)
     revoke = command(
         actions,
         "revoke",
@@ -46,7 +60,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     revoke.add_argument("key_id", metavar="KEY_ID", help="as `headrace keys list` shows it")
     revoke.set_defaults(run=_revoke)
-    for action in (create, listing, revoke):
+    for action in (create, listing, rotate, revoke):
         add_place_options(action)
         action.add_argument("--json", action="store_true", help="print JSON")
 
@@ -75,9 +89,21 @@ def _create(args: argparse.Namespace) -> int:
         "admin": args.admin,
         "priority_ceiling": args.ceiling,
         "models": args.models.split(",") if args.models else None,
-        "expires_in_s": _duration_s(args.expires) if args.expires else None,
+        "expires_in_s": _duration_s("--expires", args.expires) if args.expires else None,
     }
-    created = _keys(args).create(fields)
+    return _show_secret(args, _keys(args).create(fields))
+
+
+def _rotate(args: argparse.Namespace) -> int:
+    overlap_s = _duration_s("--overlap", args.overlap)
+    rotated = _keys(args).rotate(_key_id(args.key_id), overlap_s)
+    if not args.json:
+        old = rotated["replaces"]
+        note(f"key {old['id']} works until {_local_time(old['expires_at'])}")
+    return _show_secret(args, rotated)
+
+
+def _show_secret(args: argparse.Namespace, created: dict[str, Any]) -> int:
     if args.json:
         _print_json(created)
         return 0
@@ -100,14 +126,22 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _revoke(args: argparse.Namespace) -> int:
-    # Whoever has only the secret can revoke it too: its id is in it.
-    secret = re.fullmatch(r"(?:hr-)?([a-z0-9]{8})(?:-[A-Za-z0-9_-]{43})?", args.key_id)
-    record = _keys(args).revoke(secret.group(1) if secret else args.key_id)
+    record = _keys(args).revoke(_key_id(args.key_id))
     if args.json:
         _print_json(record)
     else:
         out(f"revoked {record['id']} ({record['name']}, tenant {record['tenant']})")
     return 0
+
+
+def _key_id(text: str) -> str:
+    """Return the id that is meant; whoever has only the secret has it too: it is in there."""
+    secret = re.fullmatch(r"(?:hr-)?([a-z0-9]{8})(?:-[A-Za-z0-9_-]{43})?", text)
+    return secret.group(1) if secret else text
+
+
+def _local_time(at_s: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at_s))
 
 
 def _cells(record: dict[str, Any]) -> tuple[str, ...]:
@@ -121,7 +155,7 @@ def _cells(record: dict[str, Any]) -> tuple[str, ...]:
         record["priority_ceiling"],
         ",".join(record["models"]) if record["models"] else "all",
         record["state"],
-        time.strftime("%Y-%m-%d %H:%M", time.localtime(expires_at)) if expires_at else "never",
+        _local_time(expires_at) if expires_at else "never",
     )
 
 
@@ -135,10 +169,10 @@ def _keys(args: argparse.Namespace) -> Keys:
     return DatabaseKeys(where, actor())
 
 
-def _duration_s(text: str) -> float:
+def _duration_s(option: str, text: str) -> float:
     match = re.fullmatch(r"([0-9]{1,9})([smhdw])", text)
     if not match:
-        raise ConfigError(f"--expires must be a number with s, m, h, d or w; got {text!r:.40}")
+        raise ConfigError(f"{option} must be a number with s, m, h, d or w; got {text!r:.40}")
     return float(int(match.group(1)) * _UNITS_S[match.group(2)])
 
 

@@ -1,8 +1,9 @@
 """/admin/keys: keys created, listed and revoked over HTTP, by whoever has an admin key.
 
-GET    /admin/keys            every key, revoked ones included; never a secret
-POST   /admin/keys            a new key; the only answer that has its secret
-DELETE /admin/keys/{key_id}   revoke for good
+GET    /admin/keys                     every key, revoked ones included; never a secret
+POST   /admin/keys                     a new key; the only answer that has its secret
+POST   /admin/keys/{key_id}/rotation   a new key in its place; the old one ends after an overlap
+DELETE /admin/keys/{key_id}            revoke for good
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ ClassName = Literal["critical", "standard", "sheddable"]
 
 _MAX_BODY_BYTES = 65_536
 _LONGEST_S = 10 * 366 * 86_400
+OVERLAP_S = 86_400.0
 
 
 class KeyAdmin(Protocol):
@@ -44,6 +46,11 @@ class KeyAdmin(Protocol):
 
     async def create_key(self, wish: KeyWish, by: Actor) -> tuple[str, KeyRecord]:
         """Make a key; return its secret and its record."""
+
+    async def rotate_key(
+        self, key_id: str, overlap_s: float, by: Actor
+    ) -> tuple[str, KeyRecord, KeyRecord] | None:
+        """Make a key in another's place; return its secret and both records, or None."""
 
     async def revoke_key(self, key_id: str, by: Actor) -> KeyRecord | None:
         """Revoke a key and return its record, or None if there is none."""
@@ -79,6 +86,31 @@ class KeyRequest(BaseModel):
             models=None if self.models is None else tuple(self.models),
             expires_at_s=None if self.expires_in_s is None else now_wall_s + self.expires_in_s,
         )
+
+
+class RotationRequest(BaseModel):
+    """For how long the old key works beside the new one."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+    overlap_s: float = Field(OVERLAP_S, ge=0, le=_LONGEST_S)
+
+
+def rotation_request(fields: dict[str, Any]) -> RotationRequest:
+    """Check what is asked of a rotation.
+
+    Raises:
+        InvalidRequest: a field is unknown or wrong; ``param`` names it.
+    """
+    try:
+        return RotationRequest.model_validate(fields)
+    except ValidationError as error:
+        raise from_validation(error, fields) from None
+
+
+def rotated_json(secret: str, record: KeyRecord, old: KeyRecord, now_s: float) -> dict[str, Any]:
+    """Return a rotation as the API shows it: the new key with its secret, and the old one."""
+    return {**key_json(record, now_s), "key": secret, "replaces": key_json(old, now_s)}
 
 
 def key_request(fields: dict[str, Any]) -> KeyRequest:
@@ -124,6 +156,7 @@ class KeyAdministration:
             Route("/admin/keys", self.list, methods=["GET"]),
             Route("/admin/keys", self.create, methods=["POST"]),
             Route("/admin/keys/{key_id}", self.revoke, methods=["DELETE"]),
+            Route("/admin/keys/{key_id}/rotation", self.rotate, methods=["POST"]),
         ]
 
     async def list(self, request: Request) -> Response:
@@ -147,21 +180,40 @@ class KeyAdministration:
         logger.info("key %s created by key %s", record.key_id, caller.key_id)
         return json_answer({**key_json(record, now_s), "key": secret}, status=201)
 
+    async def rotate(self, request: Request) -> Response:
+        """Make a key in another's place; its secret is in this answer and nowhere else."""
+        caller = self._caller(request.scope)
+        require_admin(caller)
+        key_id = _stored_id(request)
+        body = await read_body(request.scope, request.receive, _MAX_BODY_BYTES)
+        wish = rotation_request(parse_object(body) if body else {})
+        rotated = await from_control(self._keys.rotate_key(key_id, wish.overlap_s, actor(caller)))
+        if rotated is None:
+            raise NotFound(f"There is no valid key {key_id!r:.80}.", param="key_id")
+        logger.info("key %s rotated by key %s", key_id, caller.key_id)
+        return json_answer(rotated_json(*rotated, time.time()), status=201)
+
     async def revoke(self, request: Request) -> Response:
         """Revoke a key; doing it twice changes nothing."""
         caller = self._caller(request.scope)
         require_admin(caller)
-        key_id = request.path_params["key_id"]
-        if key_id == BOOTSTRAP_KEY_ID:
-            raise InvalidRequest(
-                "The bootstrap key comes from HEADRACE_BOOTSTRAP_KEY; unset it and restart.",
-                param="key_id",
-            )
+        key_id = _stored_id(request)
         record = await from_control(self._keys.revoke_key(key_id, actor(caller)))
         if record is None:
             raise NotFound(f"There is no key {key_id!r:.80}.", param="key_id")
         logger.info("key %s revoked by key %s", record.key_id, caller.key_id)
         return json_answer(key_json(record, time.time()))
+
+
+def _stored_id(request: Request) -> str:
+    """Return the key id of a path, which must be a stored key's."""
+    key_id = str(request.path_params["key_id"])
+    if key_id == BOOTSTRAP_KEY_ID:
+        raise InvalidRequest(
+            "The bootstrap key comes from HEADRACE_BOOTSTRAP_KEY; unset it and restart.",
+            param="key_id",
+        )
+    return key_id
 
 
 def actor(caller: KeyRecord) -> Actor:

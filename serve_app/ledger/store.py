@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 from sqlalchemy import Connection, Row, insert, select, update
@@ -17,7 +18,7 @@ from sqlalchemy.exc import IntegrityError
 
 from serve_app.changes import PROGRAM, Actor
 from serve_app.core.types import KeyId, PriorityClass, TenantId, UserId
-from serve_app.keys import KeyRecord, KeyTable, KeyWish, new_key
+from serve_app.keys import KeyRecord, KeyState, KeyTable, KeyWish, new_key, successor
 from serve_app.ledger.database import Database
 from serve_app.ledger.schema import API_KEY, KEY_TABLE_VERSION, META
 from serve_app.ledger.trail import note_change
@@ -56,6 +57,30 @@ class KeyStore:
                 self._note(connection, by, "key.create", None, record)
         except IntegrityError as error:
             raise ValueError(f"a key with the id {record.key_id!r} exists") from error
+
+    def rotate(
+        self, key_id: str, overlap_s: float, by: Actor = PROGRAM
+    ) -> tuple[str, KeyRecord, KeyRecord] | None:
+        """Make a key in another's place, which ends ``overlap_s`` from now if not earlier.
+
+        Returns the new secret, the new key's record and the old one's; None if there is no
+        such key or it is not valid any more.
+        """
+        now_s = self._wall_clock()
+        of_key = API_KEY.c.key_id == key_id
+        with self._change() as connection:
+            row = connection.execute(select(API_KEY).where(of_key)).first()
+            if row is None or _record(row).state(now_s) is not KeyState.VALID:
+                return None
+            before = _record(row)
+            secret, record = new_key(successor(before, now_s), now_s)
+            ends_s = min(now_s + overlap_s, before.expires_at_s or inf)
+            after = replace(before, expires_at_s=ends_s)
+            connection.execute(insert(API_KEY).values(_row(record)))
+            connection.execute(update(API_KEY).where(of_key).values(expires_at_s=ends_s))
+            self._note(connection, by, "key.create", None, record)
+            self._note(connection, by, "key.rotate", before, after)
+            return secret, record, after
 
     def revoke(self, key_id: str, by: Actor = PROGRAM) -> KeyRecord | None:
         """Revoke a key for good and return its record, or None if there is none.

@@ -6,6 +6,7 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from serve_app import admin_client
 from serve_app.admin_client import HttpKeys
 from serve_app.changes import Actor
 from serve_app.cli import build_parser, command_summaries, main
+from serve_app.core.types import TenantId
 from serve_app.gateway.admin import KeyAdministration
 from serve_app.gateway.auth import authenticate
 from serve_app.gateway.http import exception_handlers
@@ -173,6 +175,27 @@ def test_a_created_key_is_the_only_line_of_output_and_works(
     assert record.expires_at_s - record.created_at_s == pytest.approx(2 * 86_400)
 
 
+def test_a_key_is_rotated_by_id_or_by_secret(
+    capsys: pytest.CaptureFixture[str], config: Path, store: KeyStore
+) -> None:
+    secret, first = store.create(KeyWish(name="first", tenant=TenantId("acme")))
+    status, out, err = run(capsys, "keys", "rotate", secret, "--overlap", "1h", "--config", config)
+    assert status == 0
+    assert f"key {first.key_id} works until" in err
+    state, found = store.snapshot().find(out.strip(), time.time())
+    assert (state, found and found.tenant) == (KeyState.VALID, "acme")
+    status, _, err = run(capsys, "keys", "rotate", "nobody", "--config", config)
+    assert (status, err) == (
+        1,
+        "headrace: there is no valid key 'nobody'; see `headrace keys list`\n",
+    )
+    status, _, err = run(
+        capsys, "keys", "rotate", first.key_id, "--overlap", "soon", "--config", config
+    )
+    assert status == 2
+    assert "--overlap must be a number with s, m, h, d or w" in err
+
+
 def test_keys_are_listed_and_revoked_by_id_or_by_secret(
     capsys: pytest.CaptureFixture[str], config: Path, store: KeyStore
 ) -> None:
@@ -247,6 +270,11 @@ class StoredKeys:
     async def create_key(self, wish: KeyWish, by: Actor) -> tuple[str, KeyRecord]:
         return self._store.create(wish, by)
 
+    async def rotate_key(
+        self, key_id: str, overlap_s: float, by: Actor
+    ) -> tuple[str, KeyRecord, KeyRecord] | None:
+        return self._store.rotate(key_id, overlap_s, by)
+
     async def revoke_key(self, key_id: str, by: Actor) -> KeyRecord | None:
         return self._store.revoke(key_id, by)
 
@@ -286,6 +314,9 @@ def test_keys_of_a_running_service_are_administered_over_http(
     assert status == 0
     (record,) = store.list()
     assert store.snapshot().find(out.strip(), 0.0) == (KeyState.VALID, record)
+    status, out, _ = run(capsys, "keys", "rotate", record.key_id, "--overlap", "0s")
+    assert status == 0
+    assert store.snapshot().find(out.strip(), 0.0)[0] is KeyState.VALID
     assert run(capsys, "keys", "revoke", record.key_id)[0] == 0
     _, out, _ = run(capsys, "keys", "list", "--all")
     assert "revoked" in out

@@ -38,6 +38,11 @@ class StoredKeys:
     async def create_key(self, wish: KeyWish, by: Actor) -> tuple[str, KeyRecord]:
         return await asyncio.to_thread(self.store.create, wish, by)
 
+    async def rotate_key(
+        self, key_id: str, overlap_s: float, by: Actor
+    ) -> tuple[str, KeyRecord, KeyRecord] | None:
+        return await asyncio.to_thread(self.store.rotate, key_id, overlap_s, by)
+
     async def revoke_key(self, key_id: str, by: Actor) -> KeyRecord | None:
         return await asyncio.to_thread(self.store.revoke, key_id, by)
 
@@ -69,6 +74,26 @@ def test_a_created_key_works_until_it_is_revoked(client: TestClient) -> None:
     revoked = client.delete(f"/admin/keys/{created.json()['id']}")
     assert revoked.json()["state"] == "revoked"
     assert client.get("/admin/keys", headers=theirs).status_code == 401
+
+
+def test_a_rotated_key_has_a_successor_of_its_scope(client: TestClient) -> None:
+    wish = {"name": "bot", "tenant": "acme", "models": ["sim"], "priority_ceiling": "critical"}
+    old = client.post("/admin/keys", json=wish).json()
+    answer = client.post(f"/admin/keys/{old['id']}/rotation", json={"overlap_s": 60})
+    assert answer.status_code == 201
+    new = answer.json()
+    assert new["key"] != old["key"]
+    assert {name: new[name] for name in wish} == wish
+    assert new["replaces"]["id"] == old["id"]
+    assert new["replaces"]["expires_at"] is not None
+    for path, body, status in (
+        ("nobody00", {}, 404),
+        ("bootstrap", {}, 400),
+        (old["id"], {"overlap_s": -1}, 400),
+        (old["id"], {"overlap": 1}, 400),
+    ):
+        refused = client.post(f"/admin/keys/{path}/rotation", json=body)
+        assert refused.status_code == status, refused.text
 
 
 def test_the_trail_says_whose_key_made_and_revoked_one(

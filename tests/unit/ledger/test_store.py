@@ -53,6 +53,32 @@ def test_a_key_comes_back_as_it_was_stored(store: KeyStore, url: str) -> None:
     again.close()
 
 
+def test_a_rotated_key_works_beside_its_successor_and_then_no_more(store: KeyStore) -> None:
+    secret, record = store.create(WISH)
+    rotated = store.rotate(record.key_id, 600.0)
+    assert rotated is not None
+    new_secret, new, old = rotated
+    assert (old.key_id, old.expires_at_s) == (record.key_id, NOW_S + 600.0)
+    assert (new.tenant, new.user, new.models) == (record.tenant, record.user, record.models)
+    assert new.expires_at_s == 2000.5, "its lifetime anew"
+    table = store.snapshot()
+    for at_s, states in (
+        (NOW_S + 599, (KeyState.VALID, KeyState.VALID)),
+        (NOW_S + 600, (KeyState.EXPIRED, KeyState.VALID)),
+    ):
+        assert tuple(table.find(each, at_s)[0] for each in (secret, new_secret)) == states
+
+
+def test_a_rotation_does_not_lengthen_a_life_and_ends_with_it(store: KeyStore) -> None:
+    _, record = store.create(WISH)
+    rotated = store.rotate(record.key_id, 1e6)
+    assert rotated is not None
+    assert rotated[2].expires_at_s == record.expires_at_s
+    store.revoke(record.key_id)
+    assert store.rotate(record.key_id, 60.0) is None
+    assert store.rotate("nobody00", 60.0) is None
+
+
 def test_the_secret_is_not_in_the_database(file_store: KeyStore, tmp_path: Path) -> None:
     secret, _ = file_store.create(WISH)
     file_store.close()
