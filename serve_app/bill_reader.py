@@ -21,6 +21,7 @@ from serve_app.ledger.database import Database
 from serve_app.ledger.opencost import OpenCostUnavailable
 from serve_app.ledger.reconcile import reconciled
 from serve_app.ledger.schema import NODE_BILL
+from serve_app.periodic import Periodic
 from serve_app.telemetry.bill_metrics import BillMetrics
 from serve_app.usage_report import UsageQuery, iso_time
 
@@ -63,18 +64,16 @@ class BillReader:
         self._wall_clock = wall_clock
         self._said: frozenset[tuple[str, str]] = frozenset()
         self._away = False
-        self._task: asyncio.Task[None] | None = None
+        failed = "bills cannot be read; what is attributed stays as it is"
+        self._reading = Periodic(self.read, self._opencost.period_s, logger, failed)
 
     def start(self) -> None:
         """Begin to read."""
-        self._task = asyncio.create_task(self._every_period())
+        self._reading.start()
 
     async def stop(self) -> None:
         """End. Idempotent."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
+        await self._reading.stop()
         await self._bills.close()
 
     async def read(self) -> Reconciliation:
@@ -88,16 +87,6 @@ class BillReader:
         found = await asyncio.to_thread(self._compare)
         self._tell(found)
         return found
-
-    async def _every_period(self) -> None:
-        while True:
-            try:
-                await self.read()
-            except asyncio.CancelledError:
-                raise
-            except Exception:
-                logger.exception("bills cannot be read; what is attributed stays as it is")
-            await asyncio.sleep(self._opencost.period_s)
 
     async def _read_hour(self, hour: int) -> bool:
         try:

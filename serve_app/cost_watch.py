@@ -13,6 +13,7 @@ from typing import Any, Final
 from serve_app.config_costs import CostSettings
 from serve_app.ledger.database import Database
 from serve_app.ledger.insights import insight
+from serve_app.periodic import Periodic
 from serve_app.telemetry.spending_metrics import SpendingMetrics
 from serve_app.usage_report import UsageQuery
 
@@ -40,18 +41,16 @@ class CostWatch:
         self._wall_clock = wall_clock
         self._looked_at: int | None = None
         self._said: set[tuple[str, str]] = set()
-        self._task: asyncio.Task[None] | None = None
+        failed = "costs cannot be read; their metrics stay as they are"
+        self._watching = Periodic(self.look, settings.watch_period_s, logger, failed)
 
     def start(self) -> None:
         """Begin to look."""
-        self._task = asyncio.create_task(self._every_period())
+        self._watching.start()
 
     async def stop(self) -> None:
         """End. Idempotent."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
+        await self._watching.stop()
 
     async def look(self) -> None:
         """Read the last 24 whole hours, once an hour, and say what is new."""
@@ -72,13 +71,3 @@ class CostWatch:
 
     async def _report(self, name: str, query: UsageQuery) -> dict[str, Any]:
         return await asyncio.to_thread(insight, self._database, name, query, self._settings)
-
-    async def _every_period(self) -> None:
-        while True:
-            try:
-                await self.look()
-            except asyncio.CancelledError:
-                raise
-            except Exception:
-                logger.exception("costs cannot be read; their metrics stay as they are")
-            await asyncio.sleep(self._settings.watch_period_s)
