@@ -110,6 +110,14 @@ async def serve(url: str, socket: str, wall_s: int, dies_after: int | None) -> N
         tasks.create_task(server.serve_forever())
 
 
+def _state(thread: Path) -> str:
+    """Return a thread's state as the kernel names it, T when it is stopped or gone."""
+    try:
+        return (thread / "stat").read_text().rpartition(") ")[2][0]
+    except FileNotFoundError:
+        return "T"
+
+
 class ControlProcess:
     """Such a process, from outside."""
 
@@ -150,6 +158,13 @@ class ControlProcess:
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
+
+    def pause(self) -> None:
+        """Stop it, and return when its last thread stands still: that takes a moment."""
+        self.signal(signal.SIGSTOP)
+        threads = Path(f"/proc/{self.process.pid}/task")
+        while any(_state(thread) != "T" for thread in threads.iterdir()):
+            time.sleep(0.001)
 
     def close(self) -> None:
         """End it, stopped or not."""

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -38,10 +39,17 @@ def isolated(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def descendants_once_up(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """Wait for the process's first line, then return everything below it."""
+    """Wait for the process's first line, and for its sleeper, then return everything below it."""
     assert process.stdout is not None
     assert process.stdout.readline() == b"up\n"
-    return psutil.Process(process.pid).children(recursive=True)
+    give_up_at_s = time.monotonic() + 20
+    while True:
+        below = psutil.Process(process.pid).children(recursive=True)
+        # A shell is forked before it becomes what it was asked to run.
+        if any("sleep" in child.name() for child in below):
+            return below
+        assert time.monotonic() < give_up_at_s, below
+        time.sleep(0.01)
 
 
 def test_the_exit_status_is_the_commands() -> None:
@@ -78,7 +86,6 @@ def test_the_network_is_an_own_loopback() -> None:
 def test_everything_ends_when_its_starter_is_killed(command: list[str]) -> None:
     process = subprocess.Popen(command, env=PLAIN, stdout=subprocess.PIPE)
     below = descendants_once_up(process)
-    assert any("sleep" in child.name() for child in below)
 
     process.kill()
     process.communicate()

@@ -112,7 +112,7 @@ class Site:
         else could begin before it goes on.
         """
         while True:
-            control.signal(signal.SIGSTOP)
+            await asyncio.to_thread(control.pause)
             if await asyncio.to_thread(self._is_free):
                 return
             control.signal(signal.SIGCONT)
