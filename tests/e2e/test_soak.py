@@ -39,7 +39,11 @@ SETTLING_RATIO = 0.5
 def stack() -> Iterator[Stack]:
     document: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "sim.yaml").read_text())
     _, pool, gateway = document["applications"]
-    pool["args"]["engine"] |= {"zero_latency": True, "max_model_len": 2 * LONG_TOKENS}
+    pool["args"]["engine"] |= {
+        "zero_latency": True,
+        "max_model_len": 2 * LONG_TOKENS,
+        "kv_blocks": 4 * LONG_TOKENS // 16,
+    }
     gateway["args"]["channel"] = {"stream_buffer_bytes": 64 * 1024}
     gateway["args"]["limits"] = {"max_output_tokens": LONG_TOKENS}
     for application in document["applications"][1:]:
