@@ -51,7 +51,10 @@ class Observed(NamedTuple):
 
 
 class TenantLoad:
-    """What one tenant has open in a pool; forgotten when it has nothing."""
+    """What one tenant has open in a pool; forgotten when it has nothing.
+
+    ``in_flight`` and ``tokens`` are what it has on live replicas, as in ``Shares``.
+    """
 
     __slots__ = ("in_flight", "open", "tokens")
 
@@ -147,7 +150,7 @@ class PoolLoad:
         return Observed(preemptions, has_more_room)
 
     def drop(self, replica: ReplicaId) -> None:
-        """Forget a replica; what runs there stays counted for its tenants until it ends."""
+        """Forget a replica; what still runs there no longer competes."""
         self.replicas.pop(replica).live = False
         self._recount()
 
@@ -171,14 +174,16 @@ class PoolLoad:
         prefill_limit = self._prefill_limits[rank]
         is_long = prompt_tokens > LONG_PROMPT_RATIO * prefill_limit
         need_tokens = prompt_tokens + entry.expected_output
-        heard_after_s = now_s - self._policy.stale_after_s
+        stale_after_s = self._policy.stale_after_s
         found = []
         size_blocked = False
         for replica in self.live:
             prefill_tokens = replica.own_uncached_prompt_tokens + replica.others_prefill_tokens
             if replica.own >= replica.own_cap or prefill_tokens >= prefill_limit:
                 continue
-            if replica.observed_at_s <= heard_after_s or replica.breaker.closed_until_s > now_s:
+            if now_s - replica.observed_at_s >= stale_after_s:
+                continue
+            if replica.breaker.closed_until_s > now_s:
                 continue
             held_tokens = replica.own_tokens + replica.others_kv_tokens
             if held_tokens and held_tokens + need_tokens > replica.token_limits[rank]:
@@ -276,13 +281,20 @@ class PoolLoad:
             replica.own_prefill_by_class[rank] += prefill_tokens
         entry.prefill_tokens = prefill_tokens
         entry.feature_prefill_tokens = replica.own_uncached_prompt_tokens
+        tenant = entry.ticket.tenant
+        held = replica.own_by_tenant.get(tenant)
+        if held is None:
+            replica.own_by_tenant[tenant] = [1, need_tokens]
+        else:
+            held[0] += 1
+            held[1] += need_tokens
         if replica.live:
             self.shares.requests[rank] += 1
             self.shares.tokens[rank] += need_tokens
             self.shares.prefill[rank] += prefill_tokens
-        load = self.tenants[entry.ticket.tenant]
-        load.in_flight += 1
-        load.tokens += need_tokens
+            load = self.tenants[tenant]
+            load.in_flight += 1
+            load.tokens += need_tokens
         self.in_flight += 1
 
     def release(self, entry: Entry) -> Replica:
@@ -299,12 +311,18 @@ class PoolLoad:
         replica.own_tokens_by_class[rank] -= need_tokens
         if not entry.has_first_token:
             self._prompt_done(entry, replica)
+        tenant = entry.ticket.tenant
+        held = replica.own_by_tenant[tenant]
+        held[0] -= 1
+        held[1] -= need_tokens
+        if not held[0]:
+            del replica.own_by_tenant[tenant]
         if replica.live:
             self.shares.requests[rank] -= 1
             self.shares.tokens[rank] -= need_tokens
-        load = self.tenants[entry.ticket.tenant]
-        load.in_flight -= 1
-        load.tokens -= need_tokens
+            load = self.tenants[tenant]
+            load.in_flight -= 1
+            load.tokens -= need_tokens
         self.in_flight -= 1
         return replica
 
@@ -322,9 +340,11 @@ class PoolLoad:
         entry.need_tokens += more_tokens
         replica.own_tokens += more_tokens
         replica.own_tokens_by_class[entry.rank] += more_tokens
+        tenant = entry.ticket.tenant
+        replica.own_by_tenant[tenant][1] += more_tokens
         if replica.live:
             self.shares.tokens[entry.rank] += more_tokens
-        self.tenants[entry.ticket.tenant].tokens += more_tokens
+            self.tenants[tenant].tokens += more_tokens
 
     def _prompt_done(self, entry: Entry, replica: Replica) -> None:
         rank, prefill_tokens = entry.rank, entry.prefill_tokens
@@ -345,6 +365,13 @@ class PoolLoad:
             shares.requests[rank] = sum([each.own_by_class[rank] for each in live])
             shares.tokens[rank] = sum([each.own_tokens_by_class[rank] for each in live])
             shares.prefill[rank] = sum([each.own_prefill_by_class[rank] for each in live])
+        for load in self.tenants.values():
+            load.in_flight = load.tokens = 0
+        for replica in live:
+            for tenant, (requests, tokens) in replica.own_by_tenant.items():
+                load = self.tenants[tenant]
+                load.in_flight += requests
+                load.tokens += tokens
 
     def _resize(self) -> None:
         """Set the limits of the pool and of each replica's uncomputed prompts."""

@@ -18,7 +18,7 @@ from math import inf
 from serve_app.core.breaker import Breaker
 from serve_app.core.exchange import ALONE, Part, divided
 from serve_app.core.policy import PoolPolicy
-from serve_app.core.types import ReplicaId, ReplicaView
+from serve_app.core.types import ReplicaId, ReplicaView, TenantId
 
 PROMPT_RATE = 0.01
 
@@ -68,6 +68,7 @@ class Replica:
         "others_tokens",
         "own",
         "own_by_class",
+        "own_by_tenant",
         "own_cap",
         "own_prefill_by_class",
         "own_present_tokens",
@@ -98,6 +99,7 @@ class Replica:
         self.own_by_class = [0, 0, 0]
         self.own_tokens_by_class = [0, 0, 0]
         self.own_prefill_by_class = [0, 0, 0]
+        self.own_by_tenant: dict[TenantId, list[int]] = {}
         self.expected_prefill_tokens = 0
         self.breaker = Breaker(policy.breaker)
         self._take(view, now_s)

@@ -236,7 +236,7 @@ def _observed(policy: ScalingPolicy, state: ScalingState, demand: Demand) -> Sca
     passed_s = now_s - state.at_s
     if passed_s <= 0:
         return state
-    rate = demand.offered / passed_s
+    rate = min(RATE_MAX, demand.offered / passed_s)
     known_s = now_s - state.began_s
     # Young averages are plain means, so that they do not start from nothing.
     fast = _mean(state.fast_per_s, rate, passed_s, min(policy.fast_s, known_s))

@@ -464,6 +464,28 @@ def test_draining_replica_no_longer_counts_in_the_shares() -> None:
     assert dispatched(bench.offer("fits", 0.2)) == ["fits"]
 
 
+@pytest.mark.parametrize("leaves", ["drains", "is gone"])
+def test_what_runs_on_a_leaving_replica_is_not_held_against_its_tenant(leaves: str) -> None:
+    policy = PoolPolicy(
+        max_concurrency_per_replica=2, stale_after_s=60.0, critical_reserve_ratio=0.0
+    )
+    bench = Bench(policy, replicas=3)
+    bench.offer("other", tenant="other")
+    for number in range(5):
+        bench.offer(f"q{number}", tenant="mine")
+    for name in ("r0", "r1"):
+        if leaves == "drains":
+            bench.view(name, 0.1, draining=True)
+        else:
+            bench.core.forget(ReplicaId(name), 0.1)
+    # Two of the five are on the replica that stays and fill it; the others do not count.
+    assert bench.offer("next", 0.2, tenant="mine") == []
+    on_r2 = [each for each in ("q1", "q4") if dispatched(bench.finish(each, 0.3)) == ["next"]]
+    assert on_r2
+    bench.finish("next", 0.4)
+    assert dispatched(bench.offer("again", 0.5, tenant="mine")) == ["again"]
+
+
 def test_cached_prompt_tokens_cost_less() -> None:
     bench = Bench(PoolPolicy(stale_after_s=60.0))
     for tenant, cached in (("warm", 9000), ("cold", 0)):
