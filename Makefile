@@ -41,6 +41,8 @@ test-fast: setup ## Run the tests that need neither Ray nor torch (under a minut
 
 .PHONY: proof
 proof: setup ## Run the long forms: properties, chaos, soak (about an hour)
+	@HEADRACE_EXAMPLES_TIMES=20 $(STEP) "properties, twenty times as many new cases" \
+	  $(PYTHON) -m pytest -m "hypothesis and not proof" --ignore=tests/e2e --timeout 3600 tests
 	@$(STEP) "proofs" scripts/isolated $(PYTHON) -m pytest -m proof tests
 
 .PHONY: mutants

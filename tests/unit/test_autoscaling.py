@@ -9,10 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.autoscaling import DECIDED_AT, NEWS_MAX_AGE_S, WANTED, replicas, statistics
+from tests.properties import examples
 
 Value = namedtuple("Value", "timestamp value")  # as Serve's TimeStampedValue
 NOW_S = 1_000_000.0
@@ -70,7 +71,7 @@ anything = (
 series = st.none() | st.lists(anything | st.builds(Value, anything, anything), max_size=3)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(
     metrics=anything
     | st.fixed_dictionaries(

@@ -6,11 +6,12 @@ from itertools import permutations
 from math import factorial
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.cost_methods import METHODS, exact_shares_s, figures, simulate, table
 from serve_app.core.engine_model import EngineParams
+from tests.properties import examples
 
 PARAMS = EngineParams(weights_s=0.006, prefill_s_per_token=0.001, context_s_per_token=1e-5)
 
@@ -27,7 +28,7 @@ def step_s(contexts: list[int], chunks: list[int]) -> float:
     )
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(
     st.lists(st.integers(1, 500), max_size=4),
     st.lists(st.integers(1, 12), max_size=3),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.core.admission import (
@@ -18,6 +18,7 @@ from serve_app.core.admission import (
 )
 from serve_app.core.policy import PoolPolicy
 from serve_app.core.types import KeyId, RequestId
+from tests.properties import examples
 
 CRITICAL, STANDARD, SHEDDABLE = 0, 1, 2
 KEY = KeyId("key")
@@ -180,7 +181,7 @@ def test_classes_of_a_key_are_throttled_apart_and_tables_are_bounded() -> None:
     assert not throttle.refuses(KeyId("k99"), CRITICAL, RequestId("x"), 1.0)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(wait_s=st.floats(0.0, 1e6), name=st.text(min_size=1, max_size=20))
 def test_advice_is_bounded_spread_and_repeatable(wait_s: float, name: str) -> None:
     policy = PoolPolicy(retry_after_min_s=1.0, retry_after_max_s=60.0)

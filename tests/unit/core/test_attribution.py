@@ -6,7 +6,7 @@ from fractions import Fraction
 from itertools import permutations
 from math import factorial
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.core.attribution import (
@@ -17,6 +17,7 @@ from serve_app.core.attribution import (
     shares_ns,
 )
 from serve_app.core.types import Outcome, TenantId
+from tests.properties import examples
 
 BY = StepCoefficients(1000, 10, 5, 1, provisional=False)
 OWN = st.lists(st.integers(0, 10**7), min_size=1, max_size=7)
@@ -60,7 +61,7 @@ def subset_shapley(duration_ns: int, own_ps: list[int], step_ps: int) -> list[Fr
     return values
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.integers(0, 10**10), OWN.filter(lambda own: len(own) <= 5), st.integers(0, 10**8))
 def test_shares_are_the_shapley_value_over_every_order_of_arrival(
     duration_ns: int, own_ps: list[int], step_ps: int
@@ -70,7 +71,7 @@ def test_shares_are_the_shapley_value_over_every_order_of_arrival(
     assert all(abs(share - value) < 1 for share, value in zip(shares, exact, strict=True))
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(
     st.integers(1, 10**10),
     st.lists(st.integers(0, 10**7), min_size=6, max_size=8),
@@ -213,7 +214,7 @@ EVENTS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(EVENTS)
 def test_the_uses_of_a_life_sum_to_it_whatever_is_said_of_it(
     events: list[tuple[str, int, int, int]],

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from math import inf
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.core.breaker import Breaker, RetryBudget
 from serve_app.core.policy import BreakerPolicy
+from tests.properties import examples
 
 POLICY = BreakerPolicy(failures=3, open_s=5.0, open_max_s=15.0)
 
@@ -65,7 +66,7 @@ def test_late_failures_do_not_prolong_an_open_breaker() -> None:
     assert breaker.closed_until_s == 5.0
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(retries=st.lists(st.booleans(), max_size=400))
 def test_retries_never_exceed_the_reserve_and_their_share(retries: list[bool]) -> None:
     budget = RetryBudget(BreakerPolicy(retry_ratio=0.2, retry_reserve=10.0))

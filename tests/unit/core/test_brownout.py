@@ -6,11 +6,12 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.core.brownout import Ladder
 from serve_app.core.policy import BrownoutPolicy
+from tests.properties import examples
 
 CALM = (0.0, 0.0)
 
@@ -83,7 +84,7 @@ def test_each_rung_acts_only_if_its_switch_is_on() -> None:
         assert all(getattr(off, each) for each in others)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(
     loads=st.lists(
         st.tuples(

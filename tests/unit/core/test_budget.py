@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -29,6 +29,7 @@ from serve_app.core.budget import (
 )
 from serve_app.core.purses import LINGER_S, Lacking, Overdrawn, Purses, Reserved
 from serve_app.core.types import RequestId
+from tests.properties import examples
 
 TENANT = BudgetKey(BudgetScope.TENANT, "acme")
 KEY = BudgetKey(BudgetScope.KEY, "k1")
@@ -483,9 +484,8 @@ class Spending(RuleBasedStateMachine):
 
 
 TestSpending = Spending.TestCase
-TestSpending.settings = settings(
-    max_examples=150,
+TestSpending.settings = examples(
+    150,
     stateful_step_count=40,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )

@@ -6,7 +6,7 @@ test_fair_machine.py drives the same events with all of them on.
 
 from __future__ import annotations
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -33,6 +33,7 @@ from serve_app.core.types import (
     Ticket,
     Usage,
 )
+from tests.properties import examples
 
 POOL = PoolName("chat")
 REPLICAS = [ReplicaId(f"r{number}") for number in range(3)]
@@ -189,9 +190,6 @@ class ControllerMachine(RuleBasedStateMachine):
 
 
 TestController = ControllerMachine.TestCase
-TestController.settings = settings(
-    max_examples=150,
-    stateful_step_count=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
+TestController.settings = examples(
+    150, stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow]
 )

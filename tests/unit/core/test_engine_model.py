@@ -6,12 +6,13 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from reference_engine import ReferenceEngine
 
 from serve_app.core.engine_model import EngineModel, EngineParams, EventKind, StepRun
 from serve_app.core.types import PriorityClass
+from tests.properties import examples
 
 FIRST, FINISHED, PREEMPTED = EventKind.FIRST_TOKEN, EventKind.FINISHED, EventKind.PREEMPTED
 
@@ -330,7 +331,7 @@ class Pair:
         return next_s < math.inf
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@examples(400, suppress_health_check=[HealthCheck.too_slow])
 @given(small_params(), OPERATIONS)
 def test_jumping_over_steps_gives_the_same_bits_as_taking_them_one_by_one(
     params: EngineParams, operations: list[tuple]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.core.controller import Controller
@@ -39,6 +39,7 @@ from serve_app.core.types import (
     Ticket,
     Usage,
 )
+from tests.properties import examples
 
 POOL = PoolName("chat")
 CRITICAL, STANDARD, SHEDDABLE = PriorityClass
@@ -216,7 +217,7 @@ def test_routers_on_the_same_digests_never_overfill_a_replica() -> None:
 OPERATION = st.sampled_from(["offer", "offer", "offer", "finish", "cancel", "snapshot", "exchange"])
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.lists(st.tuples(OPERATION, st.integers(0, 2), st.integers(0, 2)), max_size=120))
 def test_whatever_happens_routers_together_stay_within_the_caps_and_lose_nothing(
     operations: list[tuple[str, int, int]],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -27,6 +27,7 @@ from serve_app.core.types import (
     Ticket,
     Usage,
 )
+from tests.properties import examples
 
 POOL = PoolName("chat")
 REPLICAS = [ReplicaId(f"r{number}") for number in range(3)]
@@ -119,6 +120,13 @@ class FairMachine(RuleBasedStateMachine):
 
     # Events
 
+    def pass_time(self, passed_s: float) -> None:
+        """Time passes; who drives the controller wakes it when it asked to be, or later."""
+        self.now_s += passed_s
+        wakeup_s = self.core.next_wakeup_s()
+        if wakeup_s is not None and wakeup_s <= self.now_s:
+            self.take(self.core.advance(self.now_s))
+
     @rule(
         wait_s=st.sampled_from([0.0, 0.0, 0.01, 0.1, 0.4]),
         tenant=st.sampled_from(TENANTS),
@@ -134,7 +142,7 @@ class FairMachine(RuleBasedStateMachine):
         prompt_tokens: int,
         weight: float,
     ) -> None:
-        self.now_s += wait_s
+        self.pass_time(wait_s)
         self.offered += 1
         ticket = Ticket(
             RequestId(str(self.offered)),
@@ -179,7 +187,7 @@ class FairMachine(RuleBasedStateMachine):
 
     @rule()
     def observe_all_idle(self) -> None:
-        self.now_s += 0.1
+        self.pass_time(0.1)
         for replica in REPLICAS:
             self.observe(replica, 0, 0.1, False, 0)
 
@@ -315,9 +323,6 @@ class FairMachine(RuleBasedStateMachine):
 
 
 TestFairController = FairMachine.TestCase
-TestFairController.settings = settings(
-    max_examples=150,
-    stateful_step_count=50,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
+TestFairController.settings = examples(
+    150, stateful_step_count=50, suppress_health_check=[HealthCheck.too_slow]
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.core.entry import Entry
@@ -19,6 +19,7 @@ from serve_app.core.types import (
     TenantId,
     Ticket,
 )
+from tests.properties import examples
 
 POOL = PoolName("chat")
 
@@ -225,7 +226,7 @@ def test_sparse_is_who_has_little_waiting_and_owes_little() -> None:
 costs = st.floats(1.0, 1000.0)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(
     backlogs=st.dictionaries(
         st.sampled_from("abcde"),
@@ -252,7 +253,7 @@ def test_service_gap_between_waiting_tenants_is_bounded(
             assert max(levels) - min(levels) <= largest + 1e-6
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(
     steps=st.lists(
         st.tuples(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.core.limits import (
@@ -16,6 +16,7 @@ from serve_app.core.limits import (
     ScopeKind,
 )
 from serve_app.core.types import RequestId
+from tests.properties import examples
 
 
 def scope(kind: ScopeKind = ScopeKind.KEY, name: str = "k", **limits: int | None) -> Scope:
@@ -144,7 +145,7 @@ def test_tables_are_bounded_and_keep_scopes_with_open_requests() -> None:
     assert isinstance(take(limiter, "again", kept), Refused)
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(
     limit=st.integers(1, 100),
     steps=st.lists(

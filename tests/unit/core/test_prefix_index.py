@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import OrderedDict
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.core.prefix_index import PrefixIndex
 from serve_app.core.types import ReplicaId
+from tests.properties import examples
 
 REPLICAS = [ReplicaId(name) for name in ("a", "b", "c")]
 CAPACITY_BLOCKS = 8
@@ -59,7 +60,7 @@ events = st.one_of(
 
 
 @given(st.lists(events, max_size=60))
-@settings(deadline=None, max_examples=300)
+@examples(300)
 def test_agrees_with_a_naive_index_after_any_history(history: list) -> None:
     index, naive = PrefixIndex(CAPACITY_BLOCKS), NaiveIndex()
     for kind, replica, hashes in history:

@@ -6,7 +6,7 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.core.routing import ROUTINGS, HeavyPool, RoutingSettings, choose_pool, make_routing
@@ -21,6 +21,7 @@ from serve_app.core.types import (
     TenantId,
     Ticket,
 )
+from tests.properties import examples
 
 POOL = PoolName("chat")
 PROMPT_BLOCKS = 10
@@ -120,7 +121,7 @@ def renamed(each: Replica, name: str) -> Replica:
 
 @pytest.mark.parametrize("name", sorted(ROUTINGS))
 @given(st.lists(st.tuples(tickets, fleets, st.booleans()), min_size=1, max_size=8))
-@settings(deadline=None, max_examples=25)
+@examples(25)
 def test_every_rank_is_a_permutation_of_the_candidates(name: str, history: list) -> None:
     policy = build(name)
     for request, fleet, lose in history:

@@ -6,10 +6,10 @@ import json
 import random
 from dataclasses import replace
 from itertools import pairwise
-from math import inf, nan
+from math import inf, isfinite, nan, nextafter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.core.scaling import (
@@ -20,6 +20,7 @@ from serve_app.core.scaling import (
     ScalingState,
     decide,
 )
+from tests.properties import examples
 
 POLICY = ScalingPolicy(least=1, most=20, knee_concurrency=50.0, safety_ratio=0.8, cold_start_s=0.0)
 TICK_S = 5.0
@@ -192,6 +193,15 @@ def test_the_state_survives_json_and_nonsense_makes_a_fresh_one() -> None:
         assert ScalingState.from_dict(nonsense) == ScalingState()
 
 
+def test_many_requests_in_no_time_are_a_high_rate_and_not_an_endless_one() -> None:
+    state = ScalingState()
+    for now_s in (0.0, nextafter(0.0, 1.0), 5.0, 10.0):
+        decision = decide(POLICY, state, Demand(now_s, 1, 0, 1e9, 0.0, 0.0, stay_s=1.0))
+        state = decision.state
+        assert isfinite(state.fast_per_s + state.slow_per_s + state.long_per_s)
+    assert POLICY.least <= decision.replicas <= POLICY.most
+
+
 numbers = st.floats(allow_nan=True, allow_infinity=True) | st.sampled_from([nan, inf, -inf, 0.0])
 demands = st.builds(
     Demand,
@@ -207,7 +217,7 @@ demands = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(
     st.lists(demands, max_size=60),
     st.integers(0, 3),

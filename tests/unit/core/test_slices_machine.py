@@ -9,7 +9,7 @@ import random
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -21,6 +21,7 @@ from serve_app.core.parts import MINUTE_NS, UNIT, WHOLE
 from serve_app.core.slice_messages import Message, Reply
 from serve_app.core.slices import Granter
 from serve_app.core.types import RequestId
+from tests.properties import examples
 
 SCOPES = (
     Scope(ScopeKind.KEY, "k", Limits(requests_per_min=12, concurrent=7)),
@@ -354,9 +355,8 @@ def test_a_storm_of_events_takes_no_more_than_one_bucket_would_give(seed: int) -
 
 
 TestShared = Shared.TestCase
-TestShared.settings = settings(
-    max_examples=200,
+TestShared.settings = examples(
+    200,
     stateful_step_count=50,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )

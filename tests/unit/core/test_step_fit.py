@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.core.attribution import StepCoefficients
 from serve_app.core.step_fit import STEPS_MIN, StepFit
+from tests.properties import examples
 
 TRUE = StepCoefficients(5_000_000_000, 20_000_000, 8_000_000, 50_000)
 
@@ -80,7 +81,7 @@ def test_an_engine_that_is_not_affine_shows_in_the_error() -> None:
     assert fit.error_ratio > 0.3
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(st.integers(0, 10**6), st.integers(64, 400))
 def test_no_coefficient_is_ever_negative(seed: int, count: int) -> None:
     fit = StepFit()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.core.tokens import OutputPredictor, PromptTokenEstimator, TokenEstimate
 from serve_app.core.types import TenantId
+from tests.properties import examples
 
 ANN, BOB = TenantId("ann"), TenantId("bob")
 
@@ -79,7 +80,7 @@ def test_tenant_table_is_bounded() -> None:
     assert len(predictor) == 100
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(
     answers=st.lists(st.integers(0, 10**6), max_size=60),
     max_tokens=st.integers(0, 10**6),

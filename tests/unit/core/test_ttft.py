@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.core.ttft import TtftPredictor
+from tests.properties import examples
 
 
 def taught(truth: tuple[float, float, float], noise_s: float = 0.0) -> TtftPredictor:
@@ -51,7 +52,7 @@ def test_changed_engine_is_followed() -> None:
     assert predictor.predict_s(4000, 10) == pytest.approx(0.51, rel=0.1)
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(
     seen=st.lists(
         st.tuples(st.floats(0, 1e6), st.floats(0, 4096), st.floats(0, 600)),

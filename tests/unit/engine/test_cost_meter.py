@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from serve_app.config import SimSettings
@@ -24,6 +24,7 @@ from serve_app.core.model_steps import ModelSteps
 from serve_app.core.types import Outcome, PoolName, PriorityClass, ReplicaId, RequestId, TenantId
 from serve_app.engine.api import Endpoint, Final, GenerateCall, GenerateItem, Metered
 from serve_app.engine.sim import SimEngine
+from tests.properties import examples
 
 UNATTRIBUTED_RATIO_MAX = 0.001
 SMALL = EngineParams(max_num_seqs=6, token_budget=64, kv_blocks=24, block_tokens=4)
@@ -146,7 +147,7 @@ OPERATIONS = st.lists(
 )
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@examples(120, suppress_health_check=[HealthCheck.too_slow])
 @given(OPERATIONS)
 def test_requests_and_idle_time_are_the_life_of_the_replica(operations: list[tuple]) -> None:
     replica = Replica(SMALL)

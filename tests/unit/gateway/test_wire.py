@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.config import LimitSettings
@@ -21,6 +21,7 @@ from serve_app.gateway.wire import (
     parse_chat,
     parse_completions,
 )
+from tests.properties import examples
 
 LIMITS = LimitSettings()
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -419,7 +420,7 @@ def outcome(
 
 
 @given(body=st.binary(max_size=200))
-@settings(max_examples=300, deadline=None)
+@examples(300)
 def test_any_bytes_are_either_a_request_or_an_api_error(body: bytes) -> None:
     for parse in (parse_chat, parse_completions):
         result = outcome(parse, body)
@@ -431,7 +432,7 @@ def test_any_bytes_are_either_a_request_or_an_api_error(body: bytes) -> None:
     messages=st.lists(MESSAGE, max_size=3),
     prompt=JSON | st.lists(st.integers()) | st.lists(st.text()),
 )
-@settings(max_examples=600, deadline=None)
+@examples(600)
 def test_any_json_is_either_a_request_or_an_api_error(
     fields: dict[str, Any], messages: list[Any], prompt: object
 ) -> None:
