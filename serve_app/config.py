@@ -16,6 +16,30 @@ from serve_app.config_access import Aliases, KeyPolicy, TenantPolicy
 from serve_app.config_base import Name, Strict
 from serve_app.config_costs import CostSettings
 from serve_app.config_policy import PoolPolicy
+from serve_app.core.attribution import StepCoefficients
+from serve_app.core.calendar import PS_PER_S
+
+
+class StepCosts(Strict):
+    """What a step of the engine takes, seconds, as `headrace calibrate` measured it.
+
+    The cost of requests is split by it until the engine has fitted its own.
+    """
+
+    step_s: float = Field(ge=0, description="A step as such.")
+    prefill_token_s: float = Field(ge=0, description="Each prompt token computed in it.")
+    decode_sequence_s: float = Field(ge=0, description="Each sequence that gets a token.")
+    kv_token_s: float = Field(ge=0, description="Each token of context that is read.")
+
+    def to_core(self) -> StepCoefficients:
+        """Return them as core reads them."""
+        return StepCoefficients(
+            step_ps=round(self.step_s * PS_PER_S),
+            prefill_token_ps=round(self.prefill_token_s * PS_PER_S),
+            decode_sequence_ps=round(self.decode_sequence_s * PS_PER_S),
+            kv_token_ps=round(self.kv_token_s * PS_PER_S),
+            provisional=False,
+        )
 
 
 class VllmSettings(Strict):
@@ -41,6 +65,9 @@ class VllmSettings(Strict):
     cpu_kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on CPU engines, GiB.")
     measure_cost: bool = Field(
         True, description="Record what every step contains and split its time over the requests."
+    )
+    step_costs: StepCosts | None = Field(
+        None, description="What a step takes, from `headrace calibrate`; null: an H100's."
     )
     extra: dict[str, str | int | float | bool] = Field(
         default_factory=dict, description="Further AsyncEngineArgs fields, passed as they are."
@@ -73,6 +100,7 @@ class SimSettings(Strict):
         128, ge=1, description="Length of an answer whose request sets no max_tokens."
     )
     start_delay_s: float = Field(0.0, ge=0, description="A cold start to imitate.")
+    step_costs: StepCosts | None = Field(None, description="As in a vLLM engine's settings.")
     seed: int = 0
 
 

@@ -1,16 +1,22 @@
-"""Days, weeks and months in UTC, from wall seconds and back, in whole numbers.
+"""Hours, days, weeks and months in UTC, from wall seconds and back, in whole numbers.
 
 Source: H. Hinnant, "chrono-compatible low-level date algorithms".
 """
 
 from __future__ import annotations
 
-DAY_S = 86_400
-WEEK_S = 7 * DAY_S
+from typing import Final
+
+NS_PER_S: Final = 10**9
+PS_PER_S: Final = 10**12
+HOUR_S: Final = 3600
+HOUR_NS: Final = HOUR_S * NS_PER_S
+DAY_S: Final = 86_400
+WEEK_S: Final = 7 * DAY_S
 # 1970-01-01 was a Thursday: the first Monday was on the 5th.
-_FIRST_MONDAY_S = 4 * DAY_S
-_DAYS_OF_400_YEARS = 146_097
-_DAYS_TO_EPOCH = 719_468
+_FIRST_MONDAY_S: Final = 4 * DAY_S
+_DAYS_OF_400_YEARS: Final = 146_097
+_DAYS_TO_EPOCH: Final = 719_468
 
 
 def day_start_s(wall_s: int) -> int:

@@ -11,13 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from serve_app.core.attribution import (
-    NS_PER_S,
     Account,
     ReplicaTime,
     ReplicaUse,
     StepCoefficients,
     Use,
 )
+from serve_app.core.calendar import NS_PER_S
 from serve_app.core.step_fit import StepFit
 from serve_app.core.types import Outcome, TenantId
 
@@ -83,9 +83,12 @@ class CostMeter:
     Until ``ready`` all time is start-up, whatever the engine does meanwhile.
     """
 
-    def __init__(self, born_s: float, block_tokens: int) -> None:
+    def __init__(
+        self, born_s: float, block_tokens: int, coefficients: StepCoefficients | None = None
+    ) -> None:
+        """``coefficients`` split the steps until enough are seen; None: defaults, provisional."""
         self._time = ReplicaTime(_ns(born_s))
-        self._fit = StepFit()
+        self._fit = StepFit(coefficients)
         self._block_tokens = block_tokens
         self._stepped_ns = 0
         self._ready = False

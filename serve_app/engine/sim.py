@@ -84,7 +84,10 @@ class SimEngine:
         self._model = EngineModel(EngineParams())
         self._costs: CostMeter | None = None
         if not settings.zero_latency:
-            self._costs = CostMeter(clock(), settings.block_tokens)
+            known = settings.step_costs
+            self._costs = CostMeter(
+                clock(), settings.block_tokens, known.to_core() if known else None
+            )
         self._origin_s = 0.0
         self._virtual_s = 0.0
         self._live: dict[RequestId, Generation] = {}

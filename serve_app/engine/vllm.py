@@ -101,7 +101,11 @@ class VllmEngine:
         self._openai: OpenAILayer | None = None
         self._info: EngineInfo | None = None
         self._snapshots = 0
-        self._costs = VllmCosts(clock, measure=settings.measure_cost)
+        self._costs = VllmCosts(
+            clock,
+            measure=settings.measure_cost,
+            coefficients=settings.step_costs.to_core() if settings.step_costs else None,
+        )
         self._draining = False
         self._stopping = asyncio.Lock()
 

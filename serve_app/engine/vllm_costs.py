@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from serve_app.core.attribution import Account
+from serve_app.core.attribution import Account, StepCoefficients
 from serve_app.core.cost_meter import CostMeter, EngineCosts
 from serve_app.core.types import Outcome
 from serve_app.engine.step_reader import StepReader
@@ -22,10 +22,18 @@ class VllmCosts:
     Every method reads first what the engine has written, so that its word counts up to now.
     """
 
-    def __init__(self, clock: Callable[[], float], *, measure: bool) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        *,
+        measure: bool,
+        coefficients: StepCoefficients | None = None,
+    ) -> None:
+        """``coefficients`` are those of CostMeter."""
         self._clock = clock
         self._born_s = clock()
         self._measure = measure
+        self._coefficients = coefficients
         self._meter: CostMeter | None = None
         self._reader: StepReader | None = None
         self.inbox: StepInbox | None = None
@@ -40,7 +48,8 @@ class VllmCosts:
         """Begin to meter an engine that was started with the inbox, if it records its steps."""
         if self.inbox is None or not llm.records_steps:
             return
-        self._meter = CostMeter(self._born_s, llm.vllm_config.cache_config.block_size)
+        block_tokens = llm.vllm_config.cache_config.block_size
+        self._meter = CostMeter(self._born_s, block_tokens, self._coefficients)
         self._reader = StepReader(self.inbox, self._meter)
         llm.read_steps_with(self._reader)
 

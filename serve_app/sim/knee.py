@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from serve_app.core.capacity import in_flight, service_s
+from serve_app.core.knee import next_load
 from serve_app.core.types import Outcome
 from serve_app.sim.records import Run, percentile
 from serve_app.sim.setup import Setup
@@ -71,24 +72,18 @@ def find_knee(
         return points[-1].holds
 
     low, most = bracket_per_s
-    if not holds(low):
-        raise ValueError(f"the fleet misses its targets at {low} requests/s already")
-    high = low
-    while high < most:
-        high = min(2.0 * high, most)
-        if not holds(high):
+    tried: dict[float, bool] = {}
+    while True:
+        rate_per_s = next_load(tried, low=low, most=most, precision_ratio=PRECISION_RATIO)
+        if rate_per_s is None:
             break
-        low = high
-    while high - low > PRECISION_RATIO * high:
-        middle = (low + high) / 2.0
-        if holds(middle):
-            low = middle
-        else:
-            high = middle
+        tried[rate_per_s] = holds(rate_per_s)
+    if not any(tried.values()):
+        raise ValueError(f"the fleet misses its targets at {low} requests/s already")
     points.sort(key=lambda point: point.offered_per_s)
     best = max((point for point in points if point.holds), key=lambda point: point.offered_per_s)
     held = in_flight(best.offered_per_s, best.stay_s)
-    return Knee(low, best.goodput_per_s, tuple(points), held)
+    return Knee(best.offered_per_s, best.goodput_per_s, tuple(points), held)
 
 
 def _point(run: Run, setup: Setup, rate_per_s: float) -> Point:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from dataclasses import fields
+from typing import Final, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from serve_app.core.attribution import NS_PER_S, ReplicaUse, StepCoefficients, Use
+from serve_app.core.attribution import ReplicaUse, StepCoefficients, Use
+from serve_app.core.calendar import NS_PER_S, PS_PER_S
 from serve_app.core.types import TenantId
+
+_PS: Final = "_ps"
 
 
 class EngineCosts(Protocol):
@@ -63,6 +67,13 @@ class CostMetrics:
             "KV blocks times how long requests that ended held them; no part of the time.",
             registry=registry,
         )
+        self.engine_step_cost_seconds = Gauge(
+            "headrace_engine_step_cost_seconds",
+            "What a step takes as such, per prefill token, decoding sequence and KV token read, "
+            "by the coefficients that split its time.",
+            ("part",),
+            registry=registry,
+        )
         self._uses_ns = dict.fromkeys(Use, 0)
         self._provisional_ns = 0
         self._kv_block_s = 0.0
@@ -81,6 +92,10 @@ class CostMetrics:
         )
         self._provisional_ns = provisional_ns
         self.engine_coefficients_provisional.set(costs.coefficients.provisional)
+        for part in fields(StepCoefficients):
+            if part.name.endswith(_PS):
+                cost_s = getattr(costs.coefficients, part.name) / PS_PER_S
+                self.engine_step_cost_seconds.labels(part.name.removesuffix(_PS)).set(cost_s)
         self.engine_step_fit_error_ratio.set(costs.fit_error_ratio)
         kv_block_s = sum(costs.kv_block_s.values())
         # Sums of floats in another order may be smaller by their last bit.
