@@ -532,10 +532,14 @@ class Simulator:
             )
 
     def _retire(self, now_s: float, node: Node) -> None:
-        self._remove(now_s, node)
+        # A pool that shrank may have let go of it before its notice was over.
+        if node.health is not Health.DEAD:
+            self._remove(now_s, node)
 
     def _kill(self, now_s: float, node: Node) -> None:
         """Lose a replica and start another of its pool."""
+        if node.health is Health.DEAD:
+            return
         self._remove(now_s, node)
         self._order_node(now_s, self._pools[node.pool])
 
