@@ -54,7 +54,7 @@ class KeyStore:
         try:
             with self._change() as connection:
                 connection.execute(insert(API_KEY).values(_row(record)))
-                self._note(connection, by, "key.create", None, record)
+                _note(connection, by, "key.create", record.created_at_s, after=record)
         except IntegrityError as error:
             raise ValueError(f"a key with the id {record.key_id!r} exists") from error
 
@@ -78,8 +78,8 @@ class KeyStore:
             after = replace(before, expires_at_s=ends_s)
             connection.execute(insert(API_KEY).values(_row(record)))
             connection.execute(update(API_KEY).where(of_key).values(expires_at_s=ends_s))
-            self._note(connection, by, "key.create", None, record)
-            self._note(connection, by, "key.rotate", before, after)
+            _note(connection, by, "key.create", now_s, after=record)
+            _note(connection, by, "key.rotate", now_s, before=before, after=after)
             return secret, record, after
 
     def revoke(self, key_id: str, by: Actor = PROGRAM) -> KeyRecord | None:
@@ -95,11 +95,10 @@ class KeyStore:
             before = _record(row)
             if before.revoked_at_s is not None:
                 return before
-            after = replace(before, revoked_at_s=self._wall_clock())
-            connection.execute(
-                update(API_KEY).where(of_key).values(revoked_at_s=after.revoked_at_s)
-            )
-            self._note(connection, by, "key.revoke", before, after)
+            now_s = self._wall_clock()
+            after = replace(before, revoked_at_s=now_s)
+            connection.execute(update(API_KEY).where(of_key).values(revoked_at_s=now_s))
+            _note(connection, by, "key.revoke", now_s, before=before, after=after)
             return after
 
     def list(self) -> list[KeyRecord]:
@@ -126,23 +125,24 @@ class KeyStore:
         """Close every connection. Idempotent."""
         self._database.close()
 
-    def _note(
-        self,
-        connection: Connection,
-        by: Actor,
-        action: str,
-        before: KeyRecord | None,
-        after: KeyRecord,
-    ) -> None:
-        told = None if before is None else _told(before)
-        subject = f"key {after.key_id}"
-        at_s = after.created_at_s if after.revoked_at_s is None else after.revoked_at_s
-        note_change(connection, by, action, subject, at_s=at_s, before=told, after=_told(after))
-
     @contextmanager
     def _change(self) -> Iterator[Connection]:
         with self._database.change(KEY_TABLE_VERSION) as connection:
             yield connection
+
+
+def _note(
+    connection: Connection,
+    by: Actor,
+    action: str,
+    at_s: float,
+    *,
+    before: KeyRecord | None = None,
+    after: KeyRecord,
+) -> None:
+    told = None if before is None else _told(before)
+    subject = f"key {after.key_id}"
+    note_change(connection, by, action, subject, at_s=at_s, before=told, after=_told(after))
 
 
 def _version(connection: Connection) -> int:

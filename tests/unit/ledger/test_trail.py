@@ -53,6 +53,21 @@ def test_a_key_made_and_revoked_is_two_rows_without_its_secret(database: Databas
     assert record.digest.hex() not in kept
 
 
+def test_every_change_of_a_key_says_when_it_was_made(database: Database) -> None:
+    now_s = iter((50.0, 60.0, 70.0))
+    keys = KeyStore(database, lambda: next(now_s))
+    _, record = keys.create(KeyWish("laptop"), ANN)
+    rotated = keys.rotate(record.key_id, 600.0, ANN)
+    assert rotated is not None
+    keys.revoke(record.key_id, BOB)
+    assert [(each.action, each.at_s) for each in reversed(told(database))] == [
+        ("key.create", 50.0),
+        ("key.create", 60.0),
+        ("key.rotate", 60.0),
+        ("key.revoke", 70.0),
+    ]
+
+
 def test_budgets_and_credits_say_what_they_were_and_became(database: Database) -> None:
     budgets = BudgetStore(database, lambda: 60.0)
     budgets.put(BUDGET, ANN)
