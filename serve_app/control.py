@@ -115,7 +115,9 @@ class Control:
         if beat.role == "router":
             self._grants.heard(beat.process)
         self._scaler.hear(beat.process, beat.demand)
-        self._scaler.decide(self._heard("router"), self._engines())
+        # Heartbeats come many times a second, and who was heard of is a look at every process.
+        if self._scaler.due:
+            self._scaler.decide(self._heard("router"), self._engines())
         routers = self._routers() if beat.channel is not None else {}
         keys, prices, budgets = self._table, self._prices, self._treasury.list
         return Tables(

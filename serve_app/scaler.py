@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from serve_app.core.calendar import DAY_S
 from serve_app.core.demand import DemandSum, EngineNews, PoolDemand, Wanted
-from serve_app.core.scaling import DAY_S, Decision, ScalingPolicy, ScalingState, decide
+from serve_app.core.scaling import Decision, ScalingPolicy, ScalingState, decide
 from serve_app.core.types import PoolName
 
 logger = logging.getLogger("headrace.scaling")
@@ -32,7 +33,7 @@ class _Pool:
 
 
 class Scaler:
-    """Decides once a second for every pool that is scaled. On Control's event loop only."""
+    """Decides for every pool that is scaled, once a second. On Control's event loop only."""
 
     def __init__(
         self,
@@ -61,12 +62,14 @@ class Scaler:
         known = self._pools.get(pool)
         return None if known is None else known.wanted
 
+    @property
+    def due(self) -> bool:
+        """Whether a period has passed since the last decision."""
+        return self._clock() - self._decided_s >= PERIOD_S
+
     def decide(self, routers: Mapping[str, object], engines: Mapping[str, EngineNews]) -> None:
-        """Decide anew if a period has passed. Both are those that were heard of lately."""
-        now_s = self._clock()
-        if now_s - self._decided_s < PERIOD_S:
-            return
-        self._decided_s = now_s
+        """Decide anew. Both are those that were heard of lately."""
+        now_s = self._decided_s = self._clock()
         for name, pool in self._pools.items():
             pool.demand.keep(routers)
             self._decide(
