@@ -15,7 +15,8 @@ from typing import Final, Protocol
 from sqlalchemy import func, select
 
 from serve_app.config_costs import CostSettings, OpenCostSettings
-from serve_app.core.reconciliation import Finding, NodeBill, Reconciliation, over_hours
+from serve_app.core.calendar import DAY_S, HOUR_S
+from serve_app.core.reconciliation import NodeBill, Reconciliation, over_hours
 from serve_app.ledger.costs import write_bills
 from serve_app.ledger.database import Database
 from serve_app.ledger.opencost import OpenCostUnavailable
@@ -27,8 +28,6 @@ from serve_app.usage_report import UsageQuery, iso_time
 
 logger = logging.getLogger("headrace.bills")
 
-HOUR_S: Final = 3600
-DAY_HOURS: Final = 24
 # Bills change for some hours: credits, spot prices, late disks.
 _SETTLED_AFTER_S: Final = 6 * HOUR_S
 _FAILURES_MAX: Final = 2
@@ -126,7 +125,7 @@ class BillReader:
 
     def _compare(self) -> Reconciliation:
         until = int(self._wall_clock() // HOUR_S) * HOUR_S
-        query = UsageQuery((), until - DAY_HOURS * HOUR_S, until)
+        query = UsageQuery((), until - DAY_S, until)
         with self._database.transaction() as connection:
             found = reconciled(connection, query, self._settings)
         # An hour that could not be read yet has no bills, which is nobody's finding so far.
@@ -141,7 +140,7 @@ class BillReader:
             (iso_time(hour), each.node)
             for hour, compared in hours.items()
             for each in compared.nodes
-            if each.finding not in (Finding.AGREES, Finding.UNKNOWN_NODE)
+            if each.finding.alarms
         )
         for at, node in sorted(alerts - self._said):
             logger.warning("node %s and its bill disagree in the hour %s", node, at)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from serve_app.audit import Audit, since, token_interval_s
-from serve_app.core.attribution import NS_PER_S
+from serve_app.core.calendar import NS_PER_S
 from serve_app.core.pricing import PriceBook
 from serve_app.core.types import Outcome, PoolName, ReplicaId
 from serve_app.errors import JournalUnavailable, Unavailable

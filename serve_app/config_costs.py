@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from serve_app.config_base import Strict
-from serve_app.core.attribution import NS_PER_S
+from serve_app.core.calendar import NS_PER_S
 from serve_app.core.idle import IdlePolicy, IdleRule
 from serve_app.core.pricing import nanousd
 from serve_app.core.reconciliation import Rate

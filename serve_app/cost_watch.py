@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from serve_app.config_costs import CostSettings
+from serve_app.core.calendar import DAY_S, HOUR_S
 from serve_app.ledger.database import Database
 from serve_app.ledger.insights import insight
 from serve_app.periodic import Periodic
@@ -19,8 +20,6 @@ from serve_app.usage_report import UsageQuery
 
 logger = logging.getLogger("headrace.costs")
 
-HOUR_S: Final = 3600
-DAY_S: Final = 24 * HOUR_S
 # By then what belongs to an hour has come through the journals.
 _ARRIVED_AFTER_S: Final = 120
 

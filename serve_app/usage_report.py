@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from serve_app.core.calendar import HOUR_S
+
 BY: Final = ("tenant", "model", "user", "key", "class", "tag", "hour")
 FIELDS: Final = (
     *("requests", "billed_requests", "prompt_tokens", "cached_prompt_tokens", "output_tokens"),
@@ -27,8 +29,6 @@ INSIGHTS: Final = (
 )
 # Rows of the FinOps specification, as CSV: what was billed, and how true cost is allocated.
 FOCUS_FORMATS: Final = {"focus": "focus", "focus-allocation": "focus_allocation"}
-
-_HOUR_S: Final = 3600
 
 
 class BadQuery(ValueError):
@@ -46,6 +46,13 @@ class UsageQuery:
     by: tuple[str, ...] = ()
     from_s: int | None = None
     to_s: int | None = None
+
+    def window(self) -> dict[str, str | None]:
+        """Return ``from`` and ``to`` as reports show them; None where it is open."""
+        return {
+            "from": None if self.from_s is None else iso_time(self.from_s),
+            "to": None if self.to_s is None else iso_time(self.to_s),
+        }
 
 
 def usage_query(by: str, from_: str | None, to: str | None) -> UsageQuery:
@@ -156,7 +163,7 @@ def _hour(field: str, text: str | None) -> int | None:
         ) from None
     whole = time if time.tzinfo is not None else time.replace(tzinfo=UTC)
     at_s = whole.timestamp()
-    if at_s % _HOUR_S:
-        before = iso_time(at_s - at_s % _HOUR_S)
+    if at_s % HOUR_S:
+        before = iso_time(at_s - at_s % HOUR_S)
         raise BadQuery(field, f"must be a whole hour, as {before} is; got {text!r:.40}")
     return int(at_s)

@@ -9,14 +9,13 @@ from typing import Any
 
 from sqlalchemy import insert
 
-from serve_app.core.attribution import NS_PER_S, Use
+from serve_app.core.attribution import Use
+from serve_app.core.calendar import HOUR_NS, NS_PER_S
 from serve_app.core.types import KeyId, PoolName, PriorityClass, TenantId
 from serve_app.ledger.database import Database
 from serve_app.ledger.schema import ENGINE_TIME, REPLICA_HOUR, SUMS, USAGE_ROLLUP, USES_NS
 from serve_app.usage import LedgerRecord, ReplicaPeriod, Witness
 from tests.usage_records import HOUR_S, START_S, charge, record
-
-HOUR_NS = HOUR_S * NS_PER_S
 
 
 def period(number: int = 1, hour: int = START_S, lasted_ns: int = HOUR_NS, **fields: Any) -> Any:

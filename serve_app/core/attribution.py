@@ -21,11 +21,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Final
 
+from serve_app.core.calendar import NS_PER_S
 from serve_app.core.types import Outcome, TenantId
-
-NS_PER_S: Final = 10**9
 
 
 class Use(StrEnum):

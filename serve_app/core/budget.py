@@ -16,14 +16,13 @@ from typing import NamedTuple
 
 from serve_app.core.calendar import (
     DAY_S,
+    HOUR_S,
     WEEK_S,
     day_start_s,
     month_start_s,
     next_month_start_s,
     week_start_s,
 )
-
-HOUR_S = 3600
 
 
 class BudgetScope(StrEnum):

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+from serve_app.core.calendar import NS_PER_S
 from serve_app.core.parts import (
     MINUTE_NS,
-    NS_PER_S,
     WHOLE,
     Part,
     RateFigure,

@@ -19,9 +19,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from serve_app.core.calendar import NS_PER_S
+
 WHOLE = 1 << 60
-MINUTE_NS = 60_000_000_000
-NS_PER_S = 1_000_000_000
+MINUTE_NS = 60 * NS_PER_S
 UNIT = MINUTE_NS * WHOLE
 IDLE_NS = 10 * NS_PER_S
 ASK_AGAIN_MOST_NS = NS_PER_S

@@ -8,12 +8,9 @@ that is open then: a request's time and the piece that holds it are in the same 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
-from serve_app.core.attribution import NS_PER_S, ReplicaUse, Use
-
-HOUR_S: Final = 3600
-HOUR_NS: Final = HOUR_S * NS_PER_S
+from serve_app.core.attribution import ReplicaUse, Use
+from serve_app.core.calendar import HOUR_NS, HOUR_S, NS_PER_S
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ from enum import StrEnum
 from fractions import Fraction
 from typing import Final
 
-NS_PER_HOUR: Final = 3600 * 10**9
+from serve_app.core.calendar import HOUR_NS
+
 GAP_RATIO_ALERT: Final = Fraction(1, 100)
 
 
@@ -27,6 +28,11 @@ class Finding(StrEnum):
     NO_GPU = "no_gpu"  # the bill knows no GPU where we used one
     NO_PRICE = "no_price"  # used, and nothing says at what price
     UNKNOWN_NODE = "unknown_node"  # billed, and nothing of ours ran there
+
+    @property
+    def alarms(self) -> bool:
+        """Whether it is something that somebody should look into."""
+        return self not in (Finding.AGREES, Finding.UNKNOWN_NODE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +107,8 @@ def reconcile(
     """Compare an hour's charges with its bills.
 
     Several charges of one node add up, and so do its bills: one without an amount leaves
-    the node without a bill. An alert is raised by a node's gap above ``alert_ratio`` and by
-    every finding but agreement and a node that is not ours.
+    the node without a bill. An alert is raised by every finding that alarms, a gap above
+    ``alert_ratio`` among them.
     """
     charged = _charges_by_node(charges)
     billed = bills_by_node(bills)
@@ -155,12 +161,11 @@ def _together(nodes: Sequence[NodeGap]) -> Reconciliation:
     both = [each for each in nodes if each.gap_nanousd is not None]
     gap = sum(each.gap_nanousd or 0 for each in both)
     total = sum(each.billed_nanousd or 0 for each in both)
-    calm = (Finding.AGREES, Finding.UNKNOWN_NODE)
     return Reconciliation(
         tuple(nodes),
         gap,
         Fraction(gap, total) if total else None,
-        any(each.finding not in calm for each in nodes),
+        any(each.finding.alarms for each in nodes),
     )
 
 
@@ -225,4 +230,4 @@ def _cost_upto(rates: Sequence[Rate], until_ns: int) -> int:
         if index + 1 < len(rates):
             end_ns = min(until_ns, rates[index + 1].from_ns)
         total += max(0, end_ns - rate.from_ns) * rate.hourly_nanousd
-    return total // NS_PER_HOUR
+    return total // HOUR_NS

@@ -24,9 +24,9 @@ from dataclasses import asdict, dataclass, replace
 from math import ceil, exp, floor, isfinite, sqrt
 from typing import Any, Final
 
+from serve_app.core.calendar import DAY_S
 from serve_app.core.capacity import ROUNDING, in_flight
 
-DAY_S: Final = 86_400.0
 PEAKS_MAX: Final = 32
 RATE_MAX: Final = 1e9
 KV_TARGET_RATIO: Final = 0.8

@@ -23,9 +23,10 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from serve_app.core.calendar import NS_PER_S
 from serve_app.core.exchange import RouterId
 from serve_app.core.limits import Moved, SliceKey
-from serve_app.core.parts import MINUTE_NS, NS_PER_S, WHOLE, split
+from serve_app.core.parts import MINUTE_NS, WHOLE, split
 from serve_app.core.slice_messages import Bell, Message, Recall, Reply, Want
 from serve_app.core.slice_rest import Holding, Rest, Turn, full
 

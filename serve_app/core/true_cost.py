@@ -18,10 +18,10 @@ from enum import StrEnum
 from fractions import Fraction
 from typing import Final
 
-from serve_app.core.attribution import NS_PER_S, Use
+from serve_app.core.attribution import Use
+from serve_app.core.calendar import HOUR_NS
 from serve_app.core.reconciliation import NodeBill, Rate, cost_nanousd
 
-HOUR_NS: Final = 3600 * NS_PER_S
 _ENDED: Final = (Use.USEFUL, Use.CANCELLED, Use.PREEMPTED, Use.FAILED)
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from serve_app.core.attribution import NS_PER_S, ReplicaUse, Use
+from serve_app.core.attribution import ReplicaUse, Use
+from serve_app.core.calendar import NS_PER_S
 from serve_app.core.periods import Periods
 from serve_app.usage import ReplicaPeriod
 

@@ -23,7 +23,7 @@ from serve_app import __version__, models
 from serve_app.autoscaling import statistics
 from serve_app.config import PoolArgs, SimSettings
 from serve_app.control_link import HandleControlLink
-from serve_app.core.attribution import NS_PER_S
+from serve_app.core.calendar import NS_PER_S
 from serve_app.core.demand import EngineNews, Wanted
 from serve_app.core.types import Outcome, PoolName, ReplicaId, ReplicaView
 from serve_app.engine.api import (

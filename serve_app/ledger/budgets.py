@@ -17,7 +17,6 @@ from sqlalchemy import Connection, Row, and_, delete, insert, select, update
 
 from serve_app.changes import PROGRAM, Actor
 from serve_app.core.budget import (
-    HOUR_S,
     Account,
     Balance,
     Budget,
@@ -31,6 +30,7 @@ from serve_app.core.budget import (
     lend,
     period_of,
 )
+from serve_app.core.calendar import HOUR_S
 from serve_app.core.pricing import dollars
 from serve_app.ledger.database import Database
 from serve_app.ledger.grants import fenced

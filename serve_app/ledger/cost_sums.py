@@ -6,17 +6,19 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Final
+from typing import Final
 
-from sqlalchemy import Connection, Select, and_, func, or_, select
+from sqlalchemy import Connection, and_, func, or_, select
 
 from serve_app.core.attribution import Use
+from serve_app.core.calendar import HOUR_NS
 from serve_app.core.savings import ModelUse, Repetition
-from serve_app.core.true_cost import HOUR_NS, HourCost, InstancePrice, Overhead
+from serve_app.core.true_cost import HourCost, InstancePrice, Overhead
 from serve_app.core.types import Outcome, PriorityClass
 from serve_app.core.unit_economics import PoolUse, Product
 from serve_app.ledger.costs import SplitHour, split_hours
 from serve_app.ledger.schema import ENGINE_TIME, USAGE_EVENT, USAGE_ROLLUP
+from serve_app.ledger.statements import within
 from serve_app.usage import Witness
 from serve_app.usage_report import UsageQuery
 
@@ -177,13 +179,6 @@ def tokens_by_hour(connection: Connection, query: UsageQuery) -> dict[tuple[str,
     statement = within(select(used.model, used.hour, total), used.hour, query)
     rows = connection.execute(statement.group_by(used.model, used.hour))
     return {(row[0], row[1]): int(row[2]) for row in rows}
-
-
-def within(statement: Select[Any], hour: Any, query: UsageQuery) -> Select[Any]:
-    """Return a statement of the hours of ``query`` only."""
-    if query.from_s is not None:
-        statement = statement.where(hour >= query.from_s)
-    return statement if query.to_s is None else statement.where(hour < query.to_s)
 
 
 def _add_hour(sums: HourSums, each: SplitHour) -> None:

@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import groupby
-from typing import Any, Final
+from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, Table, delete, func, insert, select
+from sqlalchemy import ColumnElement, Connection, Row, delete, func, insert, select
 
 from serve_app.core.attribution import Use
+from serve_app.core.calendar import HOUR_NS, NS_PER_S
 from serve_app.core.reconciliation import NodeBill, bills_by_node
 from serve_app.core.true_cost import (
-    HOUR_NS,
     HourCost,
     InstancePrice,
     NodePrices,
@@ -22,9 +22,8 @@ from serve_app.core.true_cost import (
     split_hour,
 )
 from serve_app.ledger.schema import ENGINE_TIME, NODE_BILL, REPLICA_HOUR
+from serve_app.ledger.statements import within
 from serve_app.usage_report import UsageQuery
-
-_NS_PER_S: Final = 10**9
 
 
 @dataclass(slots=True)
@@ -101,7 +100,10 @@ def split_hours(
     columns: Sequence[str],
     instances: Mapping[str, InstancePrice],
 ) -> Iterator[SplitHour]:
-    """Yield every replica-hour of ``query`` split by ``columns``, in the order of time."""
+    """Yield every replica-hour of ``query`` split by ``columns``, in the order of time.
+
+    Those without a request come last, in the order of time as well.
+    """
     prices = NodePrices(instances, read_bills(connection, query))
     known = {(hour.hour, hour.replica): hour for hour in read_hours(connection, query)}
     for key, group in groupby(_engine_time(connection, query, columns), lambda row: row[:2]):
@@ -120,14 +122,14 @@ def split_hours(
 
 def read_hours(connection: Connection, query: UsageQuery) -> list[ReplicaHour]:
     """Return the replica-hours of ``query``, in the order of time."""
-    statement = _within(select(REPLICA_HOUR), REPLICA_HOUR, query)
+    statement = within(select(REPLICA_HOUR), REPLICA_HOUR.c.hour, query)
     statement = statement.order_by(REPLICA_HOUR.c.hour, REPLICA_HOUR.c.replica)
     return [_hour(row) for row in connection.execute(statement)]
 
 
 def read_bills(connection: Connection, query: UsageQuery) -> dict[tuple[int, str], NodeBill]:
     """Return what nodes were billed, by hour and node."""
-    rows = connection.execute(_within(select(NODE_BILL), NODE_BILL, query))
+    rows = connection.execute(within(select(NODE_BILL), NODE_BILL.c.hour, query))
     return {
         (row.hour, row.node): NodeBill(
             row.node,
@@ -163,17 +165,9 @@ def _engine_time(
     # The hour may be asked for as well: under a name of its own.
     keys += [time[name].label(f"by_{name}") for name in columns]
     sums = [func.sum(time[name]).label(name) for name in ("requests", "engine_ns", "wasted_ns")]
-    statement = _within(select(*keys, *sums), ENGINE_TIME, query)
+    statement = within(select(*keys, *sums), time.hour, query)
     statement = statement.group_by(*keys).order_by(time.hour, time.replica)
     yield from connection.execute(statement)
-
-
-def _within(statement: Select[Any], table: Table, query: UsageQuery) -> Select[Any]:
-    if query.from_s is not None:
-        statement = statement.where(table.c.hour >= query.from_s)
-    if query.to_s is not None:
-        statement = statement.where(table.c.hour < query.to_s)
-    return statement
 
 
 def _hour(row: Row[Any]) -> ReplicaHour:
@@ -194,4 +188,4 @@ def _hour(row: Row[Any]) -> ReplicaHour:
 def _unreported(hour: int, replica: str) -> ReplicaHour:
     """Return the account of a replica that has not written any: its requests prove time."""
     nothing = ReplicaHour(hour, replica, "", "", "", 0.0, 0, 0, {})
-    return replace(nothing, from_ns=hour * _NS_PER_S, until_ns=hour * _NS_PER_S)
+    return replace(nothing, from_ns=hour * NS_PER_S, until_ns=hour * NS_PER_S)

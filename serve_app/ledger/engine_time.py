@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from sqlalchemy import Column, Connection, Select, case, delete, func, insert, select, tuple_
-from sqlalchemy.dialects import postgresql, sqlite
 
 from serve_app.core.types import Outcome
 from serve_app.ledger.schema import (
@@ -21,13 +20,13 @@ from serve_app.ledger.schema import (
     USAGE_EVENT,
     USES_NS,
 )
+from serve_app.ledger.statements import some_at_a_time, upsert
 from serve_app.usage import ReplicaPeriod, Witness
 
 _TIME_KEY: Final = ("hour", "replica", *DIMENSIONS)
 _TIME_SUMS: Final = ("requests", "engine_ns", "wasted_ns")
 _HOUR_KEY: Final = ("hour", "replica")
 _PLACE: Final = ("pool", "node", "instance", "gpus")
-_IDS_PER_QUERY: Final = 500
 
 
 def add_engine_time(connection: Connection, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -42,7 +41,7 @@ def add_engine_time(connection: Connection, rows: Iterable[Mapping[str, Any]]) -
         for place, value in enumerate((1, row["engine_ns"], wasted_ns)):
             found[place] += value
     if sums:
-        new = _insert(connection, ENGINE_TIME)
+        new = upsert(connection, ENGINE_TIME)
         added = {name: ENGINE_TIME.c[name] + new.excluded[name] for name in _TIME_SUMS}
         statement = new.on_conflict_do_update(index_elements=_TIME_KEY, set_=added)
         names = (*_TIME_KEY, *_TIME_SUMS)
@@ -61,7 +60,7 @@ def add_periods(connection: Connection, periods: Sequence[ReplicaPeriod], now_s:
             rows.append(_period_row(period, now_s))
     if rows:
         connection.execute(insert(REPLICA_PERIOD), rows)
-        new = _insert(connection, REPLICA_HOUR)
+        new = upsert(connection, REPLICA_HOUR)
         held, more = REPLICA_HOUR.c, new.excluded
         # Not MIN and MAX of SQL, which SQLite and PostgreSQL name differently.
         bounds = {
@@ -132,8 +131,7 @@ def _known(connection: Connection, periods: Sequence[ReplicaPeriod]) -> set[tupl
     names = REPLICA_PERIOD.c.replica, REPLICA_PERIOD.c.number
     keys = [(period.replica, period.number) for period in periods]
     known: set[tuple[str, int]] = set()
-    for start in range(0, len(keys), _IDS_PER_QUERY):
-        some = keys[start : start + _IDS_PER_QUERY]
+    for some in some_at_a_time(keys):
         found = connection.execute(select(*names).where(tuple_(*names).in_(some)))
         known.update((row.replica, row.number) for row in found)
     return known
@@ -153,8 +151,3 @@ def _period_row(period: ReplicaPeriod, now_s: float) -> dict[str, Any]:
         "recorded_at_s": now_s,
         **{name: period.uses_ns.get(name.removesuffix("_ns"), 0) for name in USES_NS},
     }
-
-
-def _insert(connection: Connection, table: Any) -> Any:
-    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
-    return dialect.insert(table)

@@ -19,16 +19,16 @@ from typing import Any, Final
 from sqlalchemy import Connection, Row, func, select
 
 from serve_app.config_costs import CostSettings
+from serve_app.core.calendar import HOUR_NS, HOUR_S
 from serve_app.core.pricing import CURRENCY, dollars
 from serve_app.core.true_cost import Overhead, split
 from serve_app.core.types import PriorityClass
-from serve_app.ledger.cost_sums import within
 from serve_app.ledger.costs import SplitHour, split_hours
 from serve_app.ledger.schema import USAGE_EVENT
+from serve_app.ledger.statements import within
 from serve_app.usage import Witness
 from serve_app.usage_report import UsageQuery, iso_time
 
-HOUR_S: Final = 3600
 METHOD: Final = "headrace-measured-engine-time"
 RATIO_DIGITS: Final = 12
 NAME: Final = "Headrace"
@@ -182,7 +182,7 @@ def _of_allocation(each: SplitHour) -> Iterator[dict[str, str]]:
             **_common(hour.hour, tenant, hour.instance, dollars(part.cost_nanousd or 0)),
             "ChargeClass": "",
             "ChargeDescription": f"engine time of {hour.pool}: {use.replace('_', ' ')}",
-            "PricingQuantity": f"{Decimal(part.time_ns) / (HOUR_S * 10**9):.12f}",
+            "PricingQuantity": f"{Decimal(part.time_ns) / HOUR_NS:.12f}",
             "PricingUnit": "Hours",
             "ResourceId": hour.replica,
             "ResourceName": hour.replica,

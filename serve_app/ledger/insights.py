@@ -13,6 +13,7 @@ from sqlalchemy import Connection, func, select
 from serve_app.config_costs import CostSettings
 from serve_app.core.anomalies import Anomaly, Point, Sensitivity, jumps, rise
 from serve_app.core.attribution import Use
+from serve_app.core.calendar import DAY_S, HOUR_NS, HOUR_S, day_start_s
 from serve_app.core.pricing import CURRENCY, dollars
 from serve_app.core.savings import (
     Suggestion,
@@ -39,8 +40,6 @@ from serve_app.ledger.schema import ENGINE_TIME
 from serve_app.ledger.spending_days import spending_days
 from serve_app.usage_report import UsageQuery, iso_time
 
-HOUR_S: Final = 3600
-DAY_S: Final = 24 * HOUR_S
 HISTORY_S: Final = 28 * DAY_S
 
 # A user's hour, a user's requests, and a model's tokens, each against what they were.
@@ -59,7 +58,7 @@ def economics(connection: Connection, query: UsageQuery, settings: CostSettings)
     return {
         "object": "economics",
         "currency": CURRENCY,
-        **_window(query),
+        **query.window(),
         "hours": sums.hours,
         "data": [_pool(sums.pools[name]) for name in sorted(sums.pools)],
     }
@@ -76,7 +75,7 @@ def anomalies(connection: Connection, query: UsageQuery, settings: CostSettings)
     data.sort(key=lambda each: -each["score"])
     return {
         "object": "anomalies",
-        **_window(replace(query, from_s=from_s, to_s=until_s)),
+        **replace(query, from_s=from_s, to_s=until_s).window(),
         "unit": CURRENCY if sums.priced else "engine seconds",
         "data": data,
     }
@@ -106,7 +105,7 @@ def savings(connection: Connection, query: UsageQuery, settings: CostSettings) -
     return {
         "object": "savings",
         "currency": CURRENCY,
-        **_window(query),
+        **query.window(),
         "hours": sums.hours,
         "data": [_suggestion(each) for each in found],
     }
@@ -140,13 +139,6 @@ def insight(
         return make(connection, query, settings)
 
 
-def _window(query: UsageQuery) -> dict[str, Any]:
-    return {
-        "from": None if query.from_s is None else iso_time(query.from_s),
-        "to": None if query.to_s is None else iso_time(query.to_s),
-    }
-
-
 def _pool(pool: PoolUse) -> dict[str, Any]:
     whole = unit_cost(pool.product, pool.total_nanousd)
     busy = unit_cost(pool.product, pool.busy_nanousd)
@@ -157,7 +149,7 @@ def _pool(pool: PoolUse) -> dict[str, Any]:
         "input_tokens": pool.input_tokens,
         "cached_input_tokens": pool.cached_tokens,
         "output_tokens": pool.output_tokens,
-        "replica_hours": round(pool.total_ns / (HOUR_S * _NANO), 3),
+        "replica_hours": round(pool.total_ns / HOUR_NS, 3),
         "busy_ratio": round(pool.busy_ratio, 4),
         "cost_usd": dollars(pool.total_nanousd),
         "amount_usd": dollars(pool.amount_nanousd),
@@ -205,7 +197,7 @@ def _of_models(
     for model, costs in sorted(sums.models.items()):
         days: dict[int, list[float]] = {}
         for hour, value in costs.items():
-            day = days.setdefault(hour // DAY_S * DAY_S, [0.0, 0.0])
+            day = days.setdefault(day_start_s(hour), [0.0, 0.0])
             day[0] += value / _NANO
             day[1] += tokens.get((model, hour), 0)
         points = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, Final
@@ -11,7 +12,7 @@ from sqlalchemy import Connection
 from serve_app.config_costs import CostSettings
 from serve_app.core.pricing import dollars
 from serve_app.core.reconciliation import (
-    Finding,
+    NodeBill,
     NodeCharge,
     NodeGap,
     Reconciliation,
@@ -29,21 +30,18 @@ def reconciled(
     connection: Connection, query: UsageQuery, settings: CostSettings
 ) -> dict[int, Reconciliation]:
     """Return every hour of ``query`` in which a node was used or billed, compared."""
-    charges: dict[int, list[NodeCharge]] = {}
+    charges: dict[int, list[NodeCharge]] = defaultdict(list)
     for each in split_hours(connection, query, (), settings.prices()):
         account, cost = each.cost.hour, each.cost.cost_nanousd
         idle = next(part.cost_nanousd or 0 for part in each.cost.parts if part.key is Overhead.IDLE)
         charge = NodeCharge(account.node, (cost or 0) - idle, idle, account.gpus, cost is None)
-        charges.setdefault(account.hour, []).append(charge)
-    bills = read_bills(connection, query)
-    hours = sorted(charges.keys() | {hour for hour, _ in bills})
+        charges[account.hour].append(charge)
+    bills: dict[int, list[NodeBill]] = defaultdict(list)
+    for (hour, _), bill in read_bills(connection, query).items():
+        bills[hour].append(bill)
     return {
-        hour: reconcile(
-            charges.get(hour, ()),
-            [bill for (of, _), bill in bills.items() if of == hour],
-            alert_ratio=settings.alert_ratio,
-        )
-        for hour in hours
+        hour: reconcile(charges[hour], bills[hour], alert_ratio=settings.alert_ratio)
+        for hour in sorted(charges.keys() | bills.keys())
     }
 
 
@@ -59,8 +57,7 @@ def reconciliation(
     alerts = {hour: found for hour, found in hours.items() if found.alert}
     return {
         "object": "reconciliation",
-        "from": None if query.from_s is None else iso_time(query.from_s),
-        "to": None if query.to_s is None else iso_time(query.to_s),
+        **query.window(),
         "alert": whole.alert or bool(alerts),
         "alert_gap_ratio": settings.alert_gap_ratio,
         "hours": len(hours),
@@ -73,11 +70,10 @@ def reconciliation(
 
 
 def _alerts(alerts: Mapping[int, Reconciliation]) -> list[dict[str, Any]]:
-    calm = (Finding.AGREES, Finding.UNKNOWN_NODE)
     return [
         {
             "hour": iso_time(hour),
-            "nodes": [_node(each) for each in alerts[hour].nodes if each.finding not in calm],
+            "nodes": [_node(each) for each in alerts[hour].nodes if each.finding.alarms],
         }
         for hour in sorted(alerts)[-HOURS_SHOWN:]
     ]

@@ -10,12 +10,13 @@ from sqlalchemy import Row, func, select
 
 from serve_app.core.idle import IdleRule, IdleShares
 from serve_app.core.pricing import CURRENCY, dollars
-from serve_app.core.true_cost import InstancePrice
+from serve_app.core.true_cost import InstancePrice, Overhead
 from serve_app.core.types import PriorityClass, TenantId
 from serve_app.ledger.costs import CostTally, read_costs
 from serve_app.ledger.database import Database
 from serve_app.ledger.idle import read_idle
 from serve_app.ledger.schema import SUMS, USAGE_ROLLUP
+from serve_app.ledger.statements import within
 from serve_app.ledger.tally import NOTHING, Tally
 from serve_app.usage_report import UsageQuery, iso_time
 
@@ -53,16 +54,16 @@ def report(
     columns = [_COLUMNS[name] for name in query.by]
     keys = [USAGE_ROLLUP.c[name] for name in columns]
     statement = select(*keys, *(func.sum(USAGE_ROLLUP.c[name]).label(name) for name in SUMS))
-    if query.from_s is not None:
-        statement = statement.where(USAGE_ROLLUP.c.hour >= query.from_s)
-    if query.to_s is not None:
-        statement = statement.where(USAGE_ROLLUP.c.hour < query.to_s)
+    statement = within(statement, USAGE_ROLLUP.c.hour, query)
     if keys:
         statement = statement.group_by(*keys)
     with database.snapshot() as connection:
         found = [row for row in connection.execute(statement) if row.requests is not None]
         costs = read_costs(connection, query, columns, instances)
-        idle = read_idle(connection, query, instances, idle_rules)
+        if idle_rules:
+            idle = read_idle(connection, query, instances, idle_rules)
+        else:
+            idle = IdleShares({}, costs.overheads[Overhead.IDLE].cost_nanousd)
     tallies = {tuple(row[: len(columns)]): _tally(row) for row in found}
     nothing = CostTally()
     keys_ = tallies.keys() | costs.rows.keys()
@@ -84,8 +85,7 @@ def report(
         "object": "usage_report",
         "currency": CURRENCY,
         "by": list(query.by),
-        "from": None if query.from_s is None else iso_time(query.from_s),
-        "to": None if query.to_s is None else iso_time(query.to_s),
+        **query.window(),
         "data": data if query.by else [],
         "total": _figures(sum(tallies.values(), NOTHING), whole),
         "overheads": [

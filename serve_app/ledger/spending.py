@@ -10,10 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from sqlalchemy import Connection, delete, func, insert, select
-from sqlalchemy.dialects import postgresql, sqlite
 
 from serve_app.core.budget import BudgetKey, Period, scopes_of
 from serve_app.ledger.schema import SPENDING, USAGE_ROLLUP
+from serve_app.ledger.statements import upsert
 from serve_app.ledger.tally import Tally
 
 _KEY: Final = ("scope", "id", "hour")
@@ -30,8 +30,7 @@ def add_spending(
         _add(amounts, row, tally.amount_nanousd)
     if not amounts:
         return
-    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
-    new = dialect.insert(SPENDING)
+    new = upsert(connection, SPENDING)
     total = SPENDING.c.amount_nanousd + new.excluded.amount_nanousd
     statement = new.on_conflict_do_update(index_elements=_KEY, set_={"amount_nanousd": total})
     connection.execute(statement, _rows(amounts))

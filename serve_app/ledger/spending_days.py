@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any, Final
+from typing import Any
 
 from sqlalchemy import Connection, func, select
 
 from serve_app.config_costs import CostSettings
+from serve_app.core.calendar import day_start_s
 from serve_app.core.pricing import CURRENCY, dollars
 from serve_app.core.true_cost import Overhead
-from serve_app.ledger.cost_sums import within
 from serve_app.ledger.costs import split_hours
 from serve_app.ledger.schema import USAGE_ROLLUP
+from serve_app.ledger.statements import within
 from serve_app.usage_report import UsageQuery, iso_time
-
-DAY_S: Final = 86_400
 
 
 def spending_days(
@@ -28,7 +27,7 @@ def spending_days(
     models: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     overheads: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for each in split_hours(connection, query, ("model",), settings.prices()):
-        day = each.cost.hour.hour // DAY_S * DAY_S
+        day = day_start_s(each.cost.hour.hour)
         for part in each.cost.parts:
             if isinstance(part.key, Overhead):
                 overheads[day][part.key.value] += part.cost_nanousd or 0
@@ -38,7 +37,7 @@ def spending_days(
     amounts = select(used.hour, func.sum(used.amount_nanousd))
     billed: dict[int, int] = defaultdict(int)
     for row in connection.execute(within(amounts, used.hour, query).group_by(used.hour)):
-        billed[row[0] // DAY_S * DAY_S] += int(row[1])
+        billed[day_start_s(row[0])] += int(row[1])
     return {
         "object": "spending",
         "currency": CURRENCY,

@@ -28,9 +28,9 @@ from sqlalchemy import (
     literal,
     select,
 )
-from sqlalchemy.dialects import postgresql, sqlite
 
 from serve_app.changes import PROGRAM, Actor, Reversal
+from serve_app.core.calendar import HOUR_S
 from serve_app.core.pricing import PriceBook, Priced, Rates, dollars
 from serve_app.core.types import Usage
 from serve_app.ledger.database import Database
@@ -44,16 +44,14 @@ from serve_app.ledger.schema import (
     USAGE_ROLLUP,
 )
 from serve_app.ledger.spending import add_spending, rebuild_spending
+from serve_app.ledger.statements import some_at_a_time, upsert
 from serve_app.ledger.tally import NOTHING, Account, Tally, tally
 from serve_app.ledger.trail import note_change
 from serve_app.usage import LedgerRecord, ReplicaPeriod, UsageRecord, Witness, arrived_at_s
 
 logger = logging.getLogger("headrace.ledger")
 
-HOUR_S: Final = 3600
-
 _OF_THE_WITNESS: Final = ("prompt_tokens", "cached_prompt_tokens", "output_tokens", "engine_ns")
-_IDS_PER_QUERY: Final = 500
 _ROLLUP_KEY: Final = ("hour", *DIMENSIONS)
 _LENGTHS: Final = {
     column.name: column.type.length or 0
@@ -241,9 +239,7 @@ def _billed(of: Tally) -> dict[str, Any]:
 def _load(connection: Connection, request_ids: Iterable[str]) -> dict[str, _Request]:
     """Return what the ledger has of these requests."""
     known: dict[str, _Request] = {}
-    ids = list(request_ids)
-    for start in range(0, len(ids), _IDS_PER_QUERY):
-        some = ids[start : start + _IDS_PER_QUERY]
+    for some in some_at_a_time(list(request_ids)):
         for row in connection.execute(_KNOWN.where(_is_one_of(connection, some))):
             request = known.get(row.request_id)
             if request is None:
@@ -361,8 +357,7 @@ def _text(column: str, value: str) -> str:
 
 
 def _add_up(connection: Connection, sums: Mapping[tuple[Any, ...], Tally]) -> None:
-    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
-    new = dialect.insert(USAGE_ROLLUP)
+    new = upsert(connection, USAGE_ROLLUP)
     statement = new.on_conflict_do_update(
         index_elements=_ROLLUP_KEY,
         set_={name: USAGE_ROLLUP.c[name] + new.excluded[name] for name in SUMS},

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Row, func, select
 
+from serve_app.core.calendar import HOUR_S
 from serve_app.core.pricing import PriceBook, Priced, Rates
 from serve_app.core.types import PriorityClass, TenantId, Usage
 from serve_app.ledger.database import Database
@@ -18,7 +19,7 @@ from serve_app.ledger.prices import read_book
 from serve_app.ledger.schema import DIMENSIONS, SUMS, USAGE_EVENT, USAGE_ROLLUP
 from serve_app.ledger.spending import spending_differences
 from serve_app.ledger.tally import NOTHING, Tally, tally
-from serve_app.ledger.usage import HOUR_S, account_of, rates_of, tally_of
+from serve_app.ledger.usage import account_of, rates_of, tally_of
 from serve_app.usage import Witness
 
 LINES_MAX: Final = 100

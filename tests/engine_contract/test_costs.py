@@ -9,7 +9,8 @@ from contextlib import aclosing
 import pytest
 import pytest_asyncio
 
-from serve_app.core.attribution import NS_PER_S, Use
+from serve_app.core.attribution import Use
+from serve_app.core.calendar import NS_PER_S
 from serve_app.core.cost_meter import EngineCosts
 from serve_app.core.types import Outcome
 from serve_app.engine.api import Engine, Final, GenerateCall, Metered

@@ -6,7 +6,8 @@ import random
 from itertools import pairwise
 
 from serve_app.core.attribution import Account, ReplicaTime, StepCoefficients, Use
-from serve_app.core.periods import HOUR_NS, HOUR_S, Period, Periods
+from serve_app.core.calendar import HOUR_NS, HOUR_S
+from serve_app.core.periods import Period, Periods
 from serve_app.core.types import Outcome, TenantId
 
 START_S = 1_767_225_600

@@ -8,8 +8,8 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serve_app.core.calendar import HOUR_NS
 from serve_app.core.reconciliation import (
-    NS_PER_HOUR,
     Finding,
     NodeBill,
     NodeCharge,
@@ -85,12 +85,12 @@ def test_replicas_of_one_node_add_up_and_so_do_parts_of_its_bill() -> None:
 
 
 def test_a_price_that_changes_inside_an_hour_counts_from_then_on() -> None:
-    half = NS_PER_HOUR // 2
+    half = HOUR_NS // 2
     rates = [Rate(0, 2 * DOLLAR), Rate(half, 6 * DOLLAR)]
-    assert cost_nanousd(rates, 0, NS_PER_HOUR) == 4 * DOLLAR
-    assert cost_nanousd(rates, half, NS_PER_HOUR) == 3 * DOLLAR
-    assert cost_nanousd([Rate(half, 2 * DOLLAR)], 0, NS_PER_HOUR) == DOLLAR
-    assert cost_nanousd([], 0, NS_PER_HOUR) == 0
+    assert cost_nanousd(rates, 0, HOUR_NS) == 4 * DOLLAR
+    assert cost_nanousd(rates, half, HOUR_NS) == 3 * DOLLAR
+    assert cost_nanousd([Rate(half, 2 * DOLLAR)], 0, HOUR_NS) == DOLLAR
+    assert cost_nanousd([], 0, HOUR_NS) == 0
 
 
 @given(

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.core.attribution import NS_PER_S, Use
+from serve_app.core.attribution import Use
+from serve_app.core.calendar import HOUR_NS, NS_PER_S
 from serve_app.core.reconciliation import NodeBill, Rate, cost_nanousd
 from serve_app.core.true_cost import (
-    HOUR_NS,
     InstancePrice,
     NodePrices,
     Overhead,

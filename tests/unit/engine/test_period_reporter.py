@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from serve_app.core.attribution import NS_PER_S, ReplicaTime, ReplicaUse, Use
+from serve_app.core.attribution import ReplicaTime, ReplicaUse, Use
+from serve_app.core.calendar import NS_PER_S
 from serve_app.engine.period_reporter import PeriodReporter, Place
 from serve_app.usage import ReplicaPeriod, decode, encode
 from tests.usage_records import HOUR_S, START_S
