@@ -14,16 +14,19 @@ from fractions import Fraction
 from math import ceil
 from typing import Final
 
-from serve_app.core.attribution import NS_PER_S, Use
+from serve_app.core.attribution import Use
+from serve_app.core.calendar import HOUR_NS
+from serve_app.core.pricing import NANOUSD
 from serve_app.core.unit_economics import PoolUse
 
 MONTH_HOURS: Final = 730
 # A pool is left with so much room above its busiest hour.
 BUSY_TARGET: Final = Fraction(7, 10)
 # Less a month is not worth reading about, nano-dollars.
-SAVING_MIN: Final = NS_PER_S
-_HOUR_NS: Final = 3600 * NS_PER_S
+SAVING_MIN: Final = NANOUSD
 _CHEAPER_RATIO: Final = Fraction(7, 10)
+# The latest hours may not have been billed yet.
+_UNPRICED_MAX_RATIO: Final = Fraction(1, 10)
 _REPEATS_MIN: Final = 20
 _REPEATED_TOKENS_MIN: Final = 256
 
@@ -73,7 +76,7 @@ def smaller_pools(pools: Iterable[PoolUse], hours: int) -> list[Suggestion]:
     """Suggest pools of fewer replicas, whose busiest hour would still leave room."""
     found: list[Suggestion] = []
     for pool in pools:
-        replicas = Fraction(pool.total_ns, _HOUR_NS * max(1, pool.hours))
+        replicas = Fraction(pool.total_ns, HOUR_NS * max(1, pool.hours))
         needed = max(1, ceil(pool.peak_busy / BUSY_TARGET))
         if needed >= replicas:
             continue
@@ -91,13 +94,22 @@ def smaller_pools(pools: Iterable[PoolUse], hours: int) -> list[Suggestion]:
 def cheaper_models(
     models: Sequence[ModelUse], pools: Iterable[PoolUse], hours: int
 ) -> list[Suggestion]:
-    """Suggest for each model the one that would save most, if there is any."""
+    """Suggest for each model the one that would save most, if there is any.
+
+    Where much of a pool's time has no price, nobody knows what its models cost: they are left
+    out.
+    """
+    pools = list(pools)
     idle_ns = {pool.pool: pool.time_ns[Use.IDLE] for pool in pools}
+    unpriced = {
+        pool.pool for pool in pools if pool.unpriced_ns > _UNPRICED_MAX_RATIO * pool.total_ns
+    }
+    known = [each for each in models if each.tokens and each.pool not in unpriced]
     found: list[Suggestion] = []
-    for model in models:
+    for model in known:
         best: tuple[Fraction, ModelUse] | None = None
-        for other in models:
-            if other.pool == model.pool or not model.tokens or not other.tokens:
+        for other in known:
+            if other.pool == model.pool or not model.cost_nanousd:
                 continue
             ours = Fraction(model.cost_nanousd, model.tokens)
             theirs = Fraction(other.cost_nanousd, other.tokens)

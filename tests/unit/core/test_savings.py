@@ -6,7 +6,8 @@ from fractions import Fraction
 
 import pytest
 
-from serve_app.core.attribution import NS_PER_S, Use
+from serve_app.core.attribution import Use
+from serve_app.core.calendar import HOUR_NS, NS_PER_S
 from serve_app.core.savings import (
     ModelUse,
     Repetition,
@@ -18,7 +19,6 @@ from serve_app.core.savings import (
 )
 from serve_app.core.unit_economics import PoolUse, unit_cost
 
-HOUR_NS = 3600 * NS_PER_S
 DOLLAR = NS_PER_S
 MONTH = 730
 
@@ -74,6 +74,26 @@ def test_traffic_that_fits_a_cheaper_model_is_said_with_what_it_would_save() -> 
 )
 def test_a_model_that_does_not_fit_is_not_suggested(cheaper: ModelUse, hours: int) -> None:
     assert cheaper_models([model("large", 1000), cheaper], [idle("small", hours)], MONTH) == []
+
+
+@pytest.mark.parametrize("large", [1000, 0])
+def test_a_model_whose_time_has_no_price_is_not_taken_for_free(large: int) -> None:
+    unpriced = PoolUse("pool-small")
+    unpriced.add({Use.IDLE: 500 * HOUR_NS}, None)
+    models = [model("large", large), model("small", 0)]
+    assert cheaper_models(models, [idle("large", 500), unpriced], MONTH) == []
+
+
+def test_models_that_cost_nothing_save_nothing() -> None:
+    models = [model("large", 0), model("small", 0)]
+    assert cheaper_models(models, [idle("large", 500), idle("small", 500)], MONTH) == []
+
+
+def test_a_few_hours_that_have_not_been_billed_yet_hide_nothing() -> None:
+    small = idle("small", 500)
+    small.add({Use.IDLE: 20 * HOUR_NS}, None)
+    models = [model("large", 1000), model("small", 100)]
+    assert cheaper_models(models, [idle("large", 500), small], MONTH) != []
 
 
 def test_prompts_that_repeat_uncached_cost_what_their_tokens_take() -> None:
