@@ -53,6 +53,7 @@ class PurseLink:
         self._clock = clock
         self._wall_clock = wall_clock
         self._wall_s = wall_clock()
+        self._expired_at_s = clock()
         self._waiting: dict[RequestId, Lacking] = {}
         self._recalled: set[BudgetKey] = set()
         self._contact = Contact("money of budgets", logger, clock)
@@ -114,13 +115,20 @@ class PurseLink:
 
     async def _exchange(self) -> None:
         while True:
+            self._expire()
             accounts = self._accounts()
             if accounts and not await self._tell(accounts):
                 continue
             # Who has got what it lacked need not be asked for again.
             await asyncio.sleep(0)
-            if not await self._contact.kicked(RECALL_WAIT_S if self._waiting else PERIOD_S):
-                self.purses.expire(self._clock(), self._wall())
+            await self._contact.kicked(RECALL_WAIT_S if self._waiting else PERIOD_S)
+
+    def _expire(self) -> None:
+        """Do it now and then, however often there is something to say."""
+        now_s = self._clock()
+        if now_s - self._expired_at_s >= PERIOD_S:
+            self._expired_at_s = now_s
+            self.purses.expire(now_s, self._wall())
 
     def _accounts(self) -> list[Account]:
         """Return what is to be told: what requests lack, recalls, what was let go of."""

@@ -9,14 +9,14 @@ Source of the two phases (pending; then posted, voided or expired): TigerBeetle'
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from serve_app.core.budget import Account, BudgetKey, Line, Period
 from serve_app.core.types import RequestId
 
-# How long what a cut-off request may still be billed stays reserved: by then the engine's
-# own account has come.
+# How long what a cut-off request may still be billed stays reserved: by then the ledger has
+# the engine's own account.
 LINGER_S = 30.0
 DENIED_S = 1.0
 
@@ -206,12 +206,17 @@ class Purses:
             self._close(request_id, hold)
 
     def expire(self, now_s: float, wall_s: float) -> None:
-        """Free what lingered long enough, and what is left of periods that are over."""
+        """Let go of what lingered long enough, and of what is left of periods that are over.
+
+        What lingered may have been billed, without a word to this router, by the engine's own
+        account: only Control, which has the ledger, knows what of it there still is.
+        """
         for request_id, hold in list(self._lingering.items()):
             if hold.keep_until_s is not None and hold.keep_until_s > now_s:
                 break
             for purse in hold.purses:
                 purse.reserved -= hold.amount
+                purse.released += hold.amount
             hold.amount = 0
             del self._lingering[request_id]
             self._close(request_id, hold)
@@ -252,16 +257,25 @@ class Purses:
             purse.told = max(purse.told, told)
         for line in lines:
             known = self._purses.get(line.key)
-            if known is None or known.period.start_s < line.period.start_s:
+            if known is None or _follows(line, known, released):
                 if known is not None:
                     self._old.append(known)
-                known = self._purses[line.key] = _Purse(line.key, line.period)
+                known = self._purses[line.key] = self._opened(line)
             if known.period.start_s != line.period.start_s:
                 continue
+            known.period = line.period
             known.granted = max(known.granted, line.granted)
             known.left = line.left
             if line.unmet and not line.pending:
                 known.denied_until_s = now_s + DENIED_S
+
+    def _opened(self, line: Line) -> _Purse:
+        """Return the purse of a line's period, which may have been closed too early."""
+        for purse in self._old:
+            if purse.key == line.key and purse.period.start_s == line.period.start_s:
+                self._old = [each for each in self._old if each is not purse]
+                return purse
+        return _Purse(line.key, line.period)
 
     def _purse(self, key: BudgetKey, wall_s: float) -> _Purse | None:
         """Return the purse of the period of now; one whose period is over is closed."""
@@ -281,6 +295,19 @@ class Purses:
     def _close(self, request_id: RequestId, hold: _Hold) -> None:
         if hold.settled and not hold.posted and not hold.amount:
             self._holds.pop(request_id, None)
+
+
+def _follows(line: Line, known: _Purse, sent: Container[tuple[BudgetKey, int]]) -> bool:
+    """Whether a line is of a period after the known one, or of that of a changed window.
+
+    Such a period and the known one overlap, and either may have begun first. As the answer to
+    what was said of the known one it is no late word of a window before.
+    """
+    if line.period.start_s >= known.period.end_s:
+        return True
+    if line.period.start_s == known.period.start_s or line.period.end_s <= known.period.start_s:
+        return False
+    return (known.key, known.period.start_s) in sent
 
 
 def _account(purse: _Purse, need: int) -> Account:

@@ -175,9 +175,8 @@ MUTANTS: Sequence[Mutant] = (
     Mutant(
         "stale snapshots believed",
         "load.py",
-        "            if replica.observed_at_s <= heard_after_s or "
-        "replica.breaker.closed_until_s > now_s:\n",
-        "            if replica.breaker.closed_until_s > now_s:\n",
+        "            if now_s - replica.observed_at_s >= stale_after_s:\n",
+        "            if now_s < replica.observed_at_s:\n",
         ("controller", "controller_machine"),
     ),
     Mutant(
@@ -386,6 +385,13 @@ MUTANTS: Sequence[Mutant] = (
         "purses.py",
         "        if hold.acknowledged:\n            self._release(hold)\n",
         "        self._release(hold)\n",
+        ("budget",),
+    ),
+    Mutant(
+        "what an engine billed of a cut-off request is spent again",
+        "purses.py",
+        "                purse.released += hold.amount\n",
+        "",
         ("budget",),
     ),
     Mutant(

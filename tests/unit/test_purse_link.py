@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.core.budget import Account, Budget, BudgetKey, BudgetScope, Line, Window
+from serve_app.core.budget import (
+    FOREVER,
+    Account,
+    Budget,
+    BudgetKey,
+    BudgetScope,
+    Line,
+    Window,
+)
 from serve_app.core.pricing import RateCard, Rates
 from serve_app.core.purses import Lacking, Overdrawn, Reserved
 from serve_app.ledger.budgets import BudgetStore
@@ -195,6 +203,29 @@ async def test_control_away_is_nothing_known_and_not_a_budget_spent(tmp_path: Pa
         assert (await site.reserve(0, 10))[1] is None
         site.line.cut = False
         await until_reserved(site, 0, 10)
+
+
+async def test_what_lingers_is_let_go_of_however_often_there_is_something_to_say() -> None:
+    class Silent:
+        async def lend(self, router: str, accounts: list[Account]) -> list[Line]:
+            return []
+
+        async def money_bell(self, router: str) -> MoneyBell:
+            return await asyncio.get_running_loop().create_future()
+
+    now_s = 0.0
+    link = PurseLink("router", Silent(), lambda: now_s, lambda: START_S)
+    link.purses.accept([], [Line(ACME, FOREVER, 100, 100)], now_s)
+    cut_off = charge(1).request_id
+    assert link.reserve(cut_off, [ACME], 100, 100) == Reserved(100)
+    link.purses.settle(cut_off, 0, final=False, now_s=now_s)
+    link.start()
+    for _ in range(400):
+        now_s += 0.1
+        link._contact.kick()
+        await asyncio.sleep(0)
+    assert not link.purses.unreleased
+    await link.stop()
 
 
 async def test_a_router_that_stops_lets_go_of_what_it_has(tmp_path: Path) -> None:

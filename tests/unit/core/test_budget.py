@@ -221,9 +221,82 @@ def test_a_cost_that_may_grow_keeps_its_reservation_for_a_while() -> None:
     purses.expire(5.0 + LINGER_S - 0.1, 0)
     assert isinstance(reserve(purses, "b", 80), Lacking)
     purses.expire(5.0 + LINGER_S, 0)
+    fetch(purses, bank, reserve(purses, "b", 80))
     assert reserve(purses, "b", 80) == Reserved(80)
     purses.acknowledge(RequestId("a"))
-    assert purses.account(TENANT).released == 10
+    assert purses.account(TENANT).released == 90 + 10
+
+
+def test_what_an_engine_billed_of_a_cut_off_request_is_not_spent_again() -> None:
+    bank, purses = Bank({TENANT: budget(100)}, routers=1), Purses()
+    fetch(purses, bank, reserve(purses, "a", 100))
+    reserve(purses, "a", 100)
+    purses.settle(RequestId("a"), 10, final=False, now_s=0.0)
+    bank.pay(TENANT, 0, 10)
+    purses.acknowledge(RequestId("a"))
+    bank.pay(TENANT, 0, 40)  # what the engine had generated beyond what was delivered
+    purses.expire(LINGER_S, 0)
+    fetch(purses, bank, reserve(purses, "b", 60, least=1))
+    assert reserve(purses, "b", 60, least=1) == Reserved(50)
+    assert bank.committed(TENANT) == 100
+
+
+@pytest.mark.parametrize("after", [Window.WEEK, Window.MONTH, Window.NONE])
+def test_a_window_that_is_made_longer_is_followed_at_once(after: Window) -> None:
+    now = wall_s(2027, 3, 18, 12)
+    bank, purses = Bank({TENANT: budget(100, Window.DAY)}, routers=1), Purses()
+    fetch(purses, bank, reserve(purses, "a", 60, at=now), now=now)
+    assert reserve(purses, "a", 60, at=now) == Reserved(60)
+    bank.budgets[TENANT] = budget(1000, after)
+    fetch(purses, bank, reserve(purses, "b", 500, at=now), now=now)
+    assert reserve(purses, "b", 500, at=now) == Reserved(500)
+    purses.settle(RequestId("a"), 60)
+    purses.expire(0.0, now)
+    purses.acknowledge(RequestId("a"))
+    accounts = purses.accounts()
+    purses.accept(accounts, bank.lend("r", accounts, now), 0.0)
+    assert bank.committed(TENANT, wall_s(2027, 3, 18)) == 0
+
+
+def test_a_late_word_of_the_window_before_brings_nothing_back() -> None:
+    now = wall_s(2027, 3, 18, 12)
+    bank, purses = Bank({TENANT: budget(100, Window.DAY)}, routers=1), Purses()
+    fetch(purses, bank, reserve(purses, "a", 40, at=now), now=now)
+    late = purses.accounts([(TENANT, 100)])
+    lines = bank.lend("r", late, now)
+    bank.budgets[TENANT] = budget(70, Window.NONE)
+    for _ in range(2):
+        fetch(purses, bank, Lacking(((TENANT, 70),)), now=now)
+    purses.accept(late, lines, 0.0)
+    assert isinstance(reserve(purses, "a", 71, at=now), Lacking)
+    assert reserve(purses, "a", 70, at=now) == Reserved(70)
+
+
+def test_a_control_whose_clock_is_behind_at_an_edge_gives_no_money_twice() -> None:
+    first, second = wall_s(2027, 3, 1, 23), wall_s(2027, 3, 2)
+    bank, purses = Bank({TENANT: budget(100, Window.DAY)}, routers=1), Purses()
+    fetch(purses, bank, reserve(purses, "a", 60, at=first), now=first)
+    assert reserve(purses, "a", 60, at=first) == Reserved(60)
+    fetch(purses, bank, reserve(purses, "b", 30, at=second), now=first)
+    purses.expire(0.0, second)
+    accounts = purses.accounts()
+    purses.accept(accounts, bank.lend("r", accounts, second), 0.0)
+    assert bank.committed(TENANT, wall_s(2027, 3, 1)) == 60
+
+
+def test_a_window_made_longer_in_its_first_part_gives_no_money_twice() -> None:
+    first, second = wall_s(2027, 3, 1, 12), wall_s(2027, 3, 2, 12)
+    bank, purses = Bank({TENANT: budget(100, Window.DAY)}, routers=1), Purses()
+    fetch(purses, bank, reserve(purses, "a", 60, at=first), now=first)
+    assert reserve(purses, "a", 60, at=first) == Reserved(60)
+    bank.budgets[TENANT] = budget(100, Window.MONTH)
+    for _ in range(2):  # first it learns that it has something already
+        fetch(purses, bank, reserve(purses, "b", 30, at=second), now=second)
+    assert reserve(purses, "b", 30, at=second) == Reserved(30)
+    purses.expire(0.0, second)
+    assert purses._old == []
+    fetch(purses, bank, reserve(purses, "c", 20, least=1, at=second), now=second)
+    assert reserve(purses, "c", 20, least=1, at=second) == Reserved(10)
 
 
 def test_a_tranche_is_extended_while_there_is_money() -> None:
@@ -382,6 +455,7 @@ class Spending(RuleBasedStateMachine):
         self.late: list[tuple[int, list[Account]]] = []
         self.lines: list[tuple[int, list[Account], list[Line]]] = []
         self.cost = 0
+        self.billed_later: list[tuple[float, int]] = []  # by the engine, of what is reserved
 
     @rule(place=st.integers(0, 2), amount=st.integers(1, 300), fate=st.integers(0, 5))
     def ask(self, place: int, amount: int, fate: int) -> None:
@@ -436,6 +510,10 @@ class Spending(RuleBasedStateMachine):
         self.routers[place].settle(name, cost, final=final, now_s=self.now_s)
         self.cost += cost
         self.unrecorded.append((place, name, cost))
+        if not final:
+            more = data.draw(st.integers(0, amount - cost))
+            self.bank.pay(TENANT, 0, more)
+            self.billed_later.append((self.now_s + LINGER_S, more))
 
     @precondition(lambda self: self.unrecorded)
     @rule()
@@ -455,6 +533,8 @@ class Spending(RuleBasedStateMachine):
         self.now_s += wait_s
         for purses in self.routers:
             purses.expire(self.now_s, 0)
+        self.cost += sum(more for at_s, more in self.billed_later if at_s <= self.now_s)
+        self.billed_later = [each for each in self.billed_later if each[0] > self.now_s]
 
     @invariant()
     def never_more_than_the_budget(self) -> None:
@@ -468,9 +548,8 @@ class Spending(RuleBasedStateMachine):
             self.record()
         for place, name in self.unacknowledged:
             self.routers[place].acknowledge(name)
-        self.now_s += 100
+        self.wait(100.0)
         for place, purses in enumerate(self.routers):
-            purses.expire(self.now_s, 0)
             for _ in range(2):
                 # A lost grant comes to light with the next answer.
                 accounts = [purses.account(TENANT)]
