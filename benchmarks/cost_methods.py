@@ -25,17 +25,17 @@ from dataclasses import dataclass, field
 from math import comb
 from pathlib import Path
 
+from benchmarks.mixes import BLOCKS_PER_HASH, chat_rag_agent
 from serve_app.core.attribution import Account, Use
 from serve_app.core.cost_meter import CostMeter, EngineCosts
 from serve_app.core.engine_model import EngineModel, EngineParams, EventKind, StepRun
 from serve_app.core.model_steps import ModelSteps
 from serve_app.core.types import Outcome
 from serve_app.sim.records import percentile
-from serve_app.sim.workload import Arrival, Lengths, Prefixes, Traffic, arrivals, day_shape
+from serve_app.sim.workload import Arrival, Traffic, arrivals, day_shape
 
 DAY_S = 3600.0
 SEED = 6
-BLOCKS_PER_HASH = 16
 METHODS = ("ours", "opencost", "average")
 TITLES = {"ours": "Headrace", "opencost": "OpenCost's", "average": "average tokens"}
 
@@ -69,28 +69,9 @@ class Day:
 
 
 def traffic(rate_per_s: float, day_s: float) -> tuple[Traffic, ...]:
-    """Return a day of chat, RAG over long passages, and an agent with one long preamble."""
+    """Return a day of the mix; ``rate_per_s`` is the peak of all together."""
     shape = day_shape(day_s, 0.2, 1.0)
-    return (
-        Traffic("chat", 0.6 * rate_per_s, ("chat",), shape=shape),
-        Traffic(
-            "rag",
-            0.25 * rate_per_s,
-            ("rag",),
-            prompts=Lengths(6_000, 0.5, 1_000, 16_000),
-            outputs=Lengths(60, 0.5, 4, 300),
-            shape=shape,
-        ),
-        Traffic(
-            "agent",
-            0.15 * rate_per_s,
-            ("agent",),
-            prompts=Lengths(400, 0.5, 16, 2_000),
-            outputs=Lengths(90, 0.6, 4, 600),
-            prefixes=Prefixes(3, 8_192, 256),
-            shape=shape,
-        ),
-    )
+    return chat_rag_agent(0.6 * rate_per_s, 0.25 * rate_per_s, 0.15 * rate_per_s, shape)
 
 
 # ---- the exact value of a step -----------------------------------------------------

@@ -18,37 +18,20 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.mixes import BLOCKS_PER_HASH, chat_rag_agent
 from serve_app.sim.records import jain_index, percentile
 from serve_app.sim.scenarios import default_setup
 from serve_app.sim.setup import Setup
 from serve_app.sim.simulator import simulate
-from serve_app.sim.workload import Lengths, Prefixes, Traffic
+from serve_app.sim.workload import Traffic
 
 TENANTS = ("agent", "chat", "rag")
-BLOCK_TOKENS, SEGMENT_TOKENS = 16, 256
 CONTENDERS = {"token weights": False, "engine seconds": True}
 
 
 def traffic(load: float) -> tuple[Traffic, ...]:
     """Return the three tenants' requests; at a load of 1 each alone could fill a third."""
-    return (
-        Traffic("chat", 42.0 * load, ("chat",)),
-        Traffic(
-            "rag",
-            15.0 * load,
-            ("rag",),
-            prompts=Lengths(6_000, 0.5, 1_000, 16_000),
-            outputs=Lengths(60, 0.5, 4, 300),
-        ),
-        Traffic(
-            "agent",
-            80.0 * load,
-            ("agent",),
-            prompts=Lengths(400, 0.5, 16, 2_000),
-            outputs=Lengths(90, 0.6, 4, 600),
-            prefixes=Prefixes(3, 8_192, SEGMENT_TOKENS),
-        ),
-    )
+    return chat_rag_agent(42.0 * load, 15.0 * load, 80.0 * load)
 
 
 def setup(*, by_engine_seconds: bool, duration_s: float) -> Setup:
@@ -57,7 +40,7 @@ def setup(*, by_engine_seconds: bool, duration_s: float) -> Setup:
     pools = []
     for pool in base.pools:
         fairness = replace(pool.policy.fairness, by_engine_seconds=by_engine_seconds)
-        engine = replace(pool.engine, blocks_per_hash=SEGMENT_TOKENS // BLOCK_TOKENS)
+        engine = replace(pool.engine, blocks_per_hash=BLOCKS_PER_HASH)
         pools.append(replace(pool, policy=replace(pool.policy, fairness=fairness), engine=engine))
     return replace(base, pools=tuple(pools), duration_s=duration_s, measure_cost=True)
 

@@ -6,8 +6,9 @@ router that starts anew, or is heard of late, is not counted twice.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from serve_app.core.scaling import Demand
 from serve_app.core.types import PoolName
@@ -45,27 +46,33 @@ class Wanted:
     decided_at_s: float
 
 
+@dataclass(slots=True)
+class _Counts:
+    offered: int = 0
+    ended: int = 0
+    stay_s: float = 0.0
+
+
 class DemandCounter:
     """One router's counting, for all its pools."""
 
     def __init__(self) -> None:
-        self._counts: dict[PoolName, PoolDemand] = {}
+        self._counts: defaultdict[PoolName, _Counts] = defaultdict(_Counts)
 
     def offered(self, pool: PoolName) -> None:
         """A request came for the pool."""
-        known = self._counts.get(pool, PoolDemand())
-        self._counts[pool] = replace(known, offered=known.offered + 1)
+        self._counts[pool].offered += 1
 
     def ended(self, pool: PoolName, stay_s: float) -> None:
         """A request completed that had been at the pool's engines for ``stay_s``."""
-        known = self._counts.get(pool, PoolDemand())
-        self._counts[pool] = replace(
-            known, ended=known.ended + 1, stay_s=known.stay_s + max(0.0, stay_s)
-        )
+        counts = self._counts[pool]
+        counts.ended += 1
+        counts.stay_s += max(0.0, stay_s)
 
     def read(self, pool: PoolName, *, queued: int, in_flight: int) -> PoolDemand:
         """Return the pool's counts with what there is now."""
-        return replace(self._counts.get(pool, PoolDemand()), queued=queued, in_flight=in_flight)
+        counts = self._counts[pool]
+        return PoolDemand(counts.offered, counts.ended, counts.stay_s, queued, in_flight)
 
 
 class DemandSum:

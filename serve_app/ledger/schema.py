@@ -102,6 +102,18 @@ def _numbers(*names: str) -> list[Column[Any]]:
     return [Column(name, BigInteger, nullable=False) for name in names]
 
 
+def _dimensions() -> list[Column[Any]]:
+    """Return DIMENSIONS as parts of a primary key."""
+    return [
+        Column("tenant", String(200), primary_key=True),
+        Column("user_id", String(200), primary_key=True),
+        Column("key_id", String(64), primary_key=True),
+        Column("model", String(256), primary_key=True),
+        Column("priority_class", SmallInteger, primary_key=True, autoincrement=False),
+        Column("tag", String(128), primary_key=True),
+    ]
+
+
 # Append-only: no statement of this program changes or deletes a row. One row per request,
 # attempt and witness; what a witness saw, the rates, and what the row adds to the sums.
 USAGE_EVENT: Final = Table(
@@ -158,12 +170,7 @@ USAGE_ROLLUP: Final = Table(
     "usage_rollup",
     METADATA,
     Column("hour", BigInteger, primary_key=True, autoincrement=False),
-    Column("tenant", String(200), primary_key=True),
-    Column("user_id", String(200), primary_key=True),
-    Column("key_id", String(64), primary_key=True),
-    Column("model", String(256), primary_key=True),
-    Column("priority_class", SmallInteger, primary_key=True, autoincrement=False),
-    Column("tag", String(128), primary_key=True),
+    *_dimensions(),
     *_numbers(*SUMS),
 )
 
@@ -288,12 +295,7 @@ ENGINE_TIME: Final = Table(
     METADATA,
     Column("hour", BigInteger, primary_key=True, autoincrement=False),
     Column("replica", String(128), primary_key=True),
-    Column("tenant", String(200), primary_key=True),
-    Column("user_id", String(200), primary_key=True),
-    Column("key_id", String(64), primary_key=True),
-    Column("model", String(256), primary_key=True),
-    Column("priority_class", SmallInteger, primary_key=True, autoincrement=False),
-    Column("tag", String(128), primary_key=True),
+    *_dimensions(),
     *_numbers("requests", "engine_ns", "wasted_ns"),
 )
 
