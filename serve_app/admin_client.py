@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from contextlib import closing
+from types import MappingProxyType
 from typing import Any, Protocol
 from urllib.parse import quote
 
@@ -119,6 +122,11 @@ class _Service:
             transport=transport,
         )
 
+    def _get(self, path: str, given: Mapping[str, object] = MappingProxyType({})) -> dict[str, Any]:
+        """Ask with the parameters that are given at all."""
+        wanted = {name: str(value) for name, value in given.items() if value is not None}
+        return self._call("GET", path, params=wanted)
+
     def _call(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         try:
             answer = self._client.request(method, self._url + path, **options)
@@ -146,7 +154,7 @@ class HttpKeys(_Service):
 
     def list(self) -> list[dict[str, Any]]:
         """See Keys."""
-        records: list[dict[str, Any]] = self._call("GET", "/admin/keys")["data"]
+        records: list[dict[str, Any]] = self._get("/admin/keys")["data"]
         return records
 
     def rotate(self, key_id: str, overlap_s: float) -> dict[str, Any]:
@@ -167,9 +175,7 @@ class HttpUsage(_Service):
         Raises:
             CommandFailed: the service cannot be reached or refuses.
         """
-        given = {"by": by, "from": from_, "to": to}
-        wanted = {name: value for name, value in given.items() if value is not None}
-        return self._call("GET", "/admin/usage", params=wanted)
+        return self._get("/admin/usage", {"by": by, "from": from_, "to": to})
 
     def insight(self, name: str, from_: str | None, to: str | None) -> dict[str, Any]:
         """Return a report on cost as /admin/usage/{name} answers it.
@@ -177,8 +183,7 @@ class HttpUsage(_Service):
         Raises:
             CommandFailed: the service cannot be reached or refuses.
         """
-        wanted = {key: each for key, each in (("from", from_), ("to", to)) if each is not None}
-        return self._call("GET", f"/admin/usage/{name}", params=wanted)
+        return self._get(f"/admin/usage/{name}", {"from": from_, "to": to})
 
     def reverse(self, request_id: str, reason: str) -> dict[str, Any]:
         """Take back what a request was billed, as /admin/usage/{request_id}/reversal does.
@@ -200,8 +205,7 @@ class HttpAudit(_Service):
             CommandFailed: the service cannot be reached or refuses.
         """
         given = {name: getattr(query, name) for name in PARAMETERS}
-        wanted = {name: str(value) for name, value in given.items() if value is not None}
-        found: list[dict[str, Any]] = self._call("GET", "/admin/audit", params=wanted)["data"]
+        found: list[dict[str, Any]] = self._get("/admin/audit", given)["data"]
         return found
 
 
@@ -211,11 +215,8 @@ def database_changes(url: str, query: ChangeQuery) -> list[dict[str, Any]]:
     Raises:
         StoreUnavailable: it failed.
     """
-    database = Database(url)
-    try:
+    with closing(Database(url)) as database:
         return [change_json(each) for each in Trail(database).changes(query)]
-    finally:
-        database.close()
 
 
 def database_usage(url: str, query: UsageQuery, costs: CostSettings) -> dict[str, Any]:
@@ -224,11 +225,8 @@ def database_usage(url: str, query: UsageQuery, costs: CostSettings) -> dict[str
     Raises:
         StoreUnavailable: it failed.
     """
-    database = Database(url)
-    try:
+    with closing(Database(url)) as database:
         return report(database, query, costs.prices(), costs.idle_rules())
-    finally:
-        database.close()
 
 
 def database_reversal(url: str, request_id: str, reason: str, by: Actor) -> dict[str, Any]:
@@ -238,11 +236,8 @@ def database_reversal(url: str, request_id: str, reason: str, by: Actor) -> dict
         CommandFailed: there is no such request.
         StoreUnavailable: it failed.
     """
-    database = Database(url)
-    try:
+    with closing(Database(url)) as database:
         done = UsageLedger(database, PriceStore(database)).reverse(request_id, reason, by)
-    finally:
-        database.close()
     if done is None:
         raise CommandFailed(f"the ledger has no request {request_id!r:.80}")
     return reversal_json(done)
@@ -256,11 +251,8 @@ def database_insight(
     Raises:
         StoreUnavailable: it failed.
     """
-    database = Database(url)
-    try:
+    with closing(Database(url)) as database:
         return insight(database, name, query, settings)
-    finally:
-        database.close()
 
 
 def _problem(status: int, body: object) -> str:

@@ -22,6 +22,13 @@ def out(text: str) -> None:
     sys.stdout.flush()
 
 
+def out_json(value: object) -> None:
+    """Print a result as JSON, indented."""
+    import orjson
+
+    out(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode())
+
+
 def note(text: str) -> None:
     """Print what is not a result: progress, warnings, errors."""
     sys.stderr.write(text + "\n")

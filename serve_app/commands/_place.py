@@ -6,6 +6,8 @@ import argparse
 import getpass
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,6 +59,21 @@ def place(args: argparse.Namespace, what: str) -> Service | str:
             f"say where {what} are: --config FILE, or --url URL with HEADRACE_ADMIN_KEY set"
         )
     return database_url(args.config)
+
+
+@contextmanager
+def checked_options() -> Iterator[None]:
+    """Say of a value that is wrong which option has it.
+
+    Raises:
+        ConfigError: in place of BadQuery.
+    """
+    from serve_app.usage_report import BadQuery
+
+    try:
+        yield
+    except BadQuery as error:
+        raise ConfigError(f"--{error}") from None
 
 
 def actor() -> Actor:

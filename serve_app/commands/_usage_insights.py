@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from serve_app.commands._place import Service, add_place_options, cost_settings, place
-from serve_app.errors import ConfigError
-from serve_app.terminal import CommandFailed, Subparsers, command, note, out, table
+from serve_app.commands._place import (
+    Service,
+    add_place_options,
+    checked_options,
+    cost_settings,
+    place,
+)
+from serve_app.terminal import CommandFailed, Subparsers, command, note, out, out_json, table
+
+if TYPE_CHECKING:
+    from serve_app.usage_report import UsageQuery
 
 _Table = tuple[Sequence[str], list[Sequence[str]]]
 
@@ -86,13 +94,8 @@ def usage(args: argparse.Namespace) -> dict[str, Any]:
         CommandFailed: the service cannot be reached or refuses.
     """
     from serve_app.admin_client import HttpUsage, database_usage
-    from serve_app.usage_report import BadQuery, usage_query
 
-    where = place(args, "the books")
-    try:
-        query = usage_query(args.by, args.from_, args.to)
-    except BadQuery as error:
-        raise ConfigError(f"--{error}") from None
+    where, query = _asked(args, args.by)
     if isinstance(where, Service):
         return HttpUsage(where.url, where.admin_key).usage(args.by, args.from_, args.to)
     return database_usage(where, query, cost_settings(args.config))
@@ -106,16 +109,20 @@ def insight(args: argparse.Namespace, name: str) -> dict[str, Any]:
         CommandFailed: the service cannot be reached or refuses.
     """
     from serve_app.admin_client import HttpUsage, database_insight
-    from serve_app.usage_report import BadQuery, usage_query
 
-    where = place(args, "the books")
-    try:
-        query = usage_query("", args.from_, args.to)
-    except BadQuery as error:
-        raise ConfigError(f"--{error}") from None
+    where, query = _asked(args)
     if isinstance(where, Service):
         return HttpUsage(where.url, where.admin_key).insight(name, args.from_, args.to)
     return database_insight(where, name, query, cost_settings(args.config))
+
+
+def _asked(args: argparse.Namespace, by: str = "") -> tuple[Service | str, UsageQuery]:
+    """Return where the books are, and what is asked of them."""
+    from serve_app.usage_report import usage_query
+
+    where = place(args, "the books")
+    with checked_options():
+        return where, usage_query(by, args.from_, args.to)
 
 
 def _plot(args: argparse.Namespace) -> int:
@@ -153,9 +160,7 @@ def _insight(args: argparse.Namespace) -> int:
 
 def _print(form: str, report: dict[str, Any], to_table: Callable[[Any], _Table]) -> None:
     if form == "json":
-        import orjson
-
-        out(orjson.dumps(report, option=orjson.OPT_INDENT_2).decode())
+        out_json(report)
     else:
         out(table(*to_table(report)))
 

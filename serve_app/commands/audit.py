@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from serve_app.commands._place import Service, add_place_options, place
-from serve_app.errors import ConfigError
-from serve_app.terminal import Subparsers, command, out, table
+from serve_app.commands._place import Service, add_place_options, checked_options, place
+from serve_app.terminal import Subparsers, command, out, out_json, table
 
 _EXAMPLE = """\
 headrace audit --config configs/local.yaml
@@ -36,22 +35,17 @@ def run(args: argparse.Namespace) -> int:
     """Print the trail, the latest change first."""
     from serve_app.admin_client import HttpAudit, database_changes
     from serve_app.changes import PARAMETERS, change_query, difference
-    from serve_app.usage_report import BadQuery
 
     where = place(args, "the changes")
     given = {name: getattr(args, name) for name in PARAMETERS}
-    try:
+    with checked_options():
         query = change_query({name: value for name, value in given.items() if value is not None})
-    except BadQuery as error:
-        raise ConfigError(f"--{error}") from None
     if isinstance(where, Service):
         changes = HttpAudit(where.url, where.admin_key).changes(query)
     else:
         changes = database_changes(where, query)
     if args.json:
-        import orjson
-
-        out(orjson.dumps(changes, option=orjson.OPT_INDENT_2).decode())
+        out_json(changes)
         return 0
     rows = [
         (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 from serve_app.commands._place import actor, database_url
@@ -182,8 +182,5 @@ def _store(config: str) -> Iterator[BudgetStore]:
     from serve_app.ledger.budgets import BudgetStore
     from serve_app.ledger.database import Database
 
-    database = Database(database_url(config))
-    try:
+    with closing(Database(database_url(config))) as database:
         yield BudgetStore(database)
-    finally:
-        database.close()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from serve_app.commands._place import Service, actor, add_place_options, place
 from serve_app.errors import ConfigError
-from serve_app.terminal import Subparsers, command, note, out, table
+from serve_app.terminal import Subparsers, command, note, out, out_json, table
 
 if TYPE_CHECKING:
     from serve_app.admin_client import Keys
@@ -105,7 +105,7 @@ def _rotate(args: argparse.Namespace) -> int:
 
 def _show_secret(args: argparse.Namespace, created: dict[str, Any]) -> int:
     if args.json:
-        _print_json(created)
+        out_json(created)
         return 0
     note(f"key {created['id']} of tenant {created['tenant']}, shown only now:")
     out(created["key"])
@@ -116,7 +116,7 @@ def _list(args: argparse.Namespace) -> int:
     records = _keys(args).list()
     shown = [record for record in records if args.all or record["state"] == "valid"]
     if args.json:
-        _print_json(shown)
+        out_json(shown)
         return 0
     header = ("ID", "NAME", "TENANT", "USER", "ADMIN", "CEILING", "MODELS", "STATE", "EXPIRES")
     out(table(header, [_cells(record) for record in shown]))
@@ -128,7 +128,7 @@ def _list(args: argparse.Namespace) -> int:
 def _revoke(args: argparse.Namespace) -> int:
     record = _keys(args).revoke(_key_id(args.key_id))
     if args.json:
-        _print_json(record)
+        out_json(record)
     else:
         out(f"revoked {record['id']} ({record['name']}, tenant {record['tenant']})")
     return 0
@@ -174,9 +174,3 @@ def _duration_s(option: str, text: str) -> float:
     if not match:
         raise ConfigError(f"{option} must be a number with s, m, h, d or w; got {text!r:.40}")
     return float(int(match.group(1)) * _UNITS_S[match.group(2)])
-
-
-def _print_json(value: object) -> None:
-    import orjson
-
-    out(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
 from serve_app.commands._place import actor, database_url
@@ -119,8 +119,5 @@ def _store(config: str) -> Iterator[PriceStore]:
     from serve_app.ledger.database import Database
     from serve_app.ledger.prices import PriceStore
 
-    database = Database(database_url(config))
-    try:
+    with closing(Database(database_url(config))) as database:
         yield PriceStore(database)
-    finally:
-        database.close()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import closing
 
-from serve_app.commands._place import Service, actor, add_place_options, place
+from serve_app.commands._place import Service, actor, add_place_options, checked_options, place
 from serve_app.commands._usage_insights import add_insights, insight, usage
 from serve_app.errors import ConfigError
-from serve_app.terminal import Subparsers, command, note, out, table
+from serve_app.terminal import Subparsers, command, note, out, out_json, table
 
 _EXAMPLE = """\
 headrace usage --by tenant,model --from 2026-01-01 --to 2026-02-01 --config configs/local.yaml
@@ -63,13 +64,10 @@ def _reverse(args: argparse.Namespace) -> int:
     """Take a bill back; once, however often it is asked for."""
     from serve_app.admin_client import HttpUsage, database_reversal
     from serve_app.changes import reason_of
-    from serve_app.usage_report import BadQuery
 
     where = place(args, "the books")
-    try:
+    with checked_options():
         reason = reason_of(args.reason)
-    except BadQuery as error:
-        raise ConfigError(f"--{error}") from None
     if isinstance(where, Service):
         done = HttpUsage(where.url, where.admin_key).reverse(args.request_id, reason)
     else:
@@ -95,9 +93,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     report = usage(args)
     if args.format == "json":
-        import orjson
-
-        out(orjson.dumps(report, option=orjson.OPT_INDENT_2).decode())
+        out_json(report)
     elif args.format == "csv":
         out(to_csv(report).rstrip("\n"))
     else:
@@ -110,11 +106,8 @@ def _verify(url: str) -> int:
     from serve_app.ledger.database import Database
     from serve_app.ledger.verify import verify
 
-    database = Database(url)
-    try:
+    with closing(Database(url)) as database:
         findings = verify(database)
-    finally:
-        database.close()
     for line in findings.lines:
         out(line)
     unsaid = findings.differences - len(findings.lines)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any, Final, Literal, Protocol, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -21,21 +22,24 @@ from starlette.routing import Route
 from starlette.types import Scope
 
 from serve_app.changes import Actor, Via
+from serve_app.core.calendar import DAY_S
 from serve_app.core.types import PriorityClass, TenantId, UserId
 from serve_app.errors import ApiError, InvalidRequest, NotFound, Unavailable
 from serve_app.gateway.auth import require_admin
 from serve_app.gateway.http import read_body, require_json
 from serve_app.gateway.invalid import from_validation, parse_object
 from serve_app.keys import BOOTSTRAP_KEY_ID, KeyRecord, KeyWish
+from serve_app.usage_report import BadQuery
 
 logger = logging.getLogger("headrace.admin")
 
 Result = TypeVar("Result")
+Wanted = TypeVar("Wanted", bound=BaseModel)
 ClassName = Literal["critical", "standard", "sheddable"]
 
-_MAX_BODY_BYTES = 65_536
-_LONGEST_S = 10 * 366 * 86_400
-OVERLAP_S = 86_400.0
+MAX_BODY_BYTES: Final = 65_536
+OVERLAP_S: Final = float(DAY_S)
+_LONGEST_S: Final = 10 * 366 * DAY_S
 
 
 class KeyAdmin(Protocol):
@@ -102,10 +106,7 @@ def rotation_request(fields: dict[str, Any]) -> RotationRequest:
     Raises:
         InvalidRequest: a field is unknown or wrong; ``param`` names it.
     """
-    try:
-        return RotationRequest.model_validate(fields)
-    except ValidationError as error:
-        raise from_validation(error, fields) from None
+    return validated(RotationRequest, fields)
 
 
 def rotated_json(secret: str, record: KeyRecord, old: KeyRecord, now_s: float) -> dict[str, Any]:
@@ -119,10 +120,7 @@ def key_request(fields: dict[str, Any]) -> KeyRequest:
     Raises:
         InvalidRequest: a field is missing, unknown or wrong; ``param`` names it.
     """
-    try:
-        return KeyRequest.model_validate(fields)
-    except ValidationError as error:
-        raise from_validation(error, fields) from None
+    return validated(KeyRequest, fields)
 
 
 def key_json(record: KeyRecord, now_wall_s: float) -> dict[str, Any]:
@@ -172,10 +170,9 @@ class KeyAdministration:
         """Make a key; its secret is in this answer and nowhere else."""
         caller = self._caller(request.scope)
         require_admin(caller)
-        require_json(request.scope)
-        body = await read_body(request.scope, request.receive, _MAX_BODY_BYTES)
+        fields = await read_fields(request)
         now_s = time.time()
-        wish = key_request(parse_object(body)).wish(now_s)
+        wish = key_request(fields).wish(now_s)
         secret, record = await from_control(self._keys.create_key(wish, actor(caller)))
         logger.info("key %s created by key %s", record.key_id, caller.key_id)
         return json_answer({**key_json(record, now_s), "key": secret}, status=201)
@@ -185,7 +182,7 @@ class KeyAdministration:
         caller = self._caller(request.scope)
         require_admin(caller)
         key_id = _stored_id(request)
-        body = await read_body(request.scope, request.receive, _MAX_BODY_BYTES)
+        body = await read_body(request.scope, request.receive, MAX_BODY_BYTES)
         wish = rotation_request(parse_object(body) if body else {})
         rotated = await from_control(self._keys.rotate_key(key_id, wish.overlap_s, actor(caller)))
         if rotated is None:
@@ -214,6 +211,54 @@ def _stored_id(request: Request) -> str:
             param="key_id",
         )
     return key_id
+
+
+def parameters(request: Request, *known: str) -> Mapping[str, str]:
+    """Return the parameters of a URL.
+
+    Raises:
+        InvalidRequest: one of them is not ``known``.
+    """
+    for name in request.query_params:
+        if name not in known:
+            names = f"{'is' if len(known) == 1 else 'are'} {', '.join(known)}"
+            raise InvalidRequest(f"Unknown parameter {name!r:.40}; known {names}.", param=name)
+    return request.query_params
+
+
+@contextmanager
+def checked_values() -> Iterator[None]:
+    """Answer for a value that is wrong, with the parameter or field that has it.
+
+    Raises:
+        InvalidRequest: in place of BadQuery.
+    """
+    try:
+        yield
+    except BadQuery as error:
+        raise InvalidRequest(f"Invalid value for {error}.", param=error.field) from None
+
+
+async def read_fields(request: Request) -> dict[str, Any]:
+    """Return the JSON object that a request brings, of at most MAX_BODY_BYTES.
+
+    Raises:
+        InvalidRequest: it brings none.
+    """
+    require_json(request.scope)
+    return parse_object(await read_body(request.scope, request.receive, MAX_BODY_BYTES))
+
+
+def validated(model: type[Wanted], fields: dict[str, Any]) -> Wanted:
+    """Return an object's fields as a model.
+
+    Raises:
+        InvalidRequest: one is missing, unknown or wrong; ``param`` names it.
+    """
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        raise from_validation(error, fields) from None
 
 
 def actor(caller: KeyRecord) -> Actor:

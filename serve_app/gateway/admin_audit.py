@@ -14,11 +14,9 @@ from starlette.routing import Route
 from starlette.types import Scope
 
 from serve_app.changes import Change, ChangeQuery, change_json, change_query
-from serve_app.errors import InvalidRequest
-from serve_app.gateway.admin import from_control, json_answer
+from serve_app.gateway.admin import checked_values, from_control, json_answer
 from serve_app.gateway.auth import require_admin
 from serve_app.keys import KeyRecord
-from serve_app.usage_report import BadQuery
 
 
 class ChangeReader(Protocol):
@@ -42,9 +40,7 @@ class AuditAdministration:
     async def changes(self, request: Request) -> Response:
         """Answer with the changes asked for."""
         require_admin(self._caller(request.scope))
-        try:
+        with checked_values():
             query = change_query(request.query_params)
-        except BadQuery as error:
-            raise InvalidRequest(f"Invalid value for {error}.", param=error.field) from None
         found = await from_control(self._reader.changes(query))
         return json_answer({"object": "list", "data": [change_json(each) for each in found]})

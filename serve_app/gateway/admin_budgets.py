@@ -10,29 +10,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Scope
 
 from serve_app.changes import Actor
-from serve_app.core.budget import HOUR_S, Balance, Budget, BudgetKey, BudgetScope, Window
+from serve_app.core.budget import Balance, Budget, BudgetKey, BudgetScope, Window
+from serve_app.core.calendar import HOUR_S
 from serve_app.core.pricing import dollars, nanousd
 from serve_app.errors import InvalidRequest, NotFound
-from serve_app.gateway.admin import actor, from_control, json_answer
+from serve_app.gateway.admin import actor, from_control, json_answer, read_fields, validated
 from serve_app.gateway.auth import require_admin
-from serve_app.gateway.http import read_body, require_json
-from serve_app.gateway.invalid import from_validation, parse_object
 from serve_app.keys import KeyRecord
 
 logger = logging.getLogger("headrace.admin")
 
-Wanted = TypeVar("Wanted", bound=BaseModel)
-
-_MAX_BODY_BYTES = 65_536
 _MAX_ID = 400
 
 
@@ -117,7 +113,7 @@ class BudgetAdministration:
         caller = self._caller(request.scope)
         require_admin(caller)
         key = _key(request)
-        budget = _budget(key, await _read(request, BudgetRequest))
+        budget = _budget(key, validated(BudgetRequest, await read_fields(request)))
         await from_control(self._budgets.put_budget(budget, actor(caller)))
         logger.info("budget %s %s set by key %s", key.scope.value, key.id, caller.key_id)
         return json_answer(await self._one(key))
@@ -127,7 +123,7 @@ class BudgetAdministration:
         caller = self._caller(request.scope)
         require_admin(caller)
         key = _key(request)
-        amount = _amount((await _read(request, CreditRequest)).amount_usd)
+        amount = _amount(validated(CreditRequest, await read_fields(request)).amount_usd)
         budget = await from_control(self._budgets.add_credit(key, amount, actor(caller)))
         if budget is None:
             raise _missing(key)
@@ -153,15 +149,6 @@ class BudgetAdministration:
             if (each["scope"], each["id"]) == (key.scope.value, key.id):
                 return each
         raise _missing(key)
-
-
-async def _read(request: Request, model: type[Wanted]) -> Wanted:
-    require_json(request.scope)
-    fields = parse_object(await read_body(request.scope, request.receive, _MAX_BODY_BYTES))
-    try:
-        return model.model_validate(fields)
-    except ValidationError as error:
-        raise from_validation(error, fields) from None
 
 
 def _key(request: Request) -> BudgetKey:

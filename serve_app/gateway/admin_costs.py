@@ -6,20 +6,17 @@ GET /admin/usage/economics?from=2026-01-01&to=2026-02-01      and so on for each
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Scope
 
-from serve_app.errors import InvalidRequest
-from serve_app.gateway.admin import from_control, json_answer
+from serve_app.gateway.admin import checked_values, from_control, json_answer, parameters
 from serve_app.gateway.auth import require_admin
 from serve_app.keys import KeyRecord
-from serve_app.usage_report import INSIGHTS, BadQuery, UsageQuery, usage_query
-
-_PARAMETERS: Final = ("from", "to")
+from serve_app.usage_report import INSIGHTS, UsageQuery, usage_query
 
 
 class Insights(Protocol):
@@ -43,15 +40,8 @@ class CostAdministration:
     async def report(self, request: Request) -> Response:
         """Answer with the report that the path names, as JSON."""
         require_admin(self._caller(request.scope))
-        given = request.query_params
-        for name in given:
-            if name not in _PARAMETERS:
-                raise InvalidRequest(
-                    f"Unknown parameter {name!r:.40}; known are from, to.", param=name
-                )
-        try:
+        given = parameters(request, "from", "to")
+        with checked_values():
             query = usage_query("", given.get("from"), given.get("to"))
-        except BadQuery as error:
-            raise InvalidRequest(f"Invalid value for {error}.", param=error.field) from None
         name = request.url.path.rpartition("/")[2]
         return json_answer(await from_control(self._insights.insight(name, query)))

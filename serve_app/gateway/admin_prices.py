@@ -22,7 +22,7 @@ from starlette.types import Scope
 from serve_app.changes import Actor
 from serve_app.core.pricing import PriceBook, RateCard
 from serve_app.errors import ConfigError, InvalidRequest, NotFound
-from serve_app.gateway.admin import actor, from_control, json_answer
+from serve_app.gateway.admin import actor, from_control, json_answer, parameters
 from serve_app.gateway.auth import require_admin
 from serve_app.gateway.http import read_body, require_json
 from serve_app.gateway.invalid import parse_object
@@ -117,10 +117,7 @@ class PriceAdministration:
 
 
 def _note(request: Request) -> str:
-    for name in request.query_params:
-        if name != "note":
-            raise InvalidRequest(f"Unknown parameter {name!r:.40}; known is note.", param=name)
-    note = request.query_params.get("note", "")
+    note = parameters(request, "note").get("note", "")
     if len(note) > _MAX_NOTE or "\0" in note:
         raise InvalidRequest(f"A note has at most {_MAX_NOTE} characters.", param="note")
     return note

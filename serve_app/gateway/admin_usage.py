@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, Final, Protocol
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -19,14 +19,19 @@ from starlette.types import Scope
 from serve_app.changes import Actor, Reversal, reason_of
 from serve_app.core.pricing import dollars
 from serve_app.errors import InvalidRequest, NotFound
-from serve_app.gateway.admin import actor, from_control, json_answer
+from serve_app.gateway.admin import (
+    actor,
+    checked_values,
+    from_control,
+    json_answer,
+    parameters,
+    read_fields,
+    validated,
+)
 from serve_app.gateway.auth import require_admin
-from serve_app.gateway.http import read_body, require_json
-from serve_app.gateway.invalid import from_validation, parse_object
 from serve_app.keys import KeyRecord
 from serve_app.usage_report import (
     FOCUS_FORMATS,
-    BadQuery,
     UsageQuery,
     focus_csv,
     to_csv,
@@ -35,8 +40,6 @@ from serve_app.usage_report import (
 
 logger = logging.getLogger("headrace.admin")
 
-_MAX_BODY_BYTES: Final = 65_536
-_PARAMETERS: Final = ("by", "from", "to", "format")
 _FORMATS: Final = ("json", "csv", *FOCUS_FORMATS)
 
 
@@ -99,14 +102,9 @@ class UsageAdministration:
         """Take back what a request was billed; doing it twice takes back once."""
         caller = self._caller(request.scope)
         require_admin(caller)
-        require_json(request.scope)
-        fields = parse_object(await read_body(request.scope, request.receive, _MAX_BODY_BYTES))
-        try:
-            reason = reason_of(ReversalRequest.model_validate(fields).reason)
-        except ValidationError as error:
-            raise from_validation(error, fields) from None
-        except BadQuery as error:
-            raise InvalidRequest(f"Invalid value for {error}.", param=error.field) from None
+        wanted = validated(ReversalRequest, await read_fields(request))
+        with checked_values():
+            reason = reason_of(wanted.reason)
         name = request.path_params["request_id"]
         done = await from_control(self._reporter.reverse_usage(name, reason, actor(caller)))
         if done is None:
@@ -120,18 +118,12 @@ def _csv(text: str) -> Response:
 
 
 def _query(request: Request) -> tuple[UsageQuery, str]:
-    given = request.query_params
-    for name in given:
-        if name not in _PARAMETERS:
-            known = ", ".join(_PARAMETERS)
-            raise InvalidRequest(f"Unknown parameter {name!r:.40}; known are {known}.", param=name)
+    given = parameters(request, "by", "from", "to", "format")
     form = given.get("format", "json")
     if form not in _FORMATS:
         known = ", ".join(_FORMATS)
         raise InvalidRequest(
             f"Invalid value for 'format': one of {known} (got {form!r:.40}).", param="format"
         )
-    try:
+    with checked_values():
         return usage_query(given.get("by", ""), given.get("from"), given.get("to")), form
-    except BadQuery as error:
-        raise InvalidRequest(f"Invalid value for {error}.", param=error.field) from None
