@@ -85,6 +85,8 @@ def _size_options(replicas: EngineReplicaSettings) -> dict[str, Any]:
         max_replicas=most,
         initial_replicas=replicas.num_replicas,
         metrics_interval_s=1.0,
+        # What waited for a first replica half a minute ago must not wake the pool again.
+        look_back_period_s=3.0,
         # Serve delays even what a policy of one's own decides: ours has windows already.
         upscale_delay_s=0.0,
         downscale_delay_s=0.0,

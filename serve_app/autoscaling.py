@@ -33,7 +33,9 @@ def replicas(context: Any) -> tuple[int, dict[str, Any]]:
         wanted = _newest(context)
         if wanted is not None:
             return wanted, {}
-        waiting = float(context.total_num_requests)
+        # Not all that is open: a router's subscription to a replica that leaves would count
+        # as demand for the next one, and a pool never come to rest.
+        waiting = float(context.total_queued_requests)
         return (1 if not target and waiting > 0 else target), {}
     except Exception:  # noqa: BLE001  # one policy that raises stops every application's
         return target, {}

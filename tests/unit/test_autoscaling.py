@@ -23,6 +23,7 @@ def context(
     *told: tuple[str, float, float],
     target: int = 2,
     waiting: float = 0.0,
+    running: float = 0.0,
     living: tuple[str, ...] | None = None,
 ) -> Any:
     """A context in which replicas told (name, wanted, decided at) last."""
@@ -34,7 +35,8 @@ def context(
         raw_metrics=metrics,
         running_replicas=[name for name, _, _ in told] if living is None else list(living),
         target_num_replicas=target,
-        total_num_requests=waiting,
+        total_num_requests=waiting + running,
+        total_queued_requests=waiting,
         current_time=NOW_S,
     )
 
@@ -57,6 +59,10 @@ def test_a_pool_without_replicas_wakes_for_a_call_that_waits() -> None:
     assert replicas(context(target=0)) == (0, {})
     assert replicas(context(target=0, waiting=0.03)) == (1, {})
     assert replicas(context(target=3, waiting=50.0)) == (3, {}), "calls do not size a living pool"
+
+
+def test_calls_still_open_on_a_replica_that_leaves_wake_nothing() -> None:
+    assert replicas(context(target=0, running=1.0)) == (0, {})
 
 
 anything = (
@@ -93,7 +99,7 @@ def test_it_never_raises_inside_the_controller(
             raw_metrics=metrics,
             running_replicas=running,
             target_num_replicas=target,
-            total_num_requests=waiting,
+            total_queued_requests=waiting,
             current_time=now_s,
         )
     )
