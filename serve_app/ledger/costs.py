@@ -108,7 +108,7 @@ def split_hours(
     known = {(hour.hour, hour.replica): hour for hour in read_hours(connection, query)}
     for key, group in groupby(_engine_time(connection, query, columns), lambda row: row[:2]):
         rows = list(group)
-        hour = known.pop((key[0], key[1]), None) or _unreported(key[0], key[1])
+        hour = known.pop((key[0], key[1]), None) or _unreported(connection, key[0], key[1])
         counts: dict[tuple[Any, ...], tuple[int, int]] = {
             tuple(row[2:-3]): (int(row.requests), int(row.wasted_ns)) for row in rows
         }
@@ -185,7 +185,14 @@ def _hour(row: Row[Any]) -> ReplicaHour:
     )
 
 
-def _unreported(hour: int, replica: str) -> ReplicaHour:
-    """Return the account of a replica that has not written any: its requests prove time."""
-    nothing = ReplicaHour(hour, replica, "", "", "", 0.0, 0, 0, {})
-    return replace(nothing, from_ns=hour * NS_PER_S, until_ns=hour * NS_PER_S)
+def _unreported(connection: Connection, hour: int, replica: str) -> ReplicaHour:
+    """Return the account of an hour that has none yet: its requests prove time.
+
+    The replica is what it was in the last hour that has one.
+    """
+    table = REPLICA_HOUR.c
+    before = select(REPLICA_HOUR).where(table.replica == replica, table.hour < hour)
+    row = connection.execute(before.order_by(table.hour.desc()).limit(1)).first()
+    known = ReplicaHour(hour, replica, "", "", "", 0.0, 0, 0, {}) if row is None else _hour(row)
+    begun_ns = hour * NS_PER_S
+    return replace(known, hour=hour, from_ns=begun_ns, until_ns=begun_ns, uses_ns={})

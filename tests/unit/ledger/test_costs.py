@@ -158,6 +158,19 @@ def test_a_replica_without_any_account_is_proved_by_its_requests(
     assert (found["fleet"]["time_s"], found["fleet"]["unpriced_s"]) == ("0.000000011",) * 2
 
 
+def test_an_hour_that_has_just_begun_costs_what_the_last_one_did(
+    ledger: UsageLedger, database: Database
+) -> None:
+    begun = charge(at_s=START_S + HOUR_S + 1.0)
+    ledger.commit(
+        [period(instance="small"), record(begun, Witness.ENGINE, engine_ns=3600, replica="r1")]
+    )
+    found = report(database, UsageQuery(("tenant",), from_s=START_S + HOUR_S), PRICES)
+    (row,) = found["data"]
+    assert (row["cost_nanousd"], row["unpriced_s"]) == (2, "0")
+    assert found["fleet"]["cost_nanousd"] == 2
+
+
 def test_bills_are_kept_by_hour_and_replaced_by_a_later_reading(database: Database) -> None:
     query = UsageQuery((), START_S, START_S + HOUR_S)
     with database.transaction() as connection:
