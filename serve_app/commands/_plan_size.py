@@ -84,7 +84,7 @@ def add_target_options(parser: argparse.ArgumentParser, safety_ratio: float = 0.
         "--knee-concurrency",
         type=int,
         metavar="N",
-        help="of a replica, as `simulate --find-knee` or a benchmark says (default: estimated)",
+        help="of a replica, as `calibrate` or `simulate --find-knee` says (default: estimated)",
     )
     target.add_argument(
         "--safety-ratio",
@@ -96,7 +96,12 @@ def add_target_options(parser: argparse.ArgumentParser, safety_ratio: float = 0.
     target.add_argument(
         "--min-replicas", type=int, default=1, metavar="N", help="default: %(default)s"
     )
-    target.add_argument("--max-replicas", type=int, metavar="N", help="default: no bound")
+    target.add_argument(
+        "--max-replicas",
+        type=int,
+        metavar="N",
+        help="default: no bound; in a replay twice what the busiest minutes take",
+    )
 
 
 def add_price_options(parser: argparse.ArgumentParser) -> None:
@@ -138,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: an argument is unusable; the message names it.
         CommandFailed: the SLO or the bounds cannot be kept; the message says by how much.
     """
-    from serve_app.core.sizing import Impossible, Target, find_knee, pool_cost, size_pool
+    from serve_app.core.sizing import pool_cost
 
     check_target(args)
     positive("--stay-s", args.stay_s, 10**6)
@@ -147,26 +152,9 @@ def run(args: argparse.Namespace) -> int:
     profile = _profile(args)
     model = served(args)
     engine, trial = replica(model)
-    knee: Knee | None = None
-    if args.knee_concurrency is None:
-        found = find_knee(engine, profile, Target(args.ttft_slo_s, args.tpot_slo_s))
-        if isinstance(found, Impossible):
-            raise CommandFailed(impossible(found))
-        knee = found
+    knee = None if args.knee_concurrency is not None else _found_knee(args, engine, profile)
     state = _at_knee(args, engine, profile, knee)
-    size = size_pool(
-        profile,
-        state.stay_s,
-        state.concurrency,
-        safety_ratio=args.safety_ratio,
-        bounds=(args.min_replicas, args.max_replicas),
-    )
-    if isinstance(size, Impossible):
-        carried = size.best * state.rate_per_s * args.safety_ratio
-        raise CommandFailed(
-            f"{impossible(size)} {size.best:.0f} replicas carry {carried:.1f}/s of "
-            f"{profile.peak_per_s:g}/s"
-        )
+    size = _size(args, profile, state)
     gpus = trial.layout.gpus
     cost = None
     if args.usd_per_gpu_hour is not None:
@@ -183,14 +171,9 @@ def run(args: argparse.Namespace) -> int:
         }
         out(json.dumps(document))
         return 0
-    for line in _lines(model, engine, trial, profile):
-        out(line)
-    for line in _knee_lines(args, state, knee):
-        out(line)
-    for line in _size_lines(args, size, state, profile, engine):
-        out(line)
-    for line in _cost_lines(cost, size, gpus):
-        out(line)
+    lines = _lines(model, engine, trial, profile) + _knee_lines(args, state, knee)
+    lines += _size_lines(args, size, state, profile, engine) + _cost_lines(cost, size, gpus)
+    out("\n".join(lines))
     return 0
 
 
@@ -289,6 +272,34 @@ def gap_warning(gap_s: float, at_s: float) -> str:
         f"warning: the trace is silent for {gap_s:,.0f} s from {at_s:,.0f} s on; that counts as no "
         "traffic. If data is missing there, cut the trace in two"
     )
+
+
+def _found_knee(args: argparse.Namespace, engine: EngineParams, profile: TrafficProfile) -> Knee:
+    from serve_app.core.sizing import Impossible, Target, find_knee
+
+    found = find_knee(engine, profile, Target(args.ttft_slo_s, args.tpot_slo_s))
+    if isinstance(found, Impossible):
+        raise CommandFailed(impossible(found))
+    return found
+
+
+def _size(args: argparse.Namespace, profile: TrafficProfile, state: Steady) -> Size:
+    from serve_app.core.sizing import Impossible, size_pool
+
+    size = size_pool(
+        profile,
+        state.stay_s,
+        state.concurrency,
+        safety_ratio=args.safety_ratio,
+        bounds=(args.min_replicas, args.max_replicas),
+    )
+    if isinstance(size, Impossible):
+        carried = size.best * state.rate_per_s * args.safety_ratio
+        raise CommandFailed(
+            f"{impossible(size)} {size.best:.0f} replicas carry {carried:.1f}/s of "
+            f"{profile.peak_per_s:g}/s"
+        )
+    return size
 
 
 def _at_knee(

@@ -32,10 +32,10 @@ def test_a_busy_minute_is_the_peak() -> None:
 
 def test_a_gap_is_told_and_makes_the_pool_no_smaller() -> None:
     before = [float(second) for second in range(60)]
-    after = [3600 + second / 4 for second in range(241)]
+    after = [14_400 + second / 4 for second in range(241)]
     summary = summarise_trace(arrivals(*before, *after))
     assert summary.has_gap
-    assert (summary.gap_at_s, summary.gap_s) == (59.0, 3541.0)
+    assert (summary.gap_at_s, summary.gap_s) == (59.0, 14_341.0)
     assert summary.peak_per_s == pytest.approx(4.0)
     assert summary.mean_per_s < 0.1
 
