@@ -108,6 +108,11 @@ class Objects:
         with self.changed:
             return self._group_of.get(name)
 
+    def ever(self, group: str) -> set[str]:
+        """Return the names of all pods that a group has or had."""
+        with self.changed:
+            return {name for name, of in self._group_of.items() if of == group}
+
     def create_pod(self, pod: Document) -> None:
         """Add a pod; its name must be new."""
         name = pod["metadata"]["name"]
