@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import AsyncIterator
 
@@ -37,6 +38,9 @@ async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
         from .vllm_fixture import start_vllm_engine
 
         started = await start_vllm_engine()
+        # A million objects of torch's and vLLM's that every later collection would walk.
+        gc.collect()
+        gc.freeze()
     else:
         started = await start_sim_engine()
     try:

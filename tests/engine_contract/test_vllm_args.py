@@ -89,7 +89,7 @@ def test_settings_with_vllms_names_are_passed_on(on_cpu: bool) -> None:
     }
     arguments, _ = engine_and_frontend_args(VllmSettings(model="m", **changed), MODEL)
     assert {name: getattr(arguments, name) for name in changed} == changed
-    ours = {"kind", "model", "revision", "cpu_kv_cache_gib", "measure_cost", "extra"}
+    ours = {"kind", "model", "revision", "cpu_kv_cache_gib", "measure_cost", "step_costs", "extra"}
     assert VllmSettings.model_fields.keys() == changed.keys() | ours, "a setting is not tested"
 
 

@@ -99,6 +99,8 @@ class Site:
         self.controls: list[ControlProcess] = []
         self.numbers = itertools.count(1)
         self.served = 0
+        self.open = asyncio.Event()
+        self.open.set()
 
     async def begin_control(self, dies_after: int | None = None) -> ControlProcess:
         name = f"c{len(self.controls)}"
@@ -144,9 +146,9 @@ class Site:
                 await asyncio.sleep(0.01)
 
     async def spend(self, place: int, chance: random.Random) -> None:
-        """Serve requests of the budget through a router until it is spent."""
+        """Serve requests of the budget through a router until it is spent, while it is open."""
         link, way = self.money[place], self.ways[place]
-        while True:
+        while await self.open.wait():
             name = charge(next(self.numbers)).request_id
 
             def attempt(name: RequestId = name) -> Reserved | Lacking | Overdrawn:
@@ -237,8 +239,11 @@ async def test_a_budget_is_never_overspent_by_controls_that_are_stopped_continue
             site.lead(second)
             # One that dies between a grant's commit and its reply, again and again.
             for deaths in range(2):
+                # Meanwhile nothing is spent, or there would be nothing left to die at.
+                site.open.clear()
                 dying = await site.begin_control(dies_after=3 + deaths)
                 site.lead(dying)
+                site.open.set()
                 async with asyncio.timeout(60):
                     while dying.process.poll() is None:  # noqa: ASYNC110  # a process
                         await asyncio.sleep(0.01)
