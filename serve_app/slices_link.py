@@ -50,6 +50,7 @@ class SlicesLink:
         self._holder = Holder(RouterId(router), self.limiter)
         self._contact = Contact("limits", logger, clock)
         self._registered = asyncio.Event()
+        self._asked_at_s = 0.0
 
     @property
     def waiting(self) -> int:
@@ -94,9 +95,10 @@ class SlicesLink:
 
     async def _exchange(self) -> None:
         while True:
+            self._ask_again()
             message = self._holder.compose(self._clock())
             if message is None:
-                await self._rest()
+                await self._contact.kicked(RECALL_WAIT_S if self._holder.pending else None)
                 continue
             call = self._link.exchange_slices(message)
             reply = await self._contact.ask(call, EXCHANGE_TIMEOUT_S)
@@ -110,9 +112,13 @@ class SlicesLink:
                 # A Control that has been replaced and does not know it.
                 await asyncio.sleep(AWAY_PAUSE_S)
 
-    async def _rest(self) -> None:
-        """Wait for something to say; recalls that take too long are asked for again."""
-        if not await self._contact.kicked(RECALL_WAIT_S if self._holder.pending else None):
+    def _ask_again(self) -> None:
+        """Ask again for recalls that take too long, however much else there is to say."""
+        now_s = self._clock()
+        if not self._holder.pending:
+            self._asked_at_s = now_s
+        elif now_s - self._asked_at_s >= RECALL_WAIT_S:
+            self._asked_at_s = now_s
             self._holder.ask_again()
 
     async def _listen(self) -> None:

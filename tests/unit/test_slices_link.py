@@ -169,6 +169,37 @@ async def test_a_thousand_requests_through_four_routers_get_the_whole_limit_and_
         assert {answer.code for answer in answers if answer} == {"rate_limit_exceeded"}
 
 
+async def test_a_recall_that_takes_long_is_asked_for_again_however_busy_the_router_is() -> None:
+    class Slow:
+        """A Control whose recalls never come back."""
+
+        asked = 0
+
+        async def exchange_slices(self, message: Message) -> Reply:
+            self.asked += len(message.wants)
+            pending = tuple(want.key for want in message.wants)
+            return Reply(1, message.sequence, pending=pending)
+
+        async def slices_bell(self, router: str) -> Bell:
+            return await asyncio.get_running_loop().create_future()
+
+    now_s, slow = 0.0, Slow()
+    link = SlicesLink("router", slow, lambda: now_s)
+    limits = RouterLimits(lambda: now_s, lambda refused: None, link)
+    link.start()
+    wanted = (RequestId("q"), (scope(concurrent=1),), 1, 1)
+    short = limits.take(*wanted)
+    assert isinstance(short, Short)
+    asking = asyncio.create_task(limits.fetch(*wanted, short=short))
+    for _ in range(400):
+        now_s += 0.01
+        link._contact.kick()
+        await asyncio.sleep(0)
+    assert slow.asked >= 3
+    asking.cancel()
+    await link.stop()
+
+
 async def test_a_slot_that_another_router_does_not_need_is_fetched() -> None:
     async with fleet(2) as site:
         key = scope(concurrent=1)
