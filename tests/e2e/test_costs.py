@@ -72,6 +72,27 @@ def test_measured_time_of_a_request_is_in_every_report_and_adds_up(sim_stack: St
     assert "AllocatedMethodDetails" in focus.splitlines()[0]
 
 
+def test_what_vllm_measured_of_its_steps_is_in_the_report_to_the_nanosecond(
+    local_stack: Stack,
+) -> None:
+    client, user = local_stack.openai(), f"cost-{time.monotonic_ns()}"
+    question = QUESTION | {"model": "smollm2", "user": user}
+    for _ in range(2):
+        client.chat.completions.create(**question, max_tokens=8)
+
+    def mine() -> list[dict[str, Any]]:
+        return [row for row in usage(local_stack, "user")["data"] if row["user"] == user]
+
+    until(lambda: [row["requests"] for row in mine()] == [2], "the ledger has both requests")
+    until(lambda: float(mine()[0]["engine_s"]) > 0, "and what the engine measured of them")
+    report = usage(local_stack, "user")
+    spent = [Fraction(row["engine_s"]) for row in report["data"]]
+    rest = [Fraction(row["time_s"]) for row in report["overheads"]]
+    assert sum(spent + rest) == Fraction(report["fleet"]["time_s"])
+    # The configuration has no price for this machine, and the report says so.
+    assert mine()[0]["unpriced_s"] == mine()[0]["engine_s"]
+
+
 @contextlib.contextmanager
 def silent_server() -> Iterator[str]:
     """Run an OpenCost that takes every question and answers none."""

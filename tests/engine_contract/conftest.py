@@ -47,3 +47,8 @@ async def engine(request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
         yield started
     finally:
         await started.stop()
+
+
+def pytest_sessionfinish() -> None:
+    """What was frozen is let go of like everything else: Triton's bindings look for leaks."""
+    gc.unfreeze()
