@@ -35,7 +35,7 @@ test: setup ## Set up and run every test except the long proofs
 	@$(STEP) "end-to-end tests" scripts/isolated $(PYTHON) -m pytest -m "not proof" tests/e2e
 
 .PHONY: test-fast
-test-fast: setup ## Run the tests that need neither Ray nor torch (under a minute)
+test-fast: setup ## Run the tests that need neither Ray nor torch (some five minutes)
 	@$(STEP) "fast tests" $(PYTHON) -m pytest -p tests.import_guard --ignore=tests/e2e \
 	  -m "not ray and not model and not proof" tests
 

@@ -108,6 +108,7 @@ def test_it_never_raises_inside_the_controller(
     assert state == {}
 
 
+@pytest.mark.ray
 def test_it_reads_what_serve_really_hands_over() -> None:
     common = pytest.importorskip("ray.serve._private.common")
     config = pytest.importorskip("ray.serve.config")
