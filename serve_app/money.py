@@ -247,8 +247,8 @@ def refusal(answer: Overdrawn | None) -> ApiError:
 
 
 def _keys(audit: Audit) -> list[BudgetKey]:
-    """Return whose money a request is, as the ledger books it."""
+    """Return whose money a request is, as the ledger counts it."""
     assert audit.key is not None, "only who has a key is served"
     key = audit.key
     user = key.user or audit.user or ""
-    return scopes_of(tenant=key.tenant, user=user, key=key.key_id, tag=audit.tag)
+    return scopes_of(tenant=key.tenant, user=user, key=key.budget_id, tag=audit.tag)

@@ -89,7 +89,8 @@ class ReplicaPeriod(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     are wall nanoseconds. ``uses_ns`` is by the names of attribution.Use and sums to the
     time between them; ``open`` is less than nothing where requests ended that an earlier
     account had as open. ``instance`` is what the node is priced as, ``gpus`` how many of
-    its GPUs the replica holds.
+    its GPUs the replica holds. ``provisional_ns`` of the time was split over requests by
+    default coefficients; 0 in records that are older than the field.
     """
 
     replica: str
@@ -102,6 +103,7 @@ class ReplicaPeriod(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     until_ns: int
     uses_ns: dict[str, int]
     gpus: float = 0.0
+    provisional_ns: int = 0
 
 
 LedgerRecord: TypeAlias = UsageRecord | ReplicaPeriod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -17,6 +18,7 @@ logger = logging.getLogger("headrace.usage")
 STOP_TIMEOUT_S: Final = 5.0
 # Records that nobody waits for share a sync.
 NOTE_GATHER_S: Final = 0.02
+FLUSH_LOOK_S: Final = 0.05
 DEFAULT_FOLDER: Final = Path(".headrace/journal")
 # Set by `headrace up`, which knows the database: two services of one folder are two.
 FOLDER_VARIABLE: Final = "HEADRACE_JOURNAL"
@@ -75,6 +77,20 @@ class UsageLog:
             await asyncio.wait([self._last])
         await self._shipper.stop(STOP_TIMEOUT_S)
         await self._journal.close()
+
+    async def flush(self, timeout_s: float) -> int:
+        """Have what was noted written and sent on; return how many records the ledger lacks.
+
+        For a process whose disk is about to go. Returns after ``timeout_s`` at the latest.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                self._submit_noted()
+                if self._last is not None:
+                    await asyncio.wait([self._last])
+                while self.backlog:  # noqa: ASYNC110  # once in a process's life, for moments
+                    await asyncio.sleep(FLUSH_LOOK_S)
+        return self.backlog
 
     def check(self) -> None:
         """Return if what begins now can be written down when it ends; never blocks.

@@ -19,7 +19,7 @@ BY: Final = ("tenant", "model", "user", "key", "class", "tag", "hour")
 FIELDS: Final = (
     *("requests", "billed_requests", "prompt_tokens", "cached_prompt_tokens", "output_tokens"),
     *("delivered_tokens", "generated_tokens", "wasted_tokens", "wasted_usd", "amount_usd"),
-    *("engine_s", "cost_usd", "wasted_cost_usd", "unpriced_s"),
+    *("engine_s", "cost_usd", "wasted_cost_usd", "unpriced_s", "provisional_s"),
 )
 
 # Reports on cost that have a name: `headrace usage NAME`, /admin/usage/NAME.
@@ -101,6 +101,7 @@ def to_table(report: Mapping[str, Any]) -> tuple[Sequence[str], list[Sequence[st
     """Return a report's header and rows for people: whose, the rest, and the total last.
 
     True cost stands there where engines measured any; it is cut to a millionth of a dollar.
+    What of the time default coefficients split is a column of its own where there is any.
     By tenant, idle time that a pool's rule has tenants bear is a column of its own.
     """
     fleet = report["fleet"]
@@ -110,11 +111,18 @@ def to_table(report: Mapping[str, Any]) -> tuple[Sequence[str], list[Sequence[st
     header += ["WASTED", "USD", *(("ENGINE S", "COST USD") if measured else ())]
     idle = bool(measured and _idle_columns(report) and report["idle"]["tenants"])
     header += ["IDLE USD"] if idle else []
+    provisional = fleet["provisional_s"] != "0"
+    header += ["PROVISIONAL S"] if provisional else []
+
+    def marked(row: Mapping[str, Any]) -> list[str]:
+        return [_seconds(row["provisional_s"])] if provisional else []
+
     rows: list[Sequence[str]] = []
     for row in report["data"]:
         cells = [str(row[column]) or "-" for column in (*report["by"], *shown)]
         costs = _cost_cells(row, "engine_s") if measured else ()
-        rows.append([*cells, *costs, *([_cut(row["idle_cost_usd"])] if idle else ())])
+        costs = [*costs, *([_cut(row["idle_cost_usd"])] if idle else ())]
+        rows.append([*cells, *costs, *marked(row)])
     named = bool(report["by"])
     if named and measured:
         for row in report["overheads"]:
@@ -124,11 +132,11 @@ def to_table(report: Mapping[str, Any]) -> tuple[Sequence[str], list[Sequence[st
                 if idle and row["what"] == "idle":
                     left = _cut(report["idle"]["unallocated_usd"])
                 cells = [f"({row['what']})", *gap, *_cost_cells(row, "time_s")]
-                rows.append([*cells, *([left] if idle else ())])
+                rows.append([*cells, *([left] if idle else ()), *marked(row)])
     total = ["TOTAL", *[""] * (len(report["by"]) - 1)] if named else []
     cells = [*total, *(str(report["total"][column]) for column in shown)]
     costs = _cost_cells(fleet, "time_s") if measured else ()
-    rows.append([*cells, *costs, *([""] if idle else ())])
+    rows.append([*cells, *costs, *([""] if idle else ()), *marked(fleet)])
     return header, rows
 
 
@@ -142,13 +150,17 @@ def _cut(amount: str) -> str:
     return f"{dollars}.{rest[:6]:0<6}"
 
 
+def _seconds(time: str) -> str:
+    whole, _, part = time.partition(".")
+    return f"{whole}.{part[:3]:0<3}"
+
+
 def _cost_cells(row: Mapping[str, Any], time: str) -> list[str]:
-    whole, _, part = row[time].partition(".")
     if row["unpriced_s"] == row[time] != "0":
         cost = "no price"
     else:
         cost = _cut(row["cost_usd"]) + ("+" if row["unpriced_s"] != "0" else "")
-    return [f"{whole}.{part[:3]:0<3}", cost]
+    return [_seconds(row[time]), cost]
 
 
 def _hour(field: str, text: str | None) -> int | None:

@@ -13,7 +13,14 @@ from serve_app.core.attribution import Use
 from serve_app.core.calendar import HOUR_NS, NS_PER_S
 from serve_app.core.types import KeyId, PoolName, PriorityClass, TenantId
 from serve_app.ledger.database import Database
-from serve_app.ledger.schema import ENGINE_TIME, REPLICA_HOUR, SUMS, USAGE_ROLLUP, USES_NS
+from serve_app.ledger.schema import (
+    ENGINE_TIME,
+    PROVISIONAL_NS,
+    REPLICA_HOUR,
+    SUMS,
+    USAGE_ROLLUP,
+    USES_NS,
+)
 from serve_app.usage import LedgerRecord, ReplicaPeriod, Witness
 from tests.usage_records import HOUR_S, START_S, charge, record
 
@@ -169,7 +176,7 @@ class Town:
                             "gpus": 1.0,
                             "from_ns": hour * NS_PER_S,
                             "until_ns": hour * NS_PER_S + HOUR_NS,
-                            **dict.fromkeys(USES_NS, 0),
+                            **dict.fromkeys((*USES_NS, PROVISIONAL_NS), 0),
                             "useful_ns": useful_ns,
                             "idle_ns": HOUR_NS - useful_ns,
                         }

@@ -177,7 +177,7 @@ def _economics(report: Mapping[str, Any]) -> _Table:
         "PREEMPTED",
         "FAILED",
     ]
-    header += ["START, DRAIN", "BILLED"]
+    header += ["START, DRAIN", "BILLED", "PROVISIONAL"]
     rows: list[Sequence[str]] = []
     for pool in report["data"]:
         uses = pool["cost_by_use_usd"]
@@ -196,13 +196,14 @@ def _economics(report: Mapping[str, Any]) -> _Table:
                 *(_usd(uses[use]) for use in ("idle", "cancelled", "preempted", "failed")),
                 _usd(starting),
                 _usd(pool["amount_usd"]),
+                f"{pool['provisional_ratio']:.1%}",
             )
         )
     return header, rows
 
 
 def _anomalies(report: Mapping[str, Any]) -> _Table:
-    header = ("WHAT", "WHO", "SINCE", "WORST", "TIMES", "VALUE", "USUAL", "RATIO", "SCORE")
+    header = ("WHAT", "WHO", "SINCE", "WORST", "TIMES", "VALUE", "USUAL", "UNIT", "RATIO", "SCORE")
     return header, [
         (
             each["kind"],
@@ -212,6 +213,7 @@ def _anomalies(report: Mapping[str, Any]) -> _Table:
             str(each["times"]),
             f"{each['value']:.6g}",
             f"{each['usual']:.6g}",
+            each["unit"],
             f"{each['ratio']:.1f}x",
             f"{each['score']:.0f}",
         )

@@ -3,7 +3,8 @@
 A value is judged by the median of what came before it and by the median absolute deviation
 (MAD), which a few wild hours do not move. It is a jump only if it is far out by both: many
 deviations, and a multiple of the median. Everybody is compared with themselves, so a large
-customer is no anomaly for being large.
+customer is no anomaly for being large. Who has no usual value yet, having spent nothing or
+for too short a time, is compared with what others spend.
 
 Source: Iglewicz & Hoaglin, How to Detect and Handle Outliers (1993): the modified z-score.
 """
@@ -55,6 +56,27 @@ class Anomaly:
     score: float
 
 
+@dataclass(frozen=True, slots=True)
+class Usual:
+    """What a history comes to: its first time, its length, its median and its deviation."""
+
+    from_s: int
+    count: int
+    middle: float
+    deviation: float
+
+
+def usual_of(history: Sequence[Point]) -> Usual | None:
+    """Return what a history, in the order of time, comes to; None if there is none.
+
+    It sorts the history: one that many are judged by is given to this once.
+    """
+    if not history:
+        return None
+    values = [each.value for each in history]
+    return Usual(history[0].at_s, len(values), max(0.0, median(values)), deviation(values))
+
+
 def median(values: Sequence[float]) -> float:
     """Return the middle of the values in order; of an even number, the mean of the two."""
     assert values, "nothing has no middle"
@@ -95,6 +117,24 @@ def jumps(
     return found
 
 
+def outbreaks(
+    points: Sequence[Point], from_s: int, others: Usual | None, by: Sensitivity
+) -> list[Anomaly]:
+    """Return the values from ``from_s`` on, of one who has no usual value, that others never have.
+
+    ``others`` is what everybody's values before ``from_s`` come to; without enough of them
+    nothing is odd. Where ``jumps`` can judge a value, this leaves it alone.
+    """
+    late = [point for point in points if point.at_s >= from_s]
+    if others is None or not any(point.value >= by.value_min for point in late):
+        return []
+    own = usual_of([point for point in points if point.at_s < from_s])
+    if own is not None and _can_judge(own, late[0].at_s, by):
+        return []
+    found = (_judge_by(point, others, by) for point in late)
+    return [each for each in found if each is not None]
+
+
 def rise(
     points: Sequence[Point], recent: int, by: Sensitivity, history_max: int = 28
 ) -> Anomaly | None:
@@ -113,16 +153,22 @@ def rise(
 
 
 def _judge(point: Point, history: Sequence[Point], by: Sensitivity) -> Anomaly | None:
-    if not history or len(history) < by.history_min or point.value < by.value_min:
+    # The history is sorted only for a value that may be odd.
+    usual = usual_of(history) if point.value >= by.value_min else None
+    return None if usual is None else _judge_by(point, usual, by)
+
+
+def _judge_by(point: Point, usual: Usual, by: Sensitivity) -> Anomaly | None:
+    if point.value < by.value_min or not _can_judge(usual, point.at_s, by):
         return None
-    if point.at_s - history[0].at_s < by.history_span_s:
-        return None
-    before = [each.value for each in history]
-    usual = median(before)
-    if usual <= 0:
-        return None
-    ratio = point.value / usual
-    score = (point.value - usual) / deviation(before)
+    ratio = point.value / usual.middle
+    score = (point.value - usual.middle) / usual.deviation
     if ratio < by.ratio_min or score < by.score_min:
         return None
-    return Anomaly(point.at_s, point.value, usual, ratio, score)
+    return Anomaly(point.at_s, point.value, usual.middle, ratio, score)
+
+
+def _can_judge(usual: Usual, at_s: int, by: Sensitivity) -> bool:
+    """Tell whether a history is long enough to judge what is at ``at_s``, and not of nothing."""
+    long_enough = usual.count >= by.history_min and at_s - usual.from_s >= by.history_span_s
+    return long_enough and usual.middle > 0

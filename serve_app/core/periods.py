@@ -18,7 +18,8 @@ class Period:
     """A piece of a life; ``uses_ns`` sums to the wall nanoseconds between its ends.
 
     ``hour`` is the account's, wall seconds. Of the uses only ``OPEN`` may be below zero: of
-    requests that ended, what an earlier piece had as open.
+    requests that ended, what an earlier piece had as open. ``provisional_ns`` of it was split
+    by default coefficients.
     """
 
     number: int
@@ -26,6 +27,7 @@ class Period:
     from_ns: int
     until_ns: int
     uses_ns: dict[Use, int]
+    provisional_ns: int = 0
 
 
 class Periods:
@@ -36,6 +38,7 @@ class Periods:
         self._reached_ns = wall_ns - use.lifetime_ns
         self._used = dict.fromkeys(Use, 0)
         self._lived_ns = 0
+        self._provisional_ns = 0
         self._number = 0
 
     @property
@@ -56,8 +59,10 @@ class Periods:
             self._reached_ns,
             self._reached_ns + lasted_ns,
             {name: time_ns for name, time_ns in uses.items() if time_ns},
+            use.provisional_ns - self._provisional_ns,
         )
         self._used.update(use.uses)
+        self._provisional_ns = use.provisional_ns
         self._lived_ns = use.lifetime_ns
         self._reached_ns = period.until_ns
         return period

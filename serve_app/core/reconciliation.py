@@ -35,6 +35,13 @@ class Finding(StrEnum):
         return self not in (Finding.AGREES, Finding.UNKNOWN_NODE)
 
 
+# Of several hours' findings the first of these is the node's.
+_WORST_FIRST: Final = (
+    *(Finding.NO_GPU, Finding.FREE, Finding.NO_PRICE, Finding.GAP, Finding.NO_BILL),
+    *(Finding.AGREES, Finding.UNKNOWN_NODE),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Rate:
     """What a node costs from ``from_ns`` on, in nano-dollars an hour."""
@@ -124,37 +131,42 @@ def over_hours(
 ) -> Reconciliation:
     """Return several hours as one: each node's amounts of the hours that could be compared.
 
-    A node none of whose hours could be compared has the finding of its last one. Gaps that
-    cancel out over the hours are none here; each hour has its own alert.
+    A node has the worst finding of its hours, whichever came last. Gaps that cancel out over the
+    hours are none here; each hour has its own alert.
     """
     last: dict[str, NodeGap] = {}
     compared: dict[str, NodeGap] = {}
+    found: dict[str, set[Finding]] = {}
     for hour in hours:
         for each in hour.nodes:
             last[each.node] = each
+            # Whether there is a gap is a matter of the sum.
+            finding = Finding.AGREES if each.finding is Finding.GAP else each.finding
+            found.setdefault(each.node, set()).add(finding)
             if each.gap_nanousd is None or each.billed_nanousd is None:
                 continue
             before = compared.get(each.node, NodeGap(each.node, Finding.AGREES, 0, 0, 0, 0))
             compared[each.node] = NodeGap(
                 each.node,
-                each.finding if each.finding is not Finding.GAP else before.finding,
+                Finding.AGREES,
                 before.attributed_nanousd + each.attributed_nanousd,
                 before.idle_nanousd + each.idle_nanousd,
                 (before.billed_nanousd or 0) + each.billed_nanousd,
                 (before.gap_nanousd or 0) + each.gap_nanousd,
             )
-    nodes = [_judged(compared.get(node, last[node]), alert_ratio) for node in sorted(last)]
+    nodes = [
+        _judged(compared.get(node, last[node]), found[node], alert_ratio) for node in sorted(last)
+    ]
     return _together(nodes)
 
 
-def _judged(node: NodeGap, alert_ratio: Fraction) -> NodeGap:
-    if node.gap_nanousd is None or not node.billed_nanousd:
-        return node
-    ratio = Fraction(node.gap_nanousd, node.billed_nanousd)
-    finding = node.finding
-    if finding is Finding.AGREES and abs(ratio) > alert_ratio:
-        finding = Finding.GAP
-    return replace(node, finding=finding, gap_ratio=ratio)
+def _judged(node: NodeGap, found: set[Finding], alert_ratio: Fraction) -> NodeGap:
+    if node.gap_nanousd is not None and node.billed_nanousd:
+        ratio = Fraction(node.gap_nanousd, node.billed_nanousd)
+        node = replace(node, gap_ratio=ratio)
+        if abs(ratio) > alert_ratio:
+            found = found | {Finding.GAP}
+    return replace(node, finding=min(found, key=_WORST_FIRST.index))
 
 
 def _together(nodes: Sequence[NodeGap]) -> Reconciliation:

@@ -41,9 +41,15 @@ class Overhead(StrEnum):
     OPEN = "open"
 
 
+_OF_REQUESTS: Final = (Overhead.CUT_OFF, Overhead.OPEN)
+
+
 @dataclass(frozen=True, slots=True)
 class ReplicaHour:
-    """One replica's account of one hour; ``hour`` in wall seconds, the rest nanoseconds."""
+    """One replica's account of one hour; ``hour`` in wall seconds, the rest nanoseconds.
+
+    ``provisional_ns`` of it was split over requests by default coefficients.
+    """
 
     hour: int
     replica: str
@@ -54,6 +60,7 @@ class ReplicaHour:
     from_ns: int
     until_ns: int
     uses_ns: Mapping[Use, int]
+    provisional_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +111,16 @@ class NodePrices:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A row's part of a replica-hour: of the requests under ``key`` or of an overhead."""
+    """A row's part of a replica-hour: of the requests under ``key`` or of an overhead.
+
+    ``provisional_ns`` is its part of what default coefficients split, by its time: which
+    requests were in those steps is not written down.
+    """
 
     key: tuple[object, ...] | Overhead
     time_ns: int
     cost_nanousd: int | None
+    provisional_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +185,12 @@ def split_hour(
     costs: Sequence[int | None] = [None] * len(times)
     if cost is not None:
         costs = split(cost, times)
-    parts = tuple(map(Part, keys, times, costs))
+    # Of requests' time only: what ended, and what was open at the end.
+    in_steps = [
+        0 if key in over and key not in _OF_REQUESTS else max(0, time_ns)
+        for key, time_ns in zip(keys, times, strict=True)
+    ]
+    parts = tuple(map(Part, keys, times, costs, split(hour.provisional_ns, in_steps)))
     return HourCost(hour, lasted_ns, cost, parts)
 
 

@@ -18,6 +18,7 @@ from serve_app.core.true_cost import split
 
 _WASTE = (Use.CANCELLED, Use.PREEMPTED, Use.FAILED)
 _NOT_BUSY = (Use.IDLE, Use.START_UP, Use.DRAIN)
+_OF_REQUESTS = (Use.USEFUL, *_WASTE, Use.OPEN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +37,15 @@ class PoolUse:
     ``good`` is the part of that whose first token came within its class's SLO.
 
     ``hours`` counts the hours it was there in; ``peak_busy`` is how many replicas' worth of
-    busy time its busiest hour had.
+    busy time its busiest hour had. ``provisional_ns`` of its time was split over requests by
+    default coefficients.
     """
 
     pool: str
     time_ns: dict[Use, int] = field(default_factory=lambda: dict.fromkeys(Use, 0))
     cost_nanousd: dict[Use, int] = field(default_factory=lambda: dict.fromkeys(Use, 0))
     unpriced_ns: int = 0
+    provisional_ns: int = 0
     hours: int = 0
     peak_busy: Fraction = Fraction()
     requests: int = 0
@@ -84,6 +87,12 @@ class PoolUse:
         """The part of the time in which there was work."""
         rest = sum(self.time_ns[use] for use in _NOT_BUSY)
         return 1 - rest / self.total_ns if self.total_ns else 0.0
+
+    @property
+    def provisional_ratio(self) -> float:
+        """The part of the time of requests that default coefficients split."""
+        steps = sum(time for use, time in self.time_ns.items() if use in _OF_REQUESTS)
+        return self.provisional_ns / steps if steps > 0 else 0.0
 
     @property
     def busy_nanousd(self) -> int:

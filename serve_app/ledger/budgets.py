@@ -34,7 +34,7 @@ from serve_app.core.calendar import HOUR_S
 from serve_app.core.pricing import dollars
 from serve_app.ledger.database import Database
 from serve_app.ledger.grants import fenced
-from serve_app.ledger.schema import BUDGET, BUDGET_GRANT, BUDGET_VERSION, META
+from serve_app.ledger.schema import API_KEY, BUDGET, BUDGET_GRANT, BUDGET_VERSION, META
 from serve_app.ledger.spending import spent
 from serve_app.ledger.trail import note_change
 
@@ -59,8 +59,12 @@ class BudgetStore:
             return [_budget(row) for row in rows]
 
     def put(self, budget: Budget, by: Actor = PROGRAM) -> None:
-        """Set a budget, new or in place of the one with its key. What was spent stays spent."""
+        """Set a budget, new or in place of the one with its key. What was spent stays spent.
+
+        An API key that took another's place has that one's budget.
+        """
         with self._database.change(BUDGET_VERSION) as connection:
+            budget = replace(budget, key=_account(connection, budget.key))
             row = connection.execute(select(BUDGET).where(_is(budget.key))).first()
             connection.execute(delete(BUDGET).where(_is(budget.key)))
             begun_s = 0 if row is None else row.begun_s
@@ -71,6 +75,7 @@ class BudgetStore:
     def add(self, key: BudgetKey, amount_nanousd: int, by: Actor = PROGRAM) -> Budget | None:
         """Add to a budget's amount, as prepaid credits are bought; None if there is none."""
         with self._database.change(BUDGET_VERSION) as connection:
+            key = _account(connection, key)
             row = connection.execute(select(BUDGET).where(_is(key))).first()
             if row is None:
                 return None
@@ -85,6 +90,7 @@ class BudgetStore:
     def remove(self, key: BudgetKey, by: Actor = PROGRAM) -> bool:
         """Remove a budget; tell whether there was one."""
         with self._database.change(BUDGET_VERSION) as connection:
+            key = _account(connection, key)
             row = connection.execute(select(BUDGET).where(_is(key))).first()
             if row is None:
                 return False
@@ -187,6 +193,14 @@ def _told(budget: Budget) -> dict[str, Any]:
         "alerts": list(budget.alert_ratios),
         "hard": budget.hard,
     }
+
+
+def _account(connection: Connection, key: BudgetKey) -> BudgetKey:
+    """Return the budget that a name means: of an API key, that of the first it replaces."""
+    if key.scope is not BudgetScope.KEY:
+        return key
+    query = select(API_KEY.c.account).where(API_KEY.c.key_id == key.id)
+    return BudgetKey(key.scope, connection.execute(query).scalar() or key.id)
 
 
 def _is(key: BudgetKey) -> Any:

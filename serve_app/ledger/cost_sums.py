@@ -56,6 +56,7 @@ def pool_sums(
         account, uses = each.cost.hour, uses_of(each.cost)
         pool = sums.pools.setdefault(account.pool, PoolUse(account.pool))
         pool.add(uses, each.cost.cost_nanousd)
+        pool.provisional_ns += account.provisional_ns
         idle_ns = sum(uses.get(use, 0) for use in _NOT_BUSY)
         busy_ns[account.pool, account.hour] += each.cost.lasted_ns - idle_ns
         for part in each.cost.parts:
@@ -152,22 +153,35 @@ def token_rows(connection: Connection, query: UsageQuery) -> dict[str, list[tupl
 
 
 @dataclass(slots=True)
-class HourSums:
-    """Costs by hour: of users as ``(tenant, user)``, with their requests, and of models."""
+class Spent:
+    """What one subject took in an hour; ``cost_nanousd`` is None if a part of it has no price."""
 
-    users: dict[tuple[str, str], dict[int, tuple[int, int]]] = field(default_factory=dict)
-    models: dict[str, dict[int, int]] = field(default_factory=dict)
-    priced: bool = True
+    requests: int = 0
+    time_ns: int = 0
+    cost_nanousd: int | None = 0
+
+    def add(self, requests: int, time_ns: int, cost_nanousd: int | None) -> None:
+        """Take in a part of a replica-hour."""
+        self.requests += requests
+        self.time_ns += time_ns
+        known = self.cost_nanousd is not None and cost_nanousd is not None
+        self.cost_nanousd = (self.cost_nanousd or 0) + (cost_nanousd or 0) if known else None
+
+
+@dataclass(slots=True)
+class HourSums:
+    """What was spent by hour: by users as ``(tenant, user)``, and by models."""
+
+    users: dict[tuple[str, str], dict[int, Spent]] = field(default_factory=dict)
+    models: dict[str, dict[int, Spent]] = field(default_factory=dict)
 
 
 def hour_sums(
     connection: Connection, query: UsageQuery, instances: Mapping[str, InstancePrice]
 ) -> HourSums:
-    """Return costs by hour, nano-dollars; engine nanoseconds if any hour has no price."""
-    columns = ("tenant", "user_id", "model")
-    hours = list(split_hours(connection, query, columns, instances))
-    sums = HourSums(priced=all(each.cost.cost_nanousd is not None for each in hours))
-    for each in hours:
+    """Return what users and models spent by hour, with and without a price."""
+    sums = HourSums()
+    for each in split_hours(connection, query, ("tenant", "user_id", "model"), instances):
         _add_hour(sums, each)
     return sums
 
@@ -187,12 +201,12 @@ def _add_hour(sums: HourSums, each: SplitHour) -> None:
         if isinstance(part.key, Overhead):
             continue
         tenant, user, model = map(str, part.key)
-        value = (part.cost_nanousd or 0) if sums.priced else part.time_ns
-        series = sums.users.setdefault((tenant, user), {})
-        requests, before = series.get(hour, (0, 0))
-        series[hour] = requests + each.counts[part.key][0], before + value
-        costs = sums.models.setdefault(model, {})
-        costs[hour] = costs.get(hour, 0) + value
+        requests, _ = each.counts[part.key]
+        for series in (
+            sums.users.setdefault((tenant, user), {}),
+            sums.models.setdefault(model, {}),
+        ):
+            series.setdefault(hour, Spent()).add(requests, part.time_ns, part.cost_nanousd)
 
 
 def _homes(sums: PoolSums) -> dict[str, str]:

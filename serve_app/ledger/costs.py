@@ -31,7 +31,8 @@ class CostTally:
     """What some requests, or some overhead, took and cost.
 
     ``wasted_nanousd`` is the part of requests that did not complete, ``unpriced_ns`` the
-    part of ``time_ns`` whose price nobody knows and that is in no cost.
+    part of ``time_ns`` whose price nobody knows and that is in no cost, ``provisional_ns``
+    the part that default coefficients split over requests.
     """
 
     requests: int = 0
@@ -39,6 +40,7 @@ class CostTally:
     cost_nanousd: int = 0
     wasted_nanousd: int = 0
     unpriced_ns: int = 0
+    provisional_ns: int = 0
 
     def add(self, other: CostTally) -> None:
         """Take in another."""
@@ -47,6 +49,7 @@ class CostTally:
         self.cost_nanousd += other.cost_nanousd
         self.wasted_nanousd += other.wasted_nanousd
         self.unpriced_ns += other.unpriced_ns
+        self.provisional_ns += other.provisional_ns
 
 
 @dataclass(slots=True)
@@ -81,10 +84,12 @@ def read_costs(
         unpriced = hour.cost.cost_nanousd is None
         fleet = CostTally(time_ns=hour.cost.lasted_ns, cost_nanousd=hour.cost.cost_nanousd or 0)
         fleet.unpriced_ns = fleet.time_ns if unpriced else 0
+        fleet.provisional_ns = hour.cost.hour.provisional_ns
         costs.fleet.add(fleet)
         for part in hour.cost.parts:
             tally = CostTally(time_ns=part.time_ns, cost_nanousd=part.cost_nanousd or 0)
             tally.unpriced_ns = tally.time_ns if unpriced else 0
+            tally.provisional_ns = part.provisional_ns
             if isinstance(part.key, Overhead):
                 costs.overheads[part.key].add(tally)
                 continue
@@ -182,6 +187,7 @@ def _hour(row: Row[Any]) -> ReplicaHour:
         int(row.from_ns),
         int(row.until_ns),
         uses,
+        int(row.provisional_ns),
     )
 
 
@@ -195,4 +201,6 @@ def _unreported(connection: Connection, hour: int, replica: str) -> ReplicaHour:
     row = connection.execute(before.order_by(table.hour.desc()).limit(1)).first()
     known = ReplicaHour(hour, replica, "", "", "", 0.0, 0, 0, {}) if row is None else _hour(row)
     begun_ns = hour * NS_PER_S
-    return replace(known, hour=hour, from_ns=begun_ns, until_ns=begun_ns, uses_ns={})
+    return replace(
+        known, hour=hour, from_ns=begun_ns, until_ns=begun_ns, uses_ns={}, provisional_ns=0
+    )

@@ -15,6 +15,7 @@ from serve_app.core.types import Outcome
 from serve_app.ledger.schema import (
     DIMENSIONS,
     ENGINE_TIME,
+    PROVISIONAL_NS,
     REPLICA_HOUR,
     REPLICA_PERIOD,
     USAGE_EVENT,
@@ -27,6 +28,7 @@ _TIME_KEY: Final = ("hour", "replica", *DIMENSIONS)
 _TIME_SUMS: Final = ("requests", "engine_ns", "wasted_ns")
 _HOUR_KEY: Final = ("hour", "replica")
 _PLACE: Final = ("pool", "node", "instance", "gpus")
+_TIMES: Final = (*USES_NS, PROVISIONAL_NS)
 
 
 def add_engine_time(connection: Connection, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -67,7 +69,7 @@ def add_periods(connection: Connection, periods: Sequence[ReplicaPeriod], now_s:
             "from_ns": case((held.from_ns < more.from_ns, held.from_ns), else_=more.from_ns),
             "until_ns": case((held.until_ns > more.until_ns, held.until_ns), else_=more.until_ns),
         }
-        added = {name: held[name] + more[name] for name in USES_NS}
+        added = {name: held[name] + more[name] for name in _TIMES}
         statement = new.on_conflict_do_update(index_elements=_HOUR_KEY, set_=bounds | added)
         names = {column.name for column in REPLICA_HOUR.columns}
         connection.execute(
@@ -122,7 +124,7 @@ def _hours_of_periods() -> Select[Any]:
     # A replica stays where it is.
     place = [func.max(period[name]) for name in _PLACE]
     bounds = (func.min(period.from_ns), func.max(period.until_ns))
-    sums = [func.sum(period[name]) for name in USES_NS]
+    sums = [func.sum(period[name]) for name in _TIMES]
     keys = (period.hour, period.replica)
     return select(*keys, *place, *bounds, *sums).group_by(*keys)
 
@@ -149,5 +151,6 @@ def _period_row(period: ReplicaPeriod, now_s: float) -> dict[str, Any]:
         "from_ns": period.from_ns,
         "until_ns": period.until_ns,
         "recorded_at_s": now_s,
+        PROVISIONAL_NS: period.provisional_ns,
         **{name: period.uses_ns.get(name.removesuffix("_ns"), 0) for name in USES_NS},
     }

@@ -106,7 +106,7 @@ def _data(body: bytes) -> Any:
     """Return the ``data`` of an answer.
 
     Raises:
-        ValueError: it is no JSON, or an error in the guise of one.
+        ValueError: it is no JSON, an error in the guise of one, or of another route.
     """
     try:
         answer = json.loads(body, parse_float=Decimal, parse_constant=lambda _: None)
@@ -119,15 +119,22 @@ def _data(body: bytes) -> Any:
     data = answer.get("data")
     if not isinstance(data, dict | list):
         raise ValueError("the answer has no data")
+    assets = [asset for each in _sets(data) for asset in each.values() if isinstance(asset, dict)]
+    if assets and not any("type" in asset for asset in assets):
+        raise ValueError("the answer has no assets: its rows say no type")
     return data
 
 
-def _bills(data: Any) -> Iterator[NodeBill]:
+def _sets(data: Any) -> Iterator[dict[str, Any]]:
     for assets in data if isinstance(data, list) else [data]:
-        if not isinstance(assets, dict):
-            continue
+        if isinstance(assets, dict):
+            yield assets
+
+
+def _bills(data: Any) -> Iterator[NodeBill]:
+    for assets in _sets(data):
         for key, asset in assets.items():
-            if not isinstance(asset, dict) or asset.get("type", "Node") != "Node":
+            if not isinstance(asset, dict) or asset.get("type") != "Node":
                 continue
             yield _bill(key, asset)
 

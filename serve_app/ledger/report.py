@@ -135,6 +135,7 @@ def _figures(tally: Tally, cost: CostTally) -> dict[str, Any]:
         "cost_nanousd": cost.cost_nanousd,
         "wasted_cost_usd": dollars(cost.wasted_nanousd),
         "unpriced_s": dollars(cost.unpriced_ns),
+        "provisional_s": dollars(cost.provisional_ns),
     }
 
 
@@ -144,6 +145,7 @@ def _spent(cost: CostTally) -> dict[str, Any]:
         "cost_usd": dollars(cost.cost_nanousd),
         "cost_nanousd": cost.cost_nanousd,
         "unpriced_s": dollars(cost.unpriced_ns),
+        "provisional_s": dollars(cost.provisional_ns),
     }
 
 

@@ -29,7 +29,7 @@ from serve_app.core.attribution import Use
 METADATA: Final = MetaData()
 
 # The last migration: a database at this revision has the tables below.
-REVISION: Final = "0006"
+REVISION: Final = "0008"
 
 API_KEY: Final = Table(
     "api_key",
@@ -45,6 +45,9 @@ API_KEY: Final = Table(
     Column("created_at_s", Double, nullable=False),
     Column("expires_at_s", Double),
     Column("revoked_at_s", Double),
+    # The first of the keys that it took the place of: whose budget it spends.
+    Column("account", String(64)),
+    Index("api_key_by_account", "account"),
 )
 
 # Counters that say "something changed": one row per thing that others keep a copy of.
@@ -264,6 +267,8 @@ def _place() -> list[Column[Any]]:
 
 # How a replica's time divides: one column for each attribution.Use.
 USES_NS: Final = tuple(f"{use.value}_ns" for use in Use)
+# And how much of it default coefficients split over requests.
+PROVISIONAL_NS: Final = "provisional_ns"
 
 # Append-only: a replica's life in pieces, each within an hour's account, numbered from 1.
 REPLICA_PERIOD: Final = Table(
@@ -273,7 +278,7 @@ REPLICA_PERIOD: Final = Table(
     Column("number", BigInteger, primary_key=True, autoincrement=False),
     Column("hour", BigInteger, nullable=False),
     *_place(),
-    *_numbers("from_ns", "until_ns", *USES_NS),
+    *_numbers("from_ns", "until_ns", *USES_NS, PROVISIONAL_NS),
     Column("recorded_at_s", Double, nullable=False),
     Index("replica_period_by_hour", "hour"),
 )
@@ -285,7 +290,7 @@ REPLICA_HOUR: Final = Table(
     Column("hour", BigInteger, primary_key=True, autoincrement=False),
     Column("replica", String(128), primary_key=True),
     *_place(),
-    *_numbers("from_ns", "until_ns", *USES_NS),
+    *_numbers("from_ns", "until_ns", *USES_NS, PROVISIONAL_NS),
 )
 
 # Derived from the engines' rows of usage_event: whose time a replica's was. ``hour`` is the

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, delete, func, insert, select
 
-from serve_app.core.budget import BudgetKey, Period, scopes_of
-from serve_app.ledger.schema import SPENDING, USAGE_ROLLUP
+from serve_app.core.budget import BudgetKey, BudgetScope, Period, scopes_of
+from serve_app.ledger.schema import API_KEY, SPENDING, USAGE_ROLLUP
 from serve_app.ledger.statements import upsert
 from serve_app.ledger.tally import Tally
 
@@ -58,11 +58,19 @@ def spending_differences(connection: Connection) -> Iterator[str]:
 
 
 def spent(connection: Connection, key: BudgetKey, period: Period) -> int:
-    """Return what a scope spent in the hours from a period's start and before its end."""
+    """Return what a scope spent in the hours from a period's start and before its end.
+
+    A key's is that of all the keys that took its place as well.
+    """
+    ids = [key.id]
+    if key.scope is BudgetScope.KEY:
+        # Read first: as a part of the sum they would keep it from its index.
+        mine = select(API_KEY.c.key_id).where(API_KEY.c.account == key.id)
+        ids = sorted({key.id, *connection.execute(mine).scalars()})
     total = func.coalesce(func.sum(SPENDING.c.amount_nanousd), 0)
     query = select(total).where(
         SPENDING.c.scope == key.scope.value,
-        SPENDING.c.id == key.id,
+        SPENDING.c.id.in_(ids),
         SPENDING.c.hour >= period.start_s,
         SPENDING.c.hour < period.end_s,
     )

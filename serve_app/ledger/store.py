@@ -182,6 +182,7 @@ def _row(record: KeyRecord) -> dict[str, object]:
         "created_at_s": record.created_at_s,
         "expires_at_s": record.expires_at_s,
         "revoked_at_s": record.revoked_at_s,
+        "account": record.account,
     }
 
 
@@ -199,4 +200,5 @@ def _record(row: Row[Any]) -> KeyRecord:
         models=None if models is None else tuple(json.loads(models)),
         expires_at_s=row.expires_at_s,
         revoked_at_s=row.revoked_at_s,
+        account=None if row.account is None else KeyId(row.account),
     )

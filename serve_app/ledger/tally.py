@@ -123,7 +123,16 @@ def _billed(router: Account | None, engines: dict[int, Account]) -> Usage:
         return router.usage
     # A meter never counts less than was delivered; if one ever did, delivery is a fact.
     output = max(engine.usage.completion_tokens, router.usage.completion_tokens)
-    return Usage(engine.usage.prompt_tokens, engine.usage.cached_prompt_tokens, output)
+    prompt = engine.usage
+    if router.usage.completion_tokens and not prompt.prompt_tokens:
+        prompt = _prompt_of_a_continued(router, engines)
+    return Usage(prompt.prompt_tokens, prompt.cached_prompt_tokens, output)
+
+
+def _prompt_of_a_continued(router: Account, engines: dict[int, Account]) -> Usage:
+    """Return who counted the prompt of a stream whose last engine did not come to a token."""
+    counted = [attempt for attempt, each in engines.items() if each.usage.prompt_tokens]
+    return engines[max(counted)].usage if counted else router.usage
 
 
 def _wasted(router: Account | None, engines: dict[int, Account]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -233,6 +234,17 @@ async def test_lacking_is_not_waited_for_on_the_fast_path(site: Site) -> None:
     fare = site.money.fare(*site.request(10))
     assert fare is not None
     assert isinstance(site.money.reserve(fare), Lacking)
+
+
+async def test_a_key_that_took_anothers_place_spends_that_ones_budget(site: Site) -> None:
+    site.link.list = BudgetList(2, frozenset({BudgetKey(BudgetScope.KEY, "k0")}))
+    audit, prepared = site.request(100)
+    assert site.money.fare(audit, prepared) is None
+    assert audit.key is not None
+    audit.key = replace(audit.key, account=KeyId("k0"))
+    fare = site.money.fare(audit, prepared)
+    assert fare is not None
+    assert fare.keys == (BudgetKey(BudgetScope.KEY, "k0"),)
 
 
 async def test_a_tags_budget_pays_for_what_bears_the_tag_and_is_its_tenants_own(

@@ -7,7 +7,16 @@ from dataclasses import replace
 
 import pytest
 
-from serve_app.core.anomalies import Point, Sensitivity, deviation, jumps, median, rise
+from serve_app.core.anomalies import (
+    Point,
+    Sensitivity,
+    deviation,
+    jumps,
+    median,
+    outbreaks,
+    rise,
+    usual_of,
+)
 
 HOUR_S = 3600
 BY = Sensitivity(score_min=6.0, ratio_min=3.0, history_min=24)
@@ -73,6 +82,26 @@ def test_without_history_or_worth_or_a_usual_value_nothing_is_odd() -> None:
     small = [Point(place, 0.001) for place in range(50)]
     dear = Sensitivity(value_min=0.1)
     assert jumps([*small, Point(50, 0.05)], 0, dear) == []
+
+
+HOURS = [Point(place, 1.0 + place % 3 / 10) for place in range(60)]
+OTHERS = usual_of(HOURS)
+
+
+def test_who_starts_from_nothing_is_judged_by_what_others_spend() -> None:
+    found = outbreaks([Point(60, 1.2), Point(61, 50.0)], 60, OTHERS, BY)
+    assert [(each.at_s, each.usual) for each in found] == [(61, 1.1)]
+    assert outbreaks([Point(61, 50.0)], 60, OTHERS, replace(BY, value_min=51.0)) == []
+    never = [Point(place, 0.0) for place in range(60)]
+    assert outbreaks([*never, Point(61, 50.0)], 60, OTHERS, BY)
+
+
+def test_who_has_a_usual_value_is_not_judged_by_others_and_nobody_is_where_there_are_none() -> None:
+    own = [Point(place, 9.0) for place in range(60)]
+    assert outbreaks([*own, Point(61, 50.0)], 60, OTHERS, BY) == []
+    assert outbreaks([Point(61, 50.0)], 60, usual_of(HOURS[:20]), BY) == []
+    assert outbreaks([Point(61, 50.0)], 60, usual_of([]), BY) == []
+    assert outbreaks([Point(59, 50.0)], 60, OTHERS, BY) == []
 
 
 def test_a_unit_cost_that_doubles_is_found_and_one_that_wavers_is_not() -> None:

@@ -53,6 +53,21 @@ def test_pieces_of_a_random_life_have_no_gap_and_hold_what_ended_in_their_hour()
         )
         assert booked == ended.get(hour, 0)
     assert len({piece.hour for piece in pieces}) == 2
+    assert sum(piece.provisional_ns for piece in pieces) == life.read(now_ns).provisional_ns > 0
+
+
+def test_a_piece_says_how_much_of_it_defaults_split_and_forgets_that_with_the_fit() -> None:
+    life = ReplicaTime(0)
+    life.ready(0)
+    periods = Periods(START_S * 10**9, life.read(0))
+    life.occupied(0)
+    life.step(0, 30, {life_account(): 1}, StepCoefficients())
+    first = periods.cut(life.read(30))
+    life.step(30, 100, {life_account(): 1}, StepCoefficients(provisional=False))
+    second = periods.cut(life.read(100))
+    assert first is not None
+    assert second is not None
+    assert (first.provisional_ns, second.provisional_ns) == (30, 0)
 
 
 def life_account() -> Account:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 
@@ -15,6 +16,7 @@ from serve_app.core.reconciliation import (
     NodeCharge,
     Rate,
     cost_nanousd,
+    over_hours,
     reconcile,
 )
 
@@ -91,6 +93,29 @@ def test_a_price_that_changes_inside_an_hour_counts_from_then_on() -> None:
     assert cost_nanousd(rates, half, HOUR_NS) == 3 * DOLLAR
     assert cost_nanousd([Rate(half, 2 * DOLLAR)], 0, HOUR_NS) == DOLLAR
     assert cost_nanousd([], 0, HOUR_NS) == 0
+
+
+def test_the_worst_hour_of_a_node_is_its_day_whichever_came_last() -> None:
+    charge = NodeCharge("a", 100, 0, gpus=1)
+    good = reconcile([charge], [NodeBill("a", 100, GPU_HOUR)])
+    wide = reconcile([charge], [NodeBill("a", 110, GPU_HOUR)])
+    cases = {
+        Finding.NO_GPU: reconcile([charge], [NodeBill("a", 100, Fraction(0))]),
+        Finding.FREE: reconcile([charge], [NodeBill("a", 0, GPU_HOUR)]),
+        Finding.NO_BILL: reconcile([charge], []),
+        Finding.NO_PRICE: reconcile([replace(charge, unpriced=True)], [NodeBill("a", 100)]),
+        Finding.AGREES: reconcile([], [NodeBill("a", 7)]),
+    }
+    for worst, hour in cases.items():
+        for hours in ([hour, good], [good, hour], [good, hour, good]):
+            whole = over_hours(hours, alert_ratio=Fraction(1))
+            assert [each.finding for each in whole.nodes] == [worst]
+            assert whole.alert == worst.alarms
+    assert over_hours([wide, cases[Finding.NO_BILL]]).nodes[0].finding is Finding.GAP
+    assert over_hours([wide, cases[Finding.NO_GPU]]).nodes[0].finding is Finding.NO_GPU
+    low = reconcile([charge], [NodeBill("a", 90, GPU_HOUR)])
+    assert over_hours([wide, low]).nodes[0].finding is Finding.AGREES
+    assert over_hours([wide, good]).nodes[0].gap_ratio == Fraction(10, 210)
 
 
 @given(

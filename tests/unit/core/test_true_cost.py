@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -75,6 +76,21 @@ def test_requests_idle_and_waste_are_what_the_hour_cost_whatever_the_price() -> 
         assert sum(each.cost_nanousd or 0 for each in found.parts) == found.cost_nanousd
         assert sum(each.time_ns for each in found.parts) == found.lasted_ns
         assert found.lasted_ns == account.until_ns - account.from_ns
+
+
+def test_what_defaults_split_is_marked_on_requests_time_and_on_nothing_else() -> None:
+    chance = random.Random(5)
+    for _ in range(300):
+        requests = [((f"t{n}",), chance.randrange(1, 10**11)) for n in range(chance.randrange(9))]
+        ended = sum(time_ns for _, time_ns in requests) + chance.randrange(10**9)
+        still_open = chance.choice((-(ended // 7), 0, chance.randrange(10**10)))
+        uses = {"useful": ended, "idle": chance.randrange(10**12), "open": still_open}
+        marked = chance.randrange(ended + still_open + 1)
+        account = replace(hour(sum(uses.values()), **uses), provisional_ns=marked)
+        parts = split_hour(account, requests, NodePrices()).parts
+        assert sum(each.provisional_ns for each in parts) == marked
+        assert all(0 <= each.provisional_ns <= max(0, each.time_ns) + 1 for each in parts)
+        assert part(parts, Overhead.IDLE).provisional_ns == 0
 
 
 def test_time_that_is_in_no_record_of_a_request_has_a_row_of_its_own() -> None:

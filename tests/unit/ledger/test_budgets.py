@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 
 from serve_app.core.budget import (
     Account,
@@ -14,14 +15,18 @@ from serve_app.core.budget import (
     BudgetKey,
     BudgetScope,
     Line,
+    Period,
     Window,
     period_of,
 )
 from serve_app.core.pricing import RateCard, Rates
+from serve_app.keys import KeyWish
 from serve_app.ledger.budgets import BudgetStore
 from serve_app.ledger.database import Database
 from serve_app.ledger.grants import GrantStore, Superseded
 from serve_app.ledger.prices import PriceStore
+from serve_app.ledger.spending import spent
+from serve_app.ledger.store import KeyStore
 from serve_app.ledger.usage import UsageLedger
 from serve_app.ledger.verify import verify
 from tests.usage_records import START_S, charge, record
@@ -219,3 +224,63 @@ def test_a_control_takes_over_routers_and_knows_of_those_just_lost(site: Site) -
     assert site.grants.is_latest(later.epoch)
     site.wall.at_s += 50
     assert site.grants.begin().alive_lately, "it said so meanwhile"
+
+
+def test_a_rotated_key_keeps_its_budget_and_what_is_spent_of_it(
+    site: Site, database: Database
+) -> None:
+    keys = KeyStore(database, site.wall)
+    _, first = keys.create(KeyWish("laptop"))
+    of_first = BudgetKey(BudgetScope.KEY, first.key_id)
+    site.budgets.put(Budget(of_first, 1000, Window.NONE))
+    ids = [first.key_id]
+    for _ in range(2):
+        rotated = keys.rotate(ids[-1], 3600)
+        assert rotated is not None
+        ids.append(rotated[1].key_id)
+        assert rotated[1].budget_id == first.key_id
+    for number, key in enumerate(ids):
+        site.ledger.commit([record(charge(number, key=key, price_version=1))])
+    (balance,) = site.budgets.balances()
+    assert (balance.budget.key, balance.spent_nanousd) == (of_first, 300)
+    account = Account(of_first, start_s=0, granted=0, released=0, need=2000)
+    ((line,), _) = site.budgets.lend("r1", [account], site.epoch, 1)
+    assert line.granted == 700
+    kept = {each.key_id: each.account for each in keys.list()}
+    assert kept == {ids[0]: None, ids[1]: ids[0], ids[2]: ids[0]}
+    # Any of its keys names it.
+    of_last = BudgetKey(BudgetScope.KEY, ids[-1])
+    assert site.budgets.add(of_last, 50) == Budget(of_first, 1050, Window.NONE)
+    site.budgets.put(Budget(of_last, 400, Window.NONE))
+    assert [each.key for each in site.budgets.every()] == [of_first]
+    assert site.budgets.remove(of_last)
+    assert site.budgets.every() == []
+    assert verify(database).lines == []
+
+
+@pytest.mark.parametrize("kind", ["sqlite"])
+def test_what_a_key_spent_is_read_by_the_primary_key(database: Database) -> None:
+    asked: list[tuple[str, Any]] = []
+
+    def note(_c: Any, _r: Any, statement: str, parameters: Any, *_: Any) -> None:
+        asked.append((statement, parameters))
+
+    with database.transaction() as connection:
+        event.listen(connection, "before_cursor_execute", note)
+        assert spent(connection, BudgetKey(BudgetScope.KEY, "k1"), Period(0, 10**10)) == 0
+        plans = [
+            str(row)
+            for statement, parameters in list(asked)
+            for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters)
+        ]
+    of_keys, of_sums = plans
+    assert "api_key_by_account (account=?)" in of_keys
+    assert "(scope=? AND id=? AND hour>? AND hour<?)" in of_sums
+
+
+def test_a_key_that_took_nobodys_place_spends_of_no_other(site: Site, database: Database) -> None:
+    keys = KeyStore(database, site.wall)
+    (_, one), (_, other) = keys.create(KeyWish("a")), keys.create(KeyWish("b"))
+    site.budgets.put(Budget(BudgetKey(BudgetScope.KEY, one.key_id), 1000, Window.NONE))
+    site.ledger.commit([record(charge(1, key=other.key_id, price_version=1))])
+    assert [each.spent_nanousd for each in site.budgets.balances()] == [0]

@@ -5,15 +5,18 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import msgspec
 import pytest
 from sqlalchemy import text
 
+from serve_app.config_costs import CostSettings
 from serve_app.core.attribution import Use
 from serve_app.core.pricing import nanousd
 from serve_app.core.reconciliation import NodeBill, Rate
 from serve_app.core.true_cost import InstancePrice, Overhead
 from serve_app.ledger.costs import read_bills, write_bills
 from serve_app.ledger.database import Database
+from serve_app.ledger.insights import insight
 from serve_app.ledger.prices import PriceStore
 from serve_app.ledger.report import report
 from serve_app.ledger.schema import LEDGER_VERSION
@@ -135,6 +138,41 @@ def test_a_request_counts_in_the_account_it_was_booked_on_not_when_it_came(
     assert {row["what"]: row["time_s"] for row in found["overheads"]}["cut_off"] == "0"
 
 
+def test_what_default_coefficients_split_is_marked_in_every_report(
+    ledger: UsageLedger, database: Database
+) -> None:
+    uses = {Use.USEFUL.value: 8 * 10**9, Use.IDLE.value: HOUR_NS - 8 * 10**9}
+    records: list[Any] = [
+        record(charge(n), Witness.ENGINE, engine_ns=n * 10**9, engine_hour=START_S, replica="r1")
+        for n in (2, 6)
+    ]
+    marked = period(uses_ns=uses, provisional_ns=4 * 10**9)
+    ledger.commit([*records, marked, period(2, START_S + HOUR_S)])
+    found = report(database, usage_query("hour", None, None), {})
+    assert (found["total"]["provisional_s"], found["fleet"]["provisional_s"]) == ("4", "4")
+    assert {row["what"] for row in found["overheads"] if row["provisional_s"] != "0"} == set()
+    header, rows = to_table(found)
+    assert (header[-1], rows[0][-1], rows[-1][-1]) == ("PROVISIONAL S", "4.000", "4.000")
+    assert {len(row) for row in rows} == {len(header)}
+    assert to_csv(found).splitlines()[1].endswith(",8,4")
+    (pool,) = insight(database, "economics", UsageQuery(), CostSettings())["data"]
+    assert (pool["provisional_s"], pool["provisional_ratio"]) == ("4", 0.5)
+    ledger.rebuild()
+    assert report(database, usage_query("hour", None, None), {}) == found
+    assert verify(database).lines == []
+
+
+def test_a_period_from_before_there_was_the_mark_has_none(
+    ledger: UsageLedger, database: Database
+) -> None:
+    raw = msgspec.msgpack.decode(encode(period())[1:])
+    assert "provisional_ns" not in raw
+    ledger.commit([decode(b"P" + msgspec.msgpack.encode(raw))])
+    found = report(database, UsageQuery(("tenant",)), {})
+    assert found["fleet"]["provisional_s"] == "0"
+    assert "PROVISIONAL S" not in to_table(found)[0]
+
+
 def test_time_without_a_price_is_said_and_not_free(ledger: UsageLedger, database: Database) -> None:
     ledger.commit(list(TOWN.records()))
     found = report(database, UsageQuery(("model",)), {"small": PRICES["small"]})
@@ -147,7 +185,11 @@ def test_time_without_a_price_is_said_and_not_free(ledger: UsageLedger, database
     assert rows[0][-1] == "no price"
     assert rows[-1][-1] == "15.000000+"
     assert [row[0] for row in rows[2:]] == ["(idle)", "TOTAL"]
-    assert to_csv(found).splitlines()[0].endswith("engine_s,cost_usd,wasted_cost_usd,unpriced_s")
+    assert (
+        to_csv(found)
+        .splitlines()[0]
+        .endswith("engine_s,cost_usd,wasted_cost_usd,unpriced_s,provisional_s")
+    )
 
 
 def test_a_replica_without_any_account_is_proved_by_its_requests(

