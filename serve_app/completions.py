@@ -9,14 +9,16 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from starlette.types import Receive, Scope, Send
 
 from serve_app.audit import Audit
 from serve_app.books import Books
 from serve_app.config import LimitSettings
+from serve_app.config_policy import SpotLimits
+from serve_app.continuation import Continuation
 from serve_app.core.limits import Short
 from serve_app.core.purses import Reserved
 from serve_app.core.types import (
@@ -45,6 +47,7 @@ from serve_app.hold import Hold
 from serve_app.keys import KeyRecord, KeyTable
 from serve_app.limiter import RouterLimits
 from serve_app.money import Money
+from serve_app.overload import BodyMemory, Overload
 from serve_app.relay import Relay
 from serve_app.rules import Rules
 from serve_app.tickets import Prepared, Tickets, asked_class
@@ -54,6 +57,8 @@ SESSION_BYTES_MAX = 256
 TAG_HEADER = b"x-headrace-tag"
 # Says that an answer may be shorter than was asked for: so much is what its budget pays.
 BUDGET_HEADER = b"x-headrace-budget"
+# Says the same of a model on spot nodes, which may be taken away at short notice.
+SPOT_HEADER = b"x-headrace-spot"
 
 CLIENT_CLOSED_REQUEST = 499
 
@@ -83,6 +88,7 @@ class Completions:
         limits: LimitSettings,
         books: Books,
         money: Money | None = None,
+        overload: Overload,
         on_audit: Callable[[Audit], None],
         clock: Callable[[], float],
     ) -> None:
@@ -93,6 +99,8 @@ class Completions:
         self._limits = limits
         self._books = books
         self._money = money
+        self._overload = overload
+        self.bodies = BodyMemory(limits.bodies_bytes)
         self._on_audit = on_audit
         self._clock = clock
         self.keys: KeyTable | None = None
@@ -154,10 +162,21 @@ class Completions:
         key = self.caller(scope)
         audit.key = key
         self._books.check()
+        self._overload.check(key.priority_ceiling)
         require_json(scope)
-        body = await read_body(scope, receive, self._limits.max_body_bytes)
-        parsed = _PARSERS[endpoint](body, self._limits)
-        del body
+        with self.bodies.of(key.tenant) as on_bytes:
+            most = self._limits.max_body_bytes
+            body = await read_body(scope, receive, most, on_bytes=on_bytes)
+            parsed = _PARSERS[endpoint](body, self._limits)
+            del body
+            await self._answer_parsed(endpoint, scope, parsed, relay, audit)
+
+    async def _answer_parsed(
+        self, endpoint: Endpoint, scope: Scope, parsed: ParsedRequest, relay: Relay, audit: Audit
+    ) -> None:
+        key = audit.key
+        assert key is not None, "the caller is known"
+        relay.continuation = self._continuation(parsed)
         prepared = await self._prepare(scope, parsed, audit, key)
         ticket, scopes = prepared.ticket, prepared.terms.scopes
         audit.pool, audit.served_class = ticket.pool, ticket.priority_class
@@ -178,6 +197,14 @@ class Completions:
             self._rates.settle(ticket.request_id, _used_tokens(prepared, audit))
             if self._money is not None:
                 self._money.settle(audit)
+
+    def _continuation(self, parsed: ParsedRequest) -> Continuation:
+        return Continuation(
+            most=self._limits.continuations,
+            sampled_too=self._limits.continue_sampled,
+            sampling=parsed.sampling,
+            choices=parsed.choices,
+        )
 
     async def _pay(self, prepared: Prepared, relay: Relay, audit: Audit) -> Prepared:
         """Reserve what the request may cost; return it with an answer as long as that pays.
@@ -242,18 +269,23 @@ class Completions:
             audit.charge = charge = self._books.charge(audit, dispatch.pool)
             relay.before_end = lambda: self._books.complete(audit, lease.replica)
             relay.describe(dispatch, prepared.ticket.priority_class)
+            spot = self.rules.spot(dispatch.pool)
+            # What was reserved for the pool asked for holds where another takes it.
+            bounds = (self.rules.spot(prepared.ticket.pool), spot)
+            prepared = _short_enough(prepared, bounds, relay)
             try:
-                await relay.run(
-                    lease,
-                    self._transport(dispatch.pool),
-                    lambda held: prepared.call(
-                        endpoint,
-                        held.dispatch,
-                        charge,
-                        relay.delivery.attempts,
-                        None if relay.cap is None else relay.cap.tokens,
-                    ),
-                )
+                async with _in_time(spot, audit):
+                    await relay.run(
+                        lease,
+                        self._transport(dispatch.pool),
+                        lambda held: prepared.call(
+                            endpoint,
+                            held.dispatch,
+                            charge,
+                            relay.delivery.attempts,
+                            None if relay.cap is None else relay.cap.tokens,
+                        ),
+                    )
                 audit.outcome = Outcome.COMPLETED
             finally:
                 audit.replica = lease.replica
@@ -332,6 +364,40 @@ def refusal_error(reject: Reject) -> ApiError:
         code=f"overloaded_{reject.reason.value}",
         retry_after_s=after_s,
     )
+
+
+def _short_enough(
+    prepared: Prepared, bounds: Iterable[SpotLimits | None], relay: Relay
+) -> Prepared:
+    """Return the request with an answer no longer than spot nodes promise to last."""
+    most = min((each.max_output_tokens for each in bounds if each is not None), default=None)
+    if most is None:
+        return prepared
+    asked = prepared.parsed.max_tokens
+    if asked is None or asked > most:
+        relay.add_headers([(SPOT_HEADER, b"max_tokens=%d" % most)])
+    return prepared.capped(most * prepared.parsed.choices)
+
+
+@asynccontextmanager
+async def _in_time(spot: SpotLimits | None, audit: Audit) -> AsyncIterator[None]:
+    """Bound how long a request stays on a spot node.
+
+    Raises:
+        DeadlineExceeded: its time is over.
+    """
+    within = asyncio.timeout(None if spot is None else spot.max_stream_s)
+    try:
+        async with within:
+            yield
+    except TimeoutError:
+        if spot is None or not within.expired():
+            raise
+        audit.reason = "deadline"
+        raise DeadlineExceeded(
+            f"The response took longer than {spot.max_stream_s:g} seconds, which is what this "
+            "model's spot nodes allow."
+        ) from None
 
 
 def _used_tokens(prepared: Prepared, audit: Audit) -> int:

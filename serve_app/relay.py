@@ -1,8 +1,8 @@
 """One completion, from the engine's items to the client's bytes.
 
 The relay owns what makes a response end exactly once: done, error or cancelled. Until
-the first byte is out, a lost replica means another try elsewhere; after it, an SSE error
-event ends the stream.
+the first byte is out, a lost replica means another try elsewhere; after it, the stream goes
+on elsewhere where it can (continuation.py), else an SSE error event ends it.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.types import Send
 
+from serve_app.continuation import Continuation, NotContinued, refused_by_core
 from serve_app.core.types import Dispatch, PriorityClass, Usage
 from serve_app.engine.api import (
     STREAM_END,
+    EngineBusy,
     EngineDead,
     Final,
     Frame,
@@ -33,7 +35,7 @@ from serve_app.errors import (
     RequestTimeout,
     Unavailable,
 )
-from serve_app.gate import Lease
+from serve_app.gate import Lease, Refused
 from serve_app.gateway.http import StreamSender, send_json
 
 Headers = list[tuple[bytes, bytes]]
@@ -50,13 +52,21 @@ _TIER_OF_CLASS = {
 
 @dataclass(slots=True)
 class Delivery:
-    """What was delivered to the client, as far as it got."""
+    """What was delivered to the client, as far as it got.
+
+    ``usage`` is of the whole response, whichever replicas made it. Of ``attempts``
+    ``continuations`` went on after what others had delivered, and ``continued`` of those
+    brought something; ``not_continued`` says why the stream was cut for good.
+    """
 
     output_tokens: int = 0
     frames: int = 0
     first_byte_at_s: float | None = None
     last_byte_at_s: float | None = None
     attempts: int = 0
+    continuations: int = 0
+    continued: int = 0
+    not_continued: NotContinued | None = None
     streamed: bool = False
     finish_reason: str | None = None
     usage: Usage | None = None
@@ -66,7 +76,8 @@ class Relay:
     """Carries one dispatched request's output to its client.
 
     ``before_end`` is awaited when all but what ends the response is out. ``cap`` is there if
-    less is paid for than the whole answer may cost.
+    less is paid for than the whole answer may cost. Without ``continuation`` a stream that was
+    cut does not go on.
     """
 
     def __init__(
@@ -87,6 +98,7 @@ class Relay:
         self._overflowed = False
         self._tier: bytes | None = None
         self.cap: Cap | None = None
+        self.continuation: Continuation | None = None
 
     def describe(self, dispatch: Dispatch, served_class: PriorityClass) -> None:
         """Say in the response where and how the request is served: headers, service tier."""
@@ -120,7 +132,7 @@ class Relay:
     async def run(
         self, lease: Lease, transport: Transport, call_for: Callable[[Lease], GenerateCall]
     ) -> None:
-        """Deliver the whole response, trying other replicas until the first byte is out.
+        """Deliver the whole response, from other replicas when one is lost.
 
         Raises:
             ApiError: the engine refused or failed; nothing was sent, or the stream is
@@ -138,7 +150,7 @@ class Relay:
         while True:
             self.delivery.attempts += 1
             try:
-                await self._attempt(lease, transport, call_for(lease), overflow)
+                await self._attempt(lease, transport, self._resumed(call_for(lease)), overflow)
                 return
             except asyncio.CancelledError:
                 if not self._overflowed:
@@ -146,15 +158,52 @@ class Relay:
                 task.uncancel()
                 raise _too_slow() from None
             except EngineDead as error:
-                if self.delivery.first_byte_at_s is not None:
-                    raise EngineFailed(
-                        "The engine failed while it was generating; the response is incomplete.",
-                        should_retry=True,
-                    ) from error
-                lease.move()
+                if self.delivery.first_byte_at_s is None:
+                    lease.move(busy=isinstance(error, EngineBusy))
+                else:
+                    self._go_on(lease, error)
             except ReaderTooSlow as error:
                 task.uncancel()
                 raise _too_slow() from error
+
+    def _go_on(self, lease: Lease, error: EngineDead) -> None:
+        """Place a stream that was cut on another replica.
+
+        Raises:
+            EngineFailed: it cannot go on.
+        """
+        bar = NotContinued.OFF if self.continuation is None else self.continuation.bar()
+        if bar is None:
+            try:
+                lease.move(busy=isinstance(error, EngineBusy))
+            except Refused as refused:
+                bar = refused_by_core(refused.reject.reason)
+        if bar is not None:
+            lease.fail()
+            raise self._cut(bar) from error
+
+    def _cut(self, why: NotContinued) -> EngineFailed:
+        """Return the error that ends a stream which cannot go on."""
+        self.delivery.not_continued = why
+        return EngineFailed(
+            "The engine failed while it was generating; the response is incomplete.",
+            should_retry=True,
+        )
+
+    def _resumed(self, call: GenerateCall) -> GenerateCall:
+        """Return the call to go on with, if the client has a part of the answer."""
+        if self.delivery.first_byte_at_s is None or self.continuation is None:
+            return call
+        self.delivery.continuations += 1
+        return self.continuation.resume(call)
+
+    def _refused(self, refusal: Refusal, *, resumed: bool) -> Exception:
+        """Return what to raise: one that cannot go on now is as good as lost."""
+        if not resumed:
+            return error_of(refusal)
+        if refusal.status == 503:
+            return EngineBusy(refusal.message)
+        return self._cut(NotContinued.REFUSED)
 
     async def _attempt(
         self,
@@ -170,19 +219,25 @@ class Relay:
             async for item in items:
                 if isinstance(item, Frame):
                     frame, held = _hold_closing(item, streamed=call.stream)
-                    closing = held or closing
+                    if held is not None:
+                        closing = held
+                        if self.continuation is not None:
+                            self.continuation.hold_end()
                     if frame is not None:
                         await self._deliver(lease, frame, streamed=call.stream)
                 elif isinstance(item, Final):
                     final = item
                 else:
-                    raise error_of(item)
+                    if item.status >= 500:
+                        lease.fail()
+                    raise self._refused(item, resumed=bool(call.resume_token_ids))
         if final is None or closing is None:
             raise EngineDead("the engine ended a generation without its end or its account")
         # Settled first: a client that has read the end may leave before we return.
-        self.delivery.usage = final.usage
+        usage = _whole(final.usage, call)
+        self.delivery.usage = usage
         self.delivery.finish_reason = final.finish_reason
-        lease.settle(final.usage)
+        lease.settle(usage)
         if self.before_end is not None:
             await self.before_end()
         await self._deliver(lease, closing, streamed=call.stream)
@@ -198,6 +253,11 @@ class Relay:
                 self.cap.on_tokens(self.delivery.output_tokens)
         now_s = self._clock()
         data = frame.data
+        if streamed and self.continuation is not None:
+            said = self.continuation.deliver(frame)
+            if said:
+                self.delivery.continued += 1
+                data = said + data
         if self.delivery.first_byte_at_s is None:
             self.delivery.first_byte_at_s = now_s
             if self._tier is not None:
@@ -210,6 +270,12 @@ class Relay:
         else:
             self._answered = True
             await send_json(self._send, data, headers=self._headers)
+
+
+def _whole(usage: Usage, call: GenerateCall) -> Usage:
+    """Return the use of a whole response from that of the replica which brought its end."""
+    resumed = len(call.resume_token_ids)
+    return replace(usage, completion_tokens=usage.completion_tokens + resumed)
 
 
 def _too_slow() -> RequestTimeout:

@@ -16,11 +16,14 @@ from typing import Protocol
 import msgspec
 
 from serve_app.core.cost_meter import EngineCosts
+from serve_app.core.progress import Progress
 from serve_app.core.types import Outcome, PriorityClass, ReplicaId, ReplicaView, RequestId, Usage
 from serve_app.engine.address import Address, ReplyTo
 from serve_app.usage import Charge
 
 STREAM_END = b"data: [DONE]\n\n"
+# A refusal's code where a generation cannot be gone on with.
+RESUME_UNSUPPORTED = "resume_unsupported"
 
 
 class Endpoint(StrEnum):
@@ -41,7 +44,9 @@ class GenerateCall:
     ``cache_salt`` isolates prefix caches between tenants.
     ``target`` names the replica the core chose; ``fallbacks`` the next ones, in order.
     ``resume_token_ids`` are tokens already delivered by another replica, to continue
-    from; an engine that cannot do so answers with a Refusal.
+    from: they count as output, their text is not yielded again, and the account is of
+    what this engine does. ``resume_created_s`` is the ``created`` that the other's answer
+    bears. An engine that cannot do so answers with a Refusal (RESUME_UNSUPPORTED).
     ``reply`` is where frames go that do not come back through the call itself.
     ``charge`` says who pays, for the engine's own record of this ``attempt``, counted from 1.
     """
@@ -58,6 +63,7 @@ class GenerateCall:
     max_tokens: int | None = None
     paid_tokens: int | None = None
     resume_token_ids: tuple[int, ...] = ()
+    resume_created_s: int | None = None
     reply: ReplyTo | None = None
     charge: Charge | None = None
     attempt: int = 1
@@ -134,6 +140,10 @@ class EngineDead(RuntimeError):
     """The engine can no longer generate; its replica must be replaced."""
 
 
+class EngineBusy(EngineDead):
+    """The replica took no more just now: for this request as good as dead, and healthy."""
+
+
 class ReaderTooSlow(RuntimeError):
     """A client reads slower than its stream is generated, and its buffer is full."""
 
@@ -186,7 +196,7 @@ class Engine(Protocol):
         step; what was generated is still metered.
 
         Raises:
-            EngineDead: the engine died; frames yielded so far were real.
+            EngineDead: the engine died or drains; frames yielded so far were real.
         """
 
     async def abort(self, request_id: RequestId) -> None:
@@ -209,15 +219,23 @@ class Engine(Protocol):
     def costs(self) -> EngineCosts | None:
         """Where this replica's time went so far; None if the engine does not measure it."""
 
+    def progress(self) -> Progress:
+        """How many steps the engine has made, and whether it has requests."""
+
     async def check_health(self) -> None:
-        """Return if the engine can generate.
+        """Return if the engine's processes live; ``progress`` tells whether they generate.
 
         Raises:
-            EngineDead: it cannot.
+            EngineDead: they do not.
         """
 
-    async def drain(self, deadline_s: float) -> None:
-        """Refuse new work and return when running work has ended or after deadline_s."""
+    async def drain(self, deadline_s: float) -> int:
+        """Take nothing new; return when what runs has ended, at the latest after ``deadline_s``.
+
+        What is new, and what still runs then, ends with EngineDead, so that another replica
+        takes it; what was generated is metered as failed. Returns how many were cut so. A
+        drain cannot be taken back, but a second one with an earlier deadline counts.
+        """
 
     async def stop(self) -> None:
         """Abort what runs and free everything. Idempotent."""

@@ -40,6 +40,7 @@ class End(msgspec.Struct, array_like=True, frozen=True):
     final: Final | None = None
     refusal: Refusal | None = None
     error: str | None = None
+    busy: bool = False
 
 
 class Batch(msgspec.Struct, array_like=True, tag=0, frozen=True):
@@ -106,5 +107,5 @@ def unpack(message: bytes) -> Message:
     """
     try:
         return _decoder.decode(message)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"no message of the token channel: {error}") from error

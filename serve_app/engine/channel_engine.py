@@ -99,7 +99,7 @@ class EngineChannel:
         outlet = self._sender.outlet(reply.router)
         if len(self._tasks) >= self._calls_max:
             full = f"the replica runs {self._calls_max} calls already"
-            outlet.end(End(reply.stream, error=full))
+            outlet.end(End(reply.stream, error=full, busy=True))
             return
         task = asyncio.get_running_loop().create_task(self._run(call, reply, outlet))
         self._tasks[reply] = task

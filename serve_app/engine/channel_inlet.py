@@ -49,14 +49,18 @@ class Inlet:
         self._context.destroy(linger=0)
 
     def take(self, packed: bytes) -> None:
-        """Hand one message on; what is none is dropped and told of."""
+        """Hand one message on; what is none, or cannot be handled, is dropped and told of."""
         try:
             message = unpack(packed)
         except ValueError as error:
             # If it held frames, their streams will miss them, and say so when they end.
             logger.error("a message on the token channel was dropped: %s", error)
             return
-        self._on_message(message)
+        try:
+            self._on_message(message)
+        except Exception:
+            # ZeroMQ's descriptor tells of what is new only: what is behind it has to be taken.
+            logger.exception("a message on the token channel could not be handled")
 
     def _receive(self) -> None:
         """Take what has arrived, at most MESSAGES_PER_TURN messages at a time.

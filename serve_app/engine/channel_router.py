@@ -9,7 +9,7 @@ from dataclasses import replace
 from serve_app.core.exchange import Digest
 from serve_app.core.types import ReplicaId, RequestId
 from serve_app.engine.address import Address, ReplyTo
-from serve_app.engine.api import EngineDead, GenerateCall
+from serve_app.engine.api import EngineBusy, EngineDead, GenerateCall
 from serve_app.engine.channel import (
     Batch,
     Call,
@@ -103,7 +103,8 @@ class RouterChannel:
             return
         line = inflow.line
         line.remove(inflow)
-        if not inflow.ended and line.error is None and line.address is not None:
+        # Also where the replica was given up: one that stalled may go on.
+        if not inflow.ended and line.address is not None:
             self._sender.send(line.address, pack(Cancel(inflow.reply)))
 
     def tell(self, router: Address, digest: Digest) -> None:
@@ -148,7 +149,8 @@ def _end(inflow: Inflow, end: End) -> None:
     if result is not None:
         inflow.end(result)
     else:
-        inflow.fail(EngineDead(end.error or "the engine ended a generation without a word"))
+        kind = EngineBusy if end.busy else EngineDead
+        inflow.fail(kind(end.error or "the engine ended a generation without a word"))
 
 
 def _ignore(digest: Digest) -> None:

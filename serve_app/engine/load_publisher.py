@@ -7,7 +7,7 @@ have to see the same ones.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 
 from serve_app.core.types import ReplicaView
 from serve_app.engine.api import Engine, EngineDead, WatchCall
@@ -21,8 +21,16 @@ TIMES_A_PERIOD = 5
 class LoadPublisher:
     """Takes a snapshot every period, sooner while frames flow, as one owned task."""
 
-    def __init__(self, engine: Engine, channel: EngineChannel, period_s: float) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        check_health: Callable[[], Awaitable[None]],
+        channel: EngineChannel,
+        period_s: float,
+    ) -> None:
+        """``check_health`` raises EngineDead when the engine cannot generate."""
         self._engine = engine
+        self._check_health = check_health
         self._channel = channel
         self._period_s = period_s
         self._view: ReplicaView | None = None
@@ -50,7 +58,7 @@ class LoadPublisher:
         assert call.router is not None
         with self._channel.subscribed(call.router) as outlet:
             while outlet.failed is None:
-                await self._engine.check_health()
+                await self._check_health()
                 await asyncio.sleep(self._period_s)
             raise StreamLost(outlet.failed)
 
@@ -61,10 +69,19 @@ class LoadPublisher:
             EngineDead: see attend.
         """
         while True:
-            await self._engine.check_health()
+            await self._check_health()
             assert self._view is not None
             yield self._view
             await asyncio.sleep(self._period_s)
+
+    async def tell(self) -> None:
+        """Send the load now; it is not sent while the engine is dead."""
+        try:
+            await self._check_health()
+        except EngineDead:
+            return  # Who attends is told so.
+        self._view = self._engine.snapshot()
+        self._channel.broadcast(self._view)
 
     async def _publish(self) -> None:
         tick_s = self._period_s / TIMES_A_PERIOD
@@ -73,13 +90,5 @@ class LoadPublisher:
             quiet_ticks += 1
             if quiet_ticks >= TIMES_A_PERIOD or self._channel.frames != frames:
                 quiet_ticks, frames = 0, self._channel.frames
-                await self._tell()
+                await self.tell()
             await asyncio.sleep(tick_s)
-
-    async def _tell(self) -> None:
-        try:
-            await self._engine.check_health()
-        except EngineDead:
-            return  # Who attends is told so.
-        self._view = self._engine.snapshot()
-        self._channel.broadcast(self._view)

@@ -72,6 +72,10 @@ class PeriodReporter:
         self._report()
         self._task = asyncio.create_task(self._every_period())
 
+    def report(self) -> None:
+        """Write down what there is up to now; the next piece begins here."""
+        self._report()
+
     async def stop(self) -> None:
         """Report the last piece and end. Idempotent."""
         if self._task is not None:
@@ -101,6 +105,7 @@ class PeriodReporter:
                     from_ns=period.from_ns,
                     until_ns=period.until_ns,
                     uses_ns={use.value: time_ns for use, time_ns in period.uses_ns.items()},
+                    provisional_ns=period.provisional_ns,
                 )
             )
 

@@ -12,9 +12,11 @@ import platform
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from prometheus_client import REGISTRY
 from ray import serve
@@ -35,8 +37,12 @@ from serve_app.engine.api import (
     WatchCall,
 )
 from serve_app.engine.channel_engine import EngineChannel
+from serve_app.engine.drain import Drain
+from serve_app.engine.eviction import EvictionNotice, EvictionWatch, sources_of
+from serve_app.engine.health import EngineHealth
 from serve_app.engine.load_publisher import LoadPublisher
 from serve_app.engine.period_reporter import PeriodReporter, Place
+from serve_app.engine.ray_node import RayNode
 from serve_app.telemetry.exposition import Family, render_families
 from serve_app.telemetry.logs import configure, process_stderr
 from serve_app.telemetry.metrics import EngineMetrics
@@ -47,6 +53,7 @@ from serve_app.usage_log import UsageLog
 logger = logging.getLogger("headrace.engine")
 
 NODE_VARIABLE = "HEADRACE_NODE"
+NODE_POLL_S = 1.0
 
 
 def build_engine(args: PoolArgs, replica: ReplicaId) -> Engine:
@@ -66,12 +73,22 @@ def build_engine(args: PoolArgs, replica: ReplicaId) -> Engine:
     return VllmEngine(args.engine, Path(path), pool, replica, time.monotonic)
 
 
+def _whole_start(info: EngineInfo, process_s: float) -> EngineInfo:
+    """Return an engine's start with what its process took before: Python, Ray and our modules.
+
+    A worker that Ray had kept ready was born before it was wanted; so long it then counts.
+    """
+    stages_s = {"process": process_s, **info.stages_s}
+    return replace(info, start_s=process_s + info.start_s, stages_s=stages_s)
+
+
 class EngineReplica:
     """One replica of a pool. Its methods are called through Serve handles only."""
 
     async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]  # Serve awaits it
         """Start the engine; Serve sends requests once this returns."""
         configure(process_stderr())
+        self._process_s = max(0.0, time.time() - psutil.Process().create_time())
         self._args = PoolArgs.model_validate(args)
         self._replica = ReplicaId(serve.get_replica_context().replica_id.unique_id)
         # The default registry, since vLLM registers its own metrics there.
@@ -83,6 +100,8 @@ class EngineReplica:
         self._usage = UsageLog(self._args.journal, f"engine-{self._replica}", link.record_usage)
         self._engine.on_metered(self._record)
         self._metrics.engine_started(await self._start_engine())
+        self._metrics.engine_simulated.set(isinstance(self._args.engine, SimSettings))
+        self._health = EngineHealth(self._engine, self._args.stalled_after_s, time.monotonic)
         self._periods = PeriodReporter(
             self._place(),
             self._engine.costs,
@@ -92,8 +111,15 @@ class EngineReplica:
             born_s=born_s,
         )
         self._channel = self._open_channel()
-        self._load = LoadPublisher(self._engine, self._channel, self._args.snapshot_period_s)
+        self._load = LoadPublisher(
+            self._engine, self._health.check, self._channel, self._args.snapshot_period_s
+        )
         self._load.start()
+        self._node = RayNode()
+        self._drain = Drain(
+            self._engine, tell=self._announce, settle=self._settle, clock=time.monotonic
+        )
+        self._evictions = self._watch_node()
         self._uplink = Uplink(
             link,
             beat=self._beat,
@@ -108,6 +134,7 @@ class EngineReplica:
         self._uplink.start()
         self._usage.start()
         self._periods.start()
+        self._evictions.start()
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[GenerateItem, None]:
         """Run one request on this replica's engine; see Engine.generate."""
@@ -137,9 +164,11 @@ class EngineReplica:
 
     async def check_health(self) -> None:
         """Serve's health probe: raises when the engine can no longer generate."""
-        await self._engine.check_health()
+        await self._health.check()
 
     async def __del__(self) -> None:
+        await self._evictions.stop()
+        await self._drain.stop()
         await self._load.stop()
         await self._channel.close()
         await self._engine.stop()
@@ -151,13 +180,14 @@ class EngineReplica:
         """Start the engine, saying in the log what comes of it: Serve says it late and long."""
         pool = self._args.name
         try:
-            info = await self._engine.start()
+            info = _whole_start(await self._engine.start(), self._process_s)
         except Exception as error:
             hopeless = isinstance(error, ValueError)
             fields = {"pool": pool, "reason": str(error), "hopeless": hopeless}
             logger.error("engine failed to start", extra=fields)
             raise
-        started = {"stages_s": info.stages_s, "kv_tokens": info.kv_tokens_capacity}
+        stages_s = {stage: round(each_s, 3) for stage, each_s in info.stages_s.items()}
+        started = {"stages_s": stages_s, "kv_tokens": info.kv_tokens_capacity}
         logger.info("engine started", extra={"pool": pool, "slots": info.slots, **started})
         return info
 
@@ -172,6 +202,36 @@ class EngineReplica:
             calls_max=self._args.calls_max,
             extend=self._engine.extend,
         )
+
+    def _watch_node(self) -> EvictionWatch:
+        spot = self._args.spot
+        sources = [] if spot is None else sources_of(spot, time.time)
+        poll_s = NODE_POLL_S if spot is None else spot.poll_s
+        return EvictionWatch([self._node, *sources], self._on_eviction, poll_s)
+
+    def _on_eviction(self, notice: EvictionNotice) -> None:
+        left_s = self._args.drain_timeout_s
+        if notice.gone_at_s is not None:
+            left_s = notice.gone_at_s - time.time()
+        if self._args.spot is not None:
+            # Ray knows how long it would wait, not when the pod or the machine is killed.
+            left_s = min(left_s, self._args.spot.notice_s)
+        self._drain.begin(left_s, notice.source)
+
+    async def _announce(self, notice_s: float, source: str) -> None:
+        """Tell routers that this replica takes nothing new, and Ray if it does not know."""
+        await self._load.tell()
+        if source == self._node.name:
+            return
+        try:
+            await self._node.drain(notice_s, f"evicted, says {source}")
+        except Exception as error:  # noqa: BLE001  # what runs here is drained all the same
+            logger.warning("Ray was not told of the eviction: %.200s", error)
+
+    async def _settle(self, timeout_s: float) -> int:
+        """Have what is known of requests and of this replica's time in the ledger."""
+        self._periods.report()
+        return await self._usage.flush(timeout_s)
 
     def _record(self, metered: Metered) -> None:
         self._metrics.engine_metered(metered)
@@ -229,6 +289,7 @@ class EngineReplica:
 
     def _families(self) -> Mapping[str, Family]:
         self._metrics.engine_load(self._engine.snapshot())
+        self._metrics.engine_step_wait_seconds.set(self._health.waited_s)
         self._metrics.engine_costs(self._engine.costs())
         return render_families(REGISTRY, {"pool": self._args.name, "replica": self._replica})
 

@@ -15,6 +15,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from typing import cast
 
 from serve_app.config import SimSettings
@@ -22,6 +23,7 @@ from serve_app.core.attribution import Account
 from serve_app.core.cost_meter import CostMeter, EngineCosts
 from serve_app.core.engine_model import EngineModel, EngineParams, Sequence
 from serve_app.core.model_steps import ModelSteps
+from serve_app.core.progress import Progress
 from serve_app.core.types import Outcome, PoolName, ReplicaId, ReplicaView, RequestId
 from serve_app.engine.api import (
     Endpoint,
@@ -38,8 +40,11 @@ from serve_app.engine.api import (
 from serve_app.engine.sim_generation import Generation
 from serve_app.engine.sim_text import Job, read_job
 from serve_app.engine.sim_wire import Header
+from serve_app.engine.start_stages import warm_up
 
 _log = logging.getLogger(__name__)
+
+CUT_S = 1.0
 
 
 def engine_params(settings: SimSettings) -> EngineParams:
@@ -98,11 +103,14 @@ class SimEngine:
         self._dead = False
         self._pump: asyncio.Task[None] | None = None
         self._work = asyncio.Event()
+        self._thawed = asyncio.Event()
+        self._thawed.set()
+        self._frozen_at_s = 0.0
         self._idle = asyncio.Event()
         self._idle.set()
 
     async def start(self) -> EngineInfo:
-        """Be ready after the configured cold start; see ``Engine.start``."""
+        """Be ready after the configured cold start and a first token; see ``Engine.start``."""
         settings = self._settings
         began_s = self._clock()
         on_run = None
@@ -110,27 +118,34 @@ class SimEngine:
             on_run = ModelSteps(self._costs, self._wall_s, _account_of).stepped
         self._model = EngineModel(engine_params(settings), on_run=on_run)
         await asyncio.sleep(settings.start_delay_s)
-        self._origin_s = self._clock()
-        if self._costs is not None:
-            self._costs.ready(self._origin_s)
+        self._origin_s = loaded_s = self._clock()
         self._unavailable = None
         self._pump = asyncio.create_task(self._run(), name=f"sim engine {self._replica}")
         self._pump.add_done_callback(self._pump_ended)
-        took_s = self._clock() - began_s
+        listeners, self._listeners = self._listeners, []
+        try:
+            await warm_up(self.generate)
+        finally:
+            self._listeners = listeners + self._listeners
+        ready_s = self._clock()
+        if self._costs is not None:
+            self._costs.ready(ready_s)
         return EngineInfo(
             model=settings.model,
             revision=settings.revision,
             max_model_len=settings.max_model_len,
             kv_tokens_capacity=self._model.capacity_tokens,
             slots=settings.max_num_seqs,
-            start_s=took_s,
-            stages_s={"load": took_s},
+            start_s=ready_s - began_s,
+            stages_s={"load": loaded_s - began_s, "warm_up": ready_s - loaded_s},
         )
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[GenerateItem, None]:
         """Yield frames and a Final, or one Refusal; see ``Engine.generate``."""
         if self._dead:
             raise EngineDead("the simulated engine is dead")
+        if self._unavailable is not None:
+            raise EngineDead(self._unavailable)
         job = self._understand(call)
         if isinstance(job, Refusal):
             yield job
@@ -148,6 +163,8 @@ class SimEngine:
                     break
                 if self._dead:
                     raise EngineDead("the simulated engine died")
+                if generation.lost:
+                    raise EngineDead("the replica's time was over")
                 await generation.progress()
             self._settle(generation)
             yield Final(
@@ -205,8 +222,13 @@ class SimEngine:
             now_s = self._wall_s(self._virtual_s)
         return self._costs.read(now_s)
 
+    def progress(self) -> Progress:
+        """See ``Engine.progress``."""
+        model = self._model
+        return Progress(model.steps_total, busy=model.running + model.waiting > 0)
+
     async def check_health(self) -> None:
-        """Return if the engine generates.
+        """Return if the engine lives.
 
         Raises:
             EngineDead: it was killed, or its loop failed.
@@ -214,8 +236,8 @@ class SimEngine:
         if self._dead:
             raise EngineDead("the simulated engine is dead")
 
-    async def drain(self, deadline_s: float) -> None:
-        """Refuse new work; return when running work has ended, or after ``deadline_s``."""
+    async def drain(self, deadline_s: float) -> int:
+        """Take nothing new and end what runs, at the deadline by force; see ``Engine.drain``."""
         self._draining = True
         self._unavailable = "the engine is draining"
         if self._costs is not None:
@@ -224,7 +246,8 @@ class SimEngine:
             async with asyncio.timeout(deadline_s):
                 await self._idle.wait()
         except TimeoutError:
-            _log.warning("drain deadline passed with %d generations left", len(self._live))
+            return await self._cut()
+        return 0
 
     async def stop(self) -> None:
         """Abort what runs and end the loop. Idempotent."""
@@ -247,11 +270,36 @@ class SimEngine:
         for generation in self._live.values():
             generation.wake()
 
+    def freeze(self) -> None:
+        """Hang as an engine does whose kernel never returns: it answers and steps no more.
+
+        For fault tests; ``thaw`` lets it go on where it was.
+        """
+        if self._thawed.is_set():
+            self._now_virtual_s()
+            self._frozen_at_s = self._clock()
+            self._thawed.clear()
+
+    def thaw(self) -> None:
+        """Go on after ``freeze``, as if no time had passed."""
+        if not self._thawed.is_set():
+            self._origin_s += self._clock() - self._frozen_at_s
+            self._thawed.set()
+
+    async def _cut(self) -> int:
+        """End what runs as lost; a reader that takes nothing is not waited for."""
+        cut = list(self._live.values())
+        for generation in cut:
+            generation.lost = True
+            generation.wake()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(CUT_S):
+                await self._idle.wait()
+        return len(cut)
+
     # ---- one generation ------------------------------------------------------------
 
     def _understand(self, call: GenerateCall) -> Job | Refusal:
-        if self._unavailable is not None:
-            return Refusal(503, self._unavailable, type="server_error", code="unavailable")
         if call.request_id in self._live:
             return Refusal(409, f"request {call.request_id} is running", code="duplicate_request")
         return read_job(
@@ -266,7 +314,7 @@ class SimEngine:
         header = Header(
             endpoint=call.endpoint,
             id=("chatcmpl-" if call.endpoint is Endpoint.CHAT else "cmpl-") + call.request_id,
-            created_s=int(time.time()),
+            created_s=call.resume_created_s or int(time.time()),
             model=job.model,
         )
         account = None if self._costs is None else self._costs.open(call.tenant)
@@ -293,7 +341,8 @@ class SimEngine:
         if complete:
             outcome = Outcome.COMPLETED
         else:
-            outcome = Outcome.FAILED if self._dead else Outcome.CANCELLED
+            failed = self._dead or generation.lost
+            outcome = Outcome.FAILED if failed else Outcome.CANCELLED
         if self._costs is not None and generation.account is not None:
             self._costs.close(generation.account, outcome)
         metered = Metered(
@@ -326,7 +375,7 @@ class SimEngine:
     # ---- time ----------------------------------------------------------------------
 
     def _now_virtual_s(self) -> float:
-        if not self._settings.zero_latency:
+        if not self._settings.zero_latency and self._thawed.is_set():
             elapsed_s = (self._clock() - self._origin_s) * self._settings.speed
             self._virtual_s = max(self._virtual_s, elapsed_s)
         return self._virtual_s
@@ -345,6 +394,7 @@ class SimEngine:
         """Complete each step when its time has come and wake who got tokens."""
         model = self._model
         while True:
+            await self._thawed.wait()
             if not model.busy:
                 self._work.clear()
                 await self._work.wait()

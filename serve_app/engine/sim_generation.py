@@ -30,7 +30,10 @@ class _Stream:
 
 
 class Generation:
-    """One request in the engine: its choices, and the consumer that waits for tokens."""
+    """One request in the engine: its choices, and the consumer that waits for tokens.
+
+    ``lost`` is set where the engine gives it up; whoever reads it is woken and told.
+    """
 
     __slots__ = (
         "_header",
@@ -44,6 +47,7 @@ class Generation:
         "account",
         "began_s",
         "call",
+        "lost",
         "streams",
     )
 
@@ -60,6 +64,7 @@ class Generation:
         self.account = account
         self.began_s = began_s
         self.aborted = False
+        self.lost = False
         self.streams: list[_Stream] = []
         self._job = job
         self._header = header
@@ -76,12 +81,7 @@ class Generation:
         resumed = len(call.resume_token_ids)
         for number, prompt in enumerate(job.prompts):
             for choice in range(job.choices_per_prompt):
-                answer = Answer(
-                    prompt.seed + choice * 0x9E3779B1,
-                    job.output_tokens[number],
-                    job.finish_reasons[number],
-                    job.stops,
-                )
+                answer = job.answer(number, choice)
                 index = len(self.streams)
                 events = None
                 if call.stream:
@@ -97,7 +97,7 @@ class Generation:
                     self.account,
                     now_s,
                     prompt_tokens=prompt.tokens + resumed,
-                    output_tokens=max(1, answer.tokens - resumed),
+                    output_tokens=answer.tokens - resumed,
                     priority=call.priority_class,
                     hashes=prefix_hashes(text, settings.block_tokens, call.cache_salt),
                 )

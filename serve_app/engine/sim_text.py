@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from serve_app.engine.api import Endpoint, GenerateCall, Refusal
+from serve_app.engine.api import RESUME_UNSUPPORTED, Endpoint, GenerateCall, Refusal
 
 BYTES_PER_TOKEN = 4
 # A prime, so that any stride visits every word before one repeats.
@@ -60,6 +60,15 @@ class Job:
     stops: tuple[str, ...]
     include_usage: bool
     model: str
+
+    def answer(self, prompt: int, choice: int) -> Answer:
+        """Return what a prompt gets as its ``choice``-th answer, both counted from 0."""
+        return Answer(
+            self.prompts[prompt].seed + choice * 0x9E3779B1,
+            self.output_tokens[prompt],
+            self.finish_reasons[prompt],
+            self.stops,
+        )
 
 
 class Answer:
@@ -156,15 +165,11 @@ def read_job(
             limits.append(requested)
         if call.max_tokens is not None:
             limits.append(call.max_tokens)
-        limit = max(1, min(limits), len(call.resume_token_ids) + 1)
+        limit = max(1, min(limits))
         natural = limit if requested else min(limit, default_output_tokens)
         outputs.append(natural)
         reasons.append("length" if natural == limit else "stop")
-    if call.resume_token_ids and len(prompts) * choices > 1:
-        return Refusal(
-            400, "only a request with one choice can be continued", code="resume_unsupported"
-        )
-    return Job(
+    job = Job(
         call.endpoint,
         prompts,
         choices,
@@ -174,6 +179,26 @@ def read_job(
         include_usage,
         str(body.get("model") or served_model),
     )
+    problem = _resume_problem(call, job)
+    return job if problem is None else Refusal(400, problem, code=RESUME_UNSUPPORTED)
+
+
+def _resume_problem(call: GenerateCall, job: Job) -> str | None:
+    """Return why a generation cannot go on after the tokens the call comes with.
+
+    A model would go on after whatever it is given; here that can only be a mistake.
+    """
+    resumed = call.resume_token_ids
+    if not resumed:
+        return None
+    if len(job.prompts) * job.choices_per_prompt > 1:
+        return "only a request with one choice can be continued"
+    answer = job.answer(0, 0)
+    if answer.token_ids(0, len(resumed)) != resumed:
+        return "the tokens to go on after are not those of this answer"
+    if len(resumed) >= answer.tokens:
+        return "the answer to go on with has all its tokens already"
+    return None
 
 
 def _overflow(prompt_tokens: int, max_model_len: int) -> Refusal:

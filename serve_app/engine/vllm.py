@@ -23,14 +23,13 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import orjson
-
 from serve_app.config import VllmSettings
 from serve_app.core.cost_meter import EngineCosts
-from serve_app.core.types import Outcome, PoolName, PriorityClass, ReplicaId, ReplicaView, RequestId
+from serve_app.core.progress import Progress
+from serve_app.core.types import Outcome, PoolName, ReplicaId, ReplicaView, RequestId
 from serve_app.engine import vllm_fork
 from serve_app.engine.api import (
-    Endpoint,
+    RESUME_UNSUPPORTED,
     EngineDead,
     EngineInfo,
     Final,
@@ -40,7 +39,7 @@ from serve_app.engine.api import (
     Refusal,
 )
 from serve_app.engine.meter import RequestMeter
-from serve_app.engine.start_stages import StartStages
+from serve_app.engine.start_stages import StartStages, warm_up
 from serve_app.engine.step_records import StepInbox
 from serve_app.engine.vllm_args import (
     engine_and_frontend_args,
@@ -50,6 +49,7 @@ from serve_app.engine.vllm_args import (
 from serve_app.engine.vllm_costs import VllmCosts
 from serve_app.engine.vllm_generation import Generation
 from serve_app.engine.vllm_output import OwnOutput, root_cause
+from serve_app.engine.vllm_resume import resume_problem
 from serve_app.engine.vllm_wire import most_tokens
 
 if TYPE_CHECKING:
@@ -136,6 +136,9 @@ class VllmEngine:
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[GenerateItem, None]:
         """Yield frames and then one Final, or a single Refusal; see ``Engine.generate``."""
+        if self._draining or self._openai is None:
+            why = "draining" if self._draining else "not started"
+            raise EngineDead(f"the engine is {why}")
         refusal = self._refuse(call)
         if refusal is not None:
             yield refusal
@@ -166,6 +169,7 @@ class VllmEngine:
             return
         most = most_tokens(generation.call)
         tokens = paid_tokens if most is None else min(paid_tokens, most)
+        tokens -= len(generation.call.resume_token_ids)
         for name in list(generation.collectors):
             task = asyncio.create_task(self._llm.extend(name, tokens))
             self._extending.add(task)
@@ -214,26 +218,40 @@ class VllmEngine:
         """Return vLLM's processes: the engine core, then its workers. Empty once stopped."""
         return list(self._llm.processes) if self._llm is not None else []
 
+    def progress(self) -> Progress:
+        """See ``Engine.progress``. vLLM reports every step; without its statistics
+        (``disable_log_stats``) only those that made output.
+        """
+        llm = self._llm
+        if llm is None:
+            return Progress(0, busy=False)
+        return Progress(llm.steps, busy=llm.unfinished > 0)
+
     async def check_health(self) -> None:
-        """Return if the engine can generate.
+        """Return if vLLM's processes live.
 
         Raises:
-            EngineDead: it cannot.
+            EngineDead: they do not.
         """
         if self._info is None or self._llm is None:
             raise EngineDead("the engine is not started")
         if self._llm.errored:
             raise EngineDead("vLLM's engine died; its log has the cause")
 
-    async def drain(self, deadline_s: float) -> None:
-        """Refuse new work; return when running work has ended or ``deadline_s`` has passed."""
+    async def drain(self, deadline_s: float) -> int:
+        """Take nothing new and end what runs, at the deadline by force; see ``Engine.drain``."""
         self._draining = True
         self._costs.drain()
         try:
             async with asyncio.timeout(max(0.0, deadline_s)):
                 await self._idle.wait()
         except TimeoutError:
-            logger.warning("drain deadline passed", extra={"in_flight": len(self._in_flight)})
+            cut = list(self._in_flight.values())
+            for generation in cut:
+                generation.lost = True
+            await asyncio.gather(*(_cancel(generation) for generation in cut))
+            return len(cut)
+        return 0
 
     async def stop(self) -> None:
         """Abort what runs and end the engine's processes. Idempotent."""
@@ -281,21 +299,9 @@ class VllmEngine:
         self._openai = await OpenAILayer.build(llm, arguments, served_name(self._settings))
 
     async def _warm_up(self) -> None:
-        body = {"prompt": "The capital of France is", "max_tokens": 2, "temperature": 0}
-        call = GenerateCall(
-            request_id=RequestId("warm-up"),
-            endpoint=Endpoint.COMPLETIONS,
-            body=orjson.dumps(body),
-            stream=False,
-            tenant="",
-            cache_salt="warm-up",
-            priority_class=PriorityClass.CRITICAL,
-        )
         listeners, self._listeners = self._listeners, []
         try:
-            async for item in self.generate(call):
-                if isinstance(item, Refusal):
-                    raise EngineDead(f"the engine cannot generate: {item.message}")
+            await warm_up(self.generate)
         finally:
             self._listeners = listeners + self._listeners
 
@@ -313,13 +319,9 @@ class VllmEngine:
         )
 
     def _refuse(self, call: GenerateCall) -> Refusal | None:
-        if self._draining or self._openai is None:
-            why = "draining" if self._draining else "not started"
-            return Refusal(503, f"the engine is {why}", type="server_error", code="unavailable")
-        if call.resume_token_ids:
-            return Refusal(
-                400, "this engine cannot continue a generation", code="resume_unsupported"
-            )
+        problem = resume_problem(call)
+        if problem is not None:
+            return Refusal(400, problem, code=RESUME_UNSUPPORTED)
         if call.request_id in self._in_flight:
             return Refusal(409, f"request {call.request_id} is running", code="duplicate_request")
         return None
@@ -355,11 +357,14 @@ class VllmEngine:
         None if the engine was stopped under it.
 
         Raises:
+            EngineDead: it was given up when the replica's time was over.
             EngineDead, GenerationFailed: what its task raised.
         """
         task = generation.task
         assert task is not None
         if task.cancelled():
+            if generation.lost:
+                raise EngineDead("the replica's time was over")
             return None
         task.result()
         if generation.refusal is not None:
@@ -393,7 +398,7 @@ async def _cancel(generation: Generation) -> None:
 
 def _outcome(generation: Generation, task: asyncio.Task[None]) -> Outcome:
     if task.cancelled():
-        return Outcome.CANCELLED
+        return Outcome.FAILED if generation.lost else Outcome.CANCELLED
     if task.exception() is not None or generation.refusal is not None:
         return Outcome.FAILED
     return Outcome.CANCELLED if generation.aborted else Outcome.COMPLETED

@@ -10,23 +10,27 @@ import os
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import psutil
 from pydantic import ValidationError
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from serve_app.engine.api import RESUME_UNSUPPORTED, Refusal
 from serve_app.engine.meter import ChoiceStep, PromptMeter
 from serve_app.engine.step_reader import StepReader
 from serve_app.engine.step_records import SOCKET_VARIABLE, StepInbox
 from serve_app.engine.vllm_executor import attached_executor
 from serve_app.engine.vllm_extension import extension
 from serve_app.engine.vllm_generation import Generation
+from serve_app.engine.vllm_resume import replay, sampling_problem
 from serve_app.engine.vllm_scheduler import recording_scheduler
 
 SHUTDOWN_TIMEOUT_S = 10.0
@@ -82,6 +86,7 @@ class MeteredAsyncLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is untyped here
     generation: ContextVar[Generation | None]
     processes: list[psutil.Process]
     records_steps: bool
+    steps: int
 
     @classmethod
     def build(cls, engine_args: AsyncEngineArgs, inbox: StepInbox | None = None) -> MeteredAsyncLLM:
@@ -114,8 +119,10 @@ class MeteredAsyncLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is untyped here
             stat_loggers=[lambda vllm_config, engine_index: load],
         )
         engine.load = load
+        engine._replay_resumed()
         engine.records_steps = scheduler is not None
         engine.generation = ContextVar("generation", default=None)
+        engine.count_steps()
         engine.processes = _descendants(engine.engine_core.resources.engine_manager.processes)
         return engine
 
@@ -129,6 +136,11 @@ class MeteredAsyncLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is untyped here
                 prompt, sampling_params, request_id, **options
             )
             return stream
+        resumed = generation.call.resume_token_ids
+        problem = sampling_problem(sampling_params, len(resumed)) if resumed else None
+        if problem is not None:
+            generation.refusal = Refusal(400, problem, code=RESUME_UNSUPPORTED)
+            raise VLLMValidationError(problem)
         cumulative = sampling_params.output_kind != RequestOutputKind.DELTA
         prompt_meter = generation.meter.open_prompt(cumulative=cumulative)
         stream = super().generate(prompt, sampling_params, request_id, **options)
@@ -151,6 +163,22 @@ class MeteredAsyncLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is untyped here
                 await self.abort(request_id)
         return collector
 
+    def _replay_resumed(self) -> None:
+        """Register requests that another replica began as such; see vllm_resume."""
+        register = self.output_processor.add_request
+        states = self.output_processor.request_states
+
+        def add_request(request: Any, *args: Any, **options: Any) -> None:
+            generation = self.generation.get()
+            resumed = () if generation is None else generation.call.resume_token_ids
+            if generation is None or not resumed:
+                register(request, *args, **options)
+                return
+            usual = partial(register, request, *args, **options)
+            generation.replayed = replay(usual, states, request, resumed)
+
+        self.output_processor.add_request = add_request
+
     def read_steps_with(self, steps: StepReader) -> None:
         """Have ``steps`` know whose every request is before the engine has it, and read on.
 
@@ -167,6 +195,17 @@ class MeteredAsyncLLM(AsyncLLM):  # type: ignore[misc]  # vLLM is untyped here
 
         self.output_processor.add_request = add_request
         self.load.steps = steps
+
+    def count_steps(self) -> None:
+        """Count from now on in ``steps`` what the engine reports, once per step of its own."""
+        self.steps = 0
+        report = self.output_processor.update_scheduler_stats
+
+        def counted(stats: Any) -> None:
+            self.steps += 1
+            report(stats)
+
+        self.output_processor.update_scheduler_stats = counted
 
     async def extend(self, request_id: str, output_tokens: int) -> None:
         """Let a request that runs go on to ``output_tokens``; what has ended has ended."""
@@ -239,6 +278,11 @@ async def _metered(
 ) -> AsyncGenerator[RequestOutput, None]:
     try:
         async for output in stream:
+            if generation.replayed:
+                generation.mute()
+                for replayed in _take_replayed(generation, output):
+                    yield replayed
+                generation.unmute()
             token_ids = _observe(output, generation, prompt)
             yield output
             # vLLM's OpenAI layer wants the next step: it has written this one's text.
@@ -258,6 +302,19 @@ async def _metered(
         generation.closed(request_id)
 
 
+def _take_replayed(generation: Generation, first: RequestOutput) -> list[RequestOutput]:
+    """Return what another replica delivered, with what only the ``first`` own output tells."""
+    outputs, generation.replayed = generation.replayed, []
+    for output in outputs:
+        output.num_cached_tokens = _cached_prompt_tokens(first)
+    return outputs
+
+
+def _cached_prompt_tokens(output: RequestOutput) -> int:
+    """Return the cached tokens of the client's prompt; resumed tokens may be cached too."""
+    return min(output.num_cached_tokens or 0, len(output.prompt_token_ids or ()))
+
+
 def _observe(output: RequestOutput, generation: Generation, prompt: PromptMeter) -> list[int]:
     times = output.metrics
     if times is not None and times.first_token_ts:
@@ -274,5 +331,5 @@ def _observe(output: RequestOutput, generation: Generation, prompt: PromptMeter)
     return prompt.observe(
         steps,
         prompt_tokens=len(output.prompt_token_ids or ()),
-        cached_prompt_tokens=output.num_cached_tokens or 0,
+        cached_prompt_tokens=_cached_prompt_tokens(output),
     )

@@ -14,6 +14,7 @@ join into one frame, so memory stays bounded by the length of the answer.
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,8 @@ from serve_app.engine.meter import RequestMeter
 
 _FINISHED = '"finish_reason":"'
 _ERROR = 'data: {"error":'
+# A chunk's own member: nothing that a model or a client wrote comes before it.
+_CREATED = re.compile(r'"created":\d+')
 
 
 class GenerationFailed(RuntimeError):
@@ -38,7 +41,9 @@ class Generation:
     vLLM's streams raised: its OpenAI layer turns them into SSE text, which loses their
     type. ``collectors`` are vLLM's output queues, by vLLM's
     request id. ``started`` turns true when vLLM has the request,
-    ``aborted`` when somebody asked for its end.
+    ``aborted`` when somebody asked for its end, ``lost`` when the engine gives it up.
+    ``replayed`` are outputs that another replica delivered, for the OpenAI layer to read
+    before any of this one.
     """
 
     call: GenerateCall
@@ -51,7 +56,10 @@ class Generation:
     collectors: dict[str, Any] = field(default_factory=dict)
     started: bool = False
     aborted: bool = False
+    lost: bool = False
+    replayed: list[Any] = field(default_factory=list)
     frames: int = 0
+    _muted: bool = False
     _open_strings: list[str] = field(default_factory=list)
     _open_token_ids: list[int] = field(default_factory=list)
     _strings: list[str] = field(default_factory=list)
@@ -59,6 +67,14 @@ class Generation:
     _ready: asyncio.Event = field(default_factory=asyncio.Event)
     _closed: asyncio.Event = field(default_factory=asyncio.Event)
     _ended: bool = False
+
+    def mute(self) -> None:
+        """Drop what vLLM's OpenAI layer writes from now on."""
+        self._muted = True
+
+    def unmute(self) -> None:
+        """Take again what is written."""
+        self._muted = False
 
     def opened(self, vllm_id: str, collector: Any) -> None:
         """Note that vLLM has a prompt of this request, under this id of vLLM's."""
@@ -87,6 +103,10 @@ class Generation:
 
     def write(self, text: str) -> None:
         """Add output of the step under way; it becomes readable when the step is complete."""
+        if self._muted:
+            return
+        if self.call.resume_created_s is not None:
+            text = _CREATED.sub(f'"created":{self.call.resume_created_s}', text, count=1)
         if _FINISHED in text:
             self.finish_reason = _finish_reason(text) or self.finish_reason
         self._open_strings.append(text)

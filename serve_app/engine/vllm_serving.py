@@ -143,7 +143,8 @@ class OpenAILayer:
             raise EngineDead("vLLM's engine died; its log has the cause")
         if generation.has_output or not (400 <= status < 500 or status == 503):
             raise GenerationFailed(message)
-        generation.refusal = refusal(generation.call.endpoint, status, message, param)
+        if generation.refusal is None:
+            generation.refusal = refusal(generation.call.endpoint, status, message, param)
 
 
 def _raise_if_cancelled() -> None:

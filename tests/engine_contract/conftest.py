@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Generator
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -16,6 +17,22 @@ from serve_app.engine.sim import SimEngine
 
 # As large as the real model of the suite, and fast enough to be waited for.
 SIM = SimSettings(max_model_len=1024, max_num_seqs=4, token_budget=1024, kv_blocks=512)
+
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
+    """One worker runs all of these, and what ends an engine after all others.
+
+    An engine takes a minute to start; pytest orders tests by the engine they use.
+    """
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.xdist_group("engines"))
+    yield
+    items.sort(key=lambda item: item.get_closest_marker("last") is not None)
 
 
 async def start_sim_engine() -> SimEngine:

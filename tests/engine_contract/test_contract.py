@@ -18,6 +18,7 @@ from serve_app.core.types import Outcome, PriorityClass, RequestId
 from serve_app.engine.api import (
     Endpoint,
     Engine,
+    EngineDead,
     Final,
     Frame,
     GenerateCall,
@@ -249,10 +250,6 @@ async def test_a_continued_answer_goes_on_where_the_other_replica_stopped(engine
     whole = await collect(engine, make_call())
     delivered = tuple(whole.token_ids[:5])
     continued = await collect(engine, make_call(call_resume_token_ids=delivered))
-    if continued.refusal is not None:
-        # The protocol lets an engine refuse; it must say so in a way the router can tell.
-        assert (continued.refusal.status, continued.refusal.code) == (400, "resume_unsupported")
-        return
     assert continued.token_ids == whole.token_ids[5:]
     assert continued.text()
     assert whole.text().endswith(continued.text())
@@ -585,6 +582,20 @@ async def test_a_started_engine_is_healthy(engine: Engine) -> None:
     await engine.check_health()
 
 
+async def test_progress_tells_steps_and_whether_anybody_waits_for_one(engine: Engine) -> None:
+    before = engine.progress()
+    async with asyncio.timeout(WAIT_S), aclosing(engine.generate(make_call())) as items:
+        await first_frame(items)
+        assert engine.progress().busy
+        async for _ in items:
+            pass
+    after = engine.progress()
+    assert not before.busy
+    # Twelve tokens: a step each, and at most a few to spare.
+    assert 12 <= after.steps - before.steps <= 20
+    await until(lambda: not engine.progress().busy)
+
+
 @pytest_asyncio.fixture(loop_scope="session")
 async def drainable(engine: Engine, request: pytest.FixtureRequest) -> AsyncIterator[Engine]:
     """An engine that may be drained. No engine can take that back, so sim gets a fresh one.
@@ -606,28 +617,36 @@ async def first_frame(items: AsyncGenerator[GenerateItem, None]) -> Frame:
     return item
 
 
-async def test_draining_refuses_new_work_and_lets_the_running_end(drainable: Engine) -> None:
+async def test_draining_takes_no_new_work_and_lets_the_running_end(drainable: Engine) -> None:
     async with asyncio.timeout(WAIT_S), aclosing(drainable.generate(make_call())) as items:
         await first_frame(items)
         draining = asyncio.create_task(drainable.drain(WAIT_S))
         await until(lambda: drainable.snapshot().draining)
-        refused = await collect(drainable, make_call())
+        with pytest.raises(EngineDead, match="draining"):
+            await collect(drainable, make_call())
         assert not draining.done()
         rest = [item async for item in items]
-        await draining
-    assert refused.refusal is not None
-    assert (refused.refusal.status, refused.refusal.type) == (503, "server_error")
+        assert await draining == 0
     assert isinstance(rest[-1], Final)
     assert rest[-1].usage.completion_tokens == 12
 
 
-async def test_a_drain_gives_up_at_its_deadline_without_cutting_what_runs(
+async def test_at_a_drains_deadline_what_runs_is_cut_and_metered_as_failed(
     drainable: Engine,
 ) -> None:
-    async with asyncio.timeout(WAIT_S), aclosing(drainable.generate(make_call(**LONG))) as items:
+    metered: list[Metered] = []
+    drainable.on_metered(metered.append)
+    call = make_call(**LONG)
+    async with asyncio.timeout(WAIT_S), aclosing(drainable.generate(call)) as items:
         await first_frame(items)
-        await drainable.drain(0.0)
-        await first_frame(items)
+        draining = asyncio.create_task(drainable.drain(0.0))
+        with pytest.raises(EngineDead, match="time was over"):
+            [_ async for _ in items]
+        assert await draining == 1
+    [cut] = [each for each in metered if each.request_id == call.request_id]
+    assert cut.outcome is Outcome.FAILED
+    assert cut.usage.completion_tokens >= 1
+    assert drainable.snapshot().running == 0
 
 
 @pytest.mark.parametrize("engine", ["sim"], indirect=True)
@@ -642,6 +661,5 @@ async def test_stopping_ends_what_runs_and_may_be_repeated(engine: Engine) -> No
     assert isinstance(rest[-1], Final)
     assert rest[-1].finish_reason == "abort"
     assert fresh.snapshot().running == 0
-    refused = await collect(fresh, make_call())
-    assert refused.refusal is not None
-    assert refused.refusal.status == 503
+    with pytest.raises(EngineDead, match="stopped"):
+        await collect(fresh, make_call())

@@ -1,11 +1,12 @@
 """What only the real engine can show: a model's answers, and vLLM's own scheduling.
 
-The last test kills the engine of the session, so it stays last.
+The test that kills the engine of the session is marked as the last one.
 """
 
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
 import random
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -28,6 +29,7 @@ from serve_app.engine.api import (
     Metered,
     Refusal,
 )
+from serve_app.engine.health import EngineHealth
 from serve_app.engine.vllm import VllmEngine
 
 pytestmark = [
@@ -390,6 +392,32 @@ async def test_vllms_own_metrics_are_in_the_default_registry(engine: VllmEngine)
     assert (REGISTRY.get_sample_value("vllm:generation_tokens_total", labels) or 0) > 0
 
 
+async def test_an_engine_core_that_hangs_is_found_by_its_steps(engine: VllmEngine) -> None:
+    """Its process lives and its sockets are open: only its progress tells."""
+    seconds = itertools.count()
+    health = EngineHealth(engine, 8.0, lambda: float(next(seconds)))
+    stream = engine.generate(chat(LONG, stream=True))
+    await anext(stream)
+    await health.check()
+    core = engine.processes[0]
+
+    async def look_on() -> None:
+        for _ in range(100):  # the steps that were on their way are still reported
+            await asyncio.sleep(0.01)
+            await health.check()
+
+    core.suspend()
+    try:
+        with pytest.raises(EngineDead, match="no step"):
+            await look_on()
+        await engine.check_health()
+    finally:
+        core.resume()
+    await exhaust(stream)
+    await health.check()
+
+
+@pytest.mark.last
 async def test_the_engines_death_is_seen_by_who_streams_and_by_the_probe(
     engine: VllmEngine, metered: Callable[[GenerateCall], Awaitable[Metered]]
 ) -> None:

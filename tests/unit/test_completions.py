@@ -41,6 +41,8 @@ from serve_app.errors import JournalUnavailable
 from serve_app.gate import Gate
 from serve_app.keys import KeyRecord, KeyTable, digest_of
 from serve_app.limiter import RouterLimits
+from serve_app.observer import request_line
+from serve_app.overload import LATE_PROBES, BodyMemory, Overload
 from serve_app.rules import Rules
 from serve_app.tickets import Tickets
 from serve_app.token_counts import TokenCounter
@@ -72,7 +74,7 @@ class Engines:
         self.calls: list[GenerateCall] = []
         self.called = asyncio.Event()
         self.held: asyncio.Event | None = None
-        self.dies = False
+        self.dies = self.dies_once = False
 
     async def generate(
         self, call: GenerateCall, on_overflow: Callable[[], None]
@@ -81,7 +83,8 @@ class Engines:
         self.called.set()
         if self.held is not None:
             await self.held.wait()
-        if self.dies:
+        if self.dies or self.dies_once:
+            self.dies_once = False
             yield Frame(0, b'data: {"id":"x"}\n\n', (7,))
             raise EngineDead("gone")
         data = b'data: {"id":"x"}\n\ndata: [DONE]\n\n' if call.stream else b'{"id":"x"}'
@@ -118,21 +121,29 @@ class Writer:
 
 
 class Site:
-    """One router's completions with a replica in each pool."""
+    """One router's completions with a replica in each pool; ``spot`` bounds the big one."""
 
-    def __init__(self, ceiling: PriorityClass = PriorityClass.STANDARD) -> None:
+    def __init__(
+        self,
+        ceiling: PriorityClass = PriorityClass.STANDARD,
+        spot: dict[str, float] | None = None,
+    ) -> None:
         self.now_s = 50.0
         self.audits: list[Audit] = []
         self.over: list[LimitRefused] = []
         self.engines = {PoolName("big"): Engines(), PoolName("small"): Engines()}
         self.gate = Gate(Controller(), self.clock, lambda notice: None)
-        config = RouterConfig.model_validate(CONFIG)
+        big = CONFIG["pools"]["big"] | {"spot": spot}
+        pools = CONFIG["pools"] | {"big": big}
+        config = RouterConfig.model_validate(CONFIG | {"pools": pools})
         self.gate.configure({PoolName(n): p.to_core() for n, p in config.pools.items()})
         self.load("big", 0.0)
         self.load("small", 0.0)
         self.rates = RouterLimits(self.clock, self.over.append)
         self.writer = Writer()
         self.books = Books(self.writer, self.clock)
+        self.descriptors = (10, 100)
+        self.overload = Overload(LIMITS.loop_lag_s, lambda: self.descriptors)
         self.completions = Completions(
             gate=self.gate,
             transport=self.engines.__getitem__,
@@ -140,6 +151,7 @@ class Site:
             rates=self.rates,
             limits=LIMITS,
             books=self.books,
+            overload=self.overload,
             on_audit=self.audits.append,
             clock=self.clock,
         )
@@ -158,11 +170,11 @@ class Site:
     def clock(self) -> float:
         return self.now_s
 
-    def load(self, pool: str, kv_usage_ratio: float) -> None:
+    def load(self, pool: str, kv_usage_ratio: float, replica: str | None = None) -> None:
         """Have a pool's replica report its load."""
         self.now_s += 1.0
         view = ReplicaView(
-            replica=ReplicaId(f"{pool}-1"),
+            replica=ReplicaId(replica or f"{pool}-1"),
             pool=PoolName(pool),
             sequence=int(self.now_s),
             slots=64,
@@ -307,6 +319,72 @@ async def test_tokens_are_settled_to_the_engines_count_or_given_back() -> None:
     assert site.gate.open_requests() == 0
 
 
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"max_tokens": 5000}, "max_tokens=64"),
+        ({"max_tokens": None}, "max_tokens=64"),
+        ({"max_tokens": 64}, None),
+        ({"max_tokens": 5, "n": 2}, None),
+    ],
+)
+async def test_a_spot_pools_answers_are_no_longer_than_it_promises(
+    asked: dict[str, Any], told: str | None
+) -> None:
+    site = Site(spot={"max_output_tokens": 64, "max_stream_s": 100})
+    answer = await site.ask(question(**asked))
+    assert answer.status == 200
+    assert answer.headers.get("x-headrace-spot") == told
+    [call] = site.engines[PoolName("big")].calls
+    assert call.max_tokens == 64
+
+
+async def test_a_spot_pools_answer_that_takes_too_long_is_ended_and_billed() -> None:
+    site = Site(spot={"max_output_tokens": 64, "max_stream_s": 0.01})
+    engines = site.engines[PoolName("big")]
+    engines.held = asyncio.Event()
+    answer = await site.ask(question())
+    assert (answer.status, answer.code) == (504, "deadline_exceeded")
+    assert b"spot nodes" in answer.body
+    [record] = site.writer.records
+    assert (record.outcome, record.reason, record.billable) == ("failed", "deadline", True)
+    assert site.gate.open_requests() == 0
+
+
+async def test_answers_that_take_too_long_are_no_failures_of_their_replica(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    site = Site(spot={"max_output_tokens": 64, "max_stream_s": 0.01})
+    site.engines[PoolName("big")].held = asyncio.Event()
+    ended: list[Outcome] = []
+    finish = site.gate._core.finish
+
+    def seen(request_id: Any, usage: Any, outcome: Outcome, now_s: float) -> Any:
+        ended.append(outcome)
+        return finish(request_id, usage, outcome, now_s)
+
+    cancel = site.gate._core.cancel
+
+    def left(request_id: Any, now_s: float) -> Any:
+        ended.append(Outcome.CANCELLED)
+        return cancel(request_id, now_s)
+
+    monkeypatch.setattr(site.gate._core, "finish", seen)
+    monkeypatch.setattr(site.gate._core, "cancel", left)
+    assert (await site.ask(question())).status == 504
+    assert ended == [Outcome.CANCELLED]
+
+
+async def test_where_a_spot_pool_falls_back_the_answer_stays_as_short_as_was_reserved() -> None:
+    site = Site(spot={"max_output_tokens": 64, "max_stream_s": 100})
+    site.load("big", 0.9)
+    answer = await site.ask(question(max_tokens=500))
+    assert answer.headers["x-headrace-pool"] == "small"
+    assert answer.headers["x-headrace-spot"] == "max_tokens=64"
+    [call] = site.engines[PoolName("small")].calls
+    assert call.max_tokens == 64
+
+
 async def test_a_fallback_pool_is_called_in_place_of_the_one_asked_for() -> None:
     site = Site()
     site.load("big", 0.9)
@@ -410,6 +488,30 @@ async def test_a_response_that_our_engine_cut_off_is_written_down_and_not_billed
     assert (record.billable, record.output_tokens) == (False, 1)
 
 
+async def test_a_continued_response_is_one_response_in_books_audit_and_limits() -> None:
+    site = Site()
+    engines = site.engines[PoolName("big")]
+    site.load("big", 0.0, replica="big-2")
+    engines.dies_once = True
+    answer = await site.ask(question(stream=True, seed=3))
+    said = b": continued elsewhere after 1 tokens; sampling: seeded\n\n"
+    assert said in answer.body
+    assert answer.body.endswith(b"[DONE]\n\n")
+    first, second = engines.calls
+    assert (first.attempt, second.attempt) == (1, 2)
+    assert first.target != second.target
+    assert second.resume_token_ids == (7,)
+    [record] = site.writer.records
+    assert (record.attempt, record.outcome, record.billable) == (2, "completed", True)
+    assert (record.prompt_tokens, record.output_tokens) == (40, 2)
+    assert record.replica == second.target
+    [audit] = site.audits
+    line = request_line(audit, 0.0)
+    assert (line.attempts, line.continuations, line.not_continued) == (2, 1, None)
+    assert (line.output_tokens, line.replica) == (2, second.target)
+    assert site.gate.open_requests() == 0
+
+
 async def test_a_tag_is_in_the_books_and_one_that_is_no_name_is_refused() -> None:
     site = Site()
     await site.ask(question(), tag=b"batch:7")
@@ -476,3 +578,50 @@ async def test_a_bug_of_ours_is_a_500_in_the_clients_shape_and_still_raised(
         await site.completions.serve(Endpoint.CHAT, scope, receive, answer.send)
     assert (answer.status, answer.code) == (500, "internal_error")
     assert site.audits[-1].status == 500
+
+
+async def test_an_overloaded_router_refuses_unread_what_is_not_critical() -> None:
+    standard, critical = Site(), Site(PriorityClass.CRITICAL)
+    for site in (standard, critical):
+        for _ in range(LATE_PROBES):
+            site.overload.note_lag(LIMITS.loop_lag_s)
+    refused = await standard.ask(b"not even JSON")
+    assert (refused.status, refused.code) == (503, "overloaded_loop")
+    assert refused.headers["retry-after"] == "1"
+    assert standard.audits[0].reason == "overloaded_loop"
+    assert (await critical.ask(question())).status == 200
+    unknown = await standard.ask(question(), secret="not-a-key-of-ours")
+    assert unknown.status == 401
+
+
+async def test_a_body_is_held_until_its_request_ends_however_it_ends() -> None:
+    site = Site()
+    engines = site.engines[PoolName("big")]
+    engines.held = asyncio.Event()
+    running = asyncio.create_task(site.ask(question()))
+    await engines.called.wait()
+    assert site.completions.bodies.held_bytes == len(orjson.dumps(question()))
+    engines.held.set()
+    assert (await running).status == 200
+    await site.ask(b"{")
+    engines.held = asyncio.Event()
+    engines.called.clear()
+    leaves = asyncio.create_task(site.ask(question()))
+    await engines.called.wait()
+    leaves.cancel()
+    await asyncio.gather(leaves, return_exceptions=True)
+    assert site.completions.bodies.held_bytes == 0
+
+
+async def test_bodies_beyond_what_a_router_may_hold_are_refused() -> None:
+    site = Site()
+    site.completions.bodies = BodyMemory(1000)
+    engines = site.engines[PoolName("big")]
+    engines.held = asyncio.Event()
+    large = question(messages=[{"role": "user", "content": "a" * 350}])
+    running = asyncio.create_task(site.ask(large))
+    await engines.called.wait()
+    refused = await site.ask(large)
+    assert (refused.status, refused.code) == (429, "overloaded_memory")
+    engines.held.set()
+    assert (await running).status == 200

@@ -40,43 +40,17 @@ from serve_app.errors import (
     RequestTimeout,
     Unavailable,
 )
-from serve_app.gate import Lease
+from serve_app.gate import Lease, Refused
 from serve_app.gateway.http import ClientGone
 from serve_app.relay import Relay, error_of, with_service_tier
+from tests.generate_calls import generate_call
+from tests.replica_slots import ReplicaSlots
 
 POOL = PoolName("chat")
 USAGE = Usage(prompt_tokens=7, completion_tokens=2)
 FIRST = Frame(0, b'data: {"a":1}\n\n', (5,))
 LAST = Frame(1, b"data: [DONE]\n\n", (6,))
 FINAL = Final(USAGE, EngineTimings(), frames=2, finish_reason="stop")
-
-
-class Slots:
-    """The gate as a lease sees it: counts tokens, moves a request along ``replicas``."""
-
-    def __init__(self, replicas: Sequence[str]) -> None:
-        self.replicas = [ReplicaId(name) for name in replicas]
-        self.tokens = 0
-        self.failed: list[str] = []
-
-    def dispatch(self) -> Dispatch:
-        return Dispatch(RequestId("q"), POOL, tuple(self.replicas), queued_s=0.0)
-
-    def progress(
-        self, replica: ReplicaId, request_id: RequestId, tokens: int, *, first: bool
-    ) -> None:
-        self.tokens += tokens
-
-    def fail(self, request_id: RequestId, replica: ReplicaId) -> Dispatch:
-        self.failed.append(replica)
-        self.replicas.remove(replica)
-        if not self.replicas:
-            raise NoReplica
-        return self.dispatch()
-
-
-class NoReplica(Exception):
-    """What the gate raises when there is no other replica."""
 
 
 class Script:
@@ -142,7 +116,7 @@ class Case:
         self, transport: Script, *replicas: str, stream: bool = True, client: Client | None = None
     ) -> None:
         self.transport = transport
-        self.slots = Slots(replicas or ("r1",))
+        self.slots = ReplicaSlots(POOL, replicas or ("r1",))
         self.client = client or Client()
         self.relay = Relay(self.client.send, [(b"x-own", b"1")], lambda: 1.0)
         self.lease = Lease(self.slots, ticket(), self.slots.dispatch(), 0.0)  # type: ignore[arg-type]
@@ -152,14 +126,10 @@ class Case:
         await self.relay.run(self.lease, self.transport, self._call)
 
     def _call(self, lease: Lease) -> GenerateCall:
-        return GenerateCall(
-            request_id=lease.ticket.request_id,
+        return generate_call(
+            lease.ticket.request_id,
             endpoint=Endpoint.CHAT,
-            body=b"{}",
             stream=self.stream,
-            tenant="t",
-            cache_salt="s",
-            priority_class=PriorityClass.STANDARD,
             target=lease.replica,
         )
 
@@ -226,7 +196,7 @@ async def test_before_the_first_byte_a_lost_replica_costs_another_try_only() -> 
 
 async def test_without_another_replica_nothing_is_sent() -> None:
     case = Case(Script(r1=[EngineDead("gone")]), "r1")
-    with pytest.raises(NoReplica):
+    with pytest.raises(Refused):
         await case.run()
     assert case.client.sent == []
 
@@ -249,6 +219,16 @@ async def test_after_the_first_byte_a_lost_replica_ends_the_stream_with_an_error
     assert case.lease.outcome is Outcome.FAILED
 
 
+@pytest.mark.parametrize(("status", "outcome"), [(400, Outcome.CANCELLED), (500, Outcome.FAILED)])
+async def test_a_refusal_in_mid_stream_is_the_replicas_failure_if_it_is_a_servers(
+    status: int, outcome: Outcome
+) -> None:
+    case = Case(Script(r1=[FIRST, Refusal(status, "no")]))
+    with pytest.raises(ApiError):
+        await case.run()
+    assert case.lease.outcome is outcome
+
+
 async def test_an_engines_refusal_is_the_clients_error_and_nothing_was_sent() -> None:
     case = Case(Script(r1=[Refusal(400, "too long", code="context_length_exceeded")]))
     with pytest.raises(ContextLengthExceeded) as caught:
@@ -265,7 +245,7 @@ async def test_a_client_that_left_closes_the_engines_stream() -> None:
     with pytest.raises(ClientGone):
         await case.run()
     assert case.transport.closed == 1
-    assert case.lease.outcome is not Outcome.COMPLETED
+    assert case.lease.outcome is Outcome.CANCELLED
 
 
 async def test_a_cancelled_request_closes_the_engines_stream() -> None:
@@ -409,7 +389,7 @@ async def test_a_client_that_does_not_read_is_let_go_of_and_its_generation_close
         await case.relay.fail(caught.value)
     assert caught.value.code == "client_too_slow"
     assert case.transport.closed == 1
-    assert case.lease.outcome is Outcome.FAILED
+    assert case.lease.outcome is Outcome.CANCELLED, "its replica did nothing wrong"
     task = asyncio.current_task()
     assert task is not None
     assert not task.cancelling(), "whoever awaits next is not cancelled too"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import random
 import time
@@ -21,9 +20,10 @@ from serve_app.core.attribution import Account, Use
 from serve_app.core.cost_meter import CostMeter, EngineCosts
 from serve_app.core.engine_model import EngineModel, EngineParams, Phase, Sequence, StepRun
 from serve_app.core.model_steps import ModelSteps
-from serve_app.core.types import Outcome, PoolName, PriorityClass, ReplicaId, RequestId, TenantId
+from serve_app.core.types import Outcome, PoolName, ReplicaId, TenantId
 from serve_app.engine.api import Endpoint, Final, GenerateCall, GenerateItem, Metered
 from serve_app.engine.sim import SimEngine
+from tests.generate_calls import generate_call
 from tests.properties import examples
 
 UNATTRIBUTED_RATIO_MAX = 0.001
@@ -280,15 +280,7 @@ def call(name: str, tenant: str, text: str, max_tokens: int) -> GenerateCall:
         "messages": [{"role": "user", "content": text}],
         "max_tokens": max_tokens,
     }
-    return GenerateCall(
-        request_id=RequestId(name),
-        endpoint=Endpoint.CHAT,
-        body=json.dumps(body).encode(),
-        stream=True,
-        tenant=tenant,
-        cache_salt=tenant,
-        priority_class=PriorityClass.STANDARD,
-    )
+    return generate_call(name, body, endpoint=Endpoint.CHAT, tenant=tenant, cache_salt=tenant)
 
 
 async def use(items: AsyncGenerator[GenerateItem, None], frames_max: int | None) -> Final | None:
@@ -346,10 +338,14 @@ async def test_the_simulated_engine_says_what_each_request_cost_and_where_the_re
 
 
 async def test_time_after_the_last_step_is_idle_even_if_nobody_looked() -> None:
-    now_s = 100.0
+    now_s = 99.5
     settings_ = SimSettings(speed=2.0, max_model_len=2048, weights_s=0.199, overhead_s=0.001)
     engine = SimEngine(settings_, PoolName("pool"), ReplicaId("r0"), lambda: now_s)
-    await engine.start()
+    starting = asyncio.ensure_future(engine.start())
+    for _ in range(5):
+        await asyncio.sleep(0)
+    now_s = 100.0  # its warm-up took two steps
+    await starting
     for name, comes_s, leaves_s in (("first", 100.0, 100.0), ("second", 105.0, 110.0)):
         now_s = comes_s
         leaves = asyncio.ensure_future(anext(engine.generate(call(name, "acme", "hello", 5))))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from serve_app.config import SimSettings
-from serve_app.core.types import Outcome, PoolName, PriorityClass, ReplicaId, RequestId
+from serve_app.core.types import Outcome, PoolName, PriorityClass, ReplicaId
 from serve_app.engine.api import (
     Endpoint,
     EngineDead,
@@ -26,6 +26,7 @@ from serve_app.engine.api import (
 )
 from serve_app.engine.sim import SimEngine, engine_params
 from serve_app.engine.sim_text import VOCABULARY, WORDS, Answer, prefix_hashes
+from tests.generate_calls import generate_call
 
 INSTANT = SimSettings(zero_latency=True, max_model_len=4096)
 
@@ -43,35 +44,14 @@ async def engine() -> AsyncIterator[SimEngine]:
 
 
 def chat(name: str = "a", *, stream: bool = False, text: str = "hello", **body: Any):
-    fields = {
-        field: body.pop(field)
-        for field in ("resume_token_ids", "priority_class", "max_tokens_of_call", "cache_salt")
-        if field in body
-    }
+    of_call = ("resume_token_ids", "priority_class", "max_tokens_of_call", "cache_salt")
+    fields = {field.removesuffix("_of_call"): body.pop(field) for field in of_call if field in body}
     body.setdefault("messages", [{"role": "user", "content": text}])
-    return GenerateCall(
-        request_id=RequestId(name),
-        endpoint=Endpoint.CHAT,
-        body=json.dumps(body).encode(),
-        stream=stream,
-        tenant="acme",
-        cache_salt=fields.pop("cache_salt", "salt"),
-        priority_class=fields.pop("priority_class", PriorityClass.STANDARD),
-        max_tokens=fields.pop("max_tokens_of_call", None),
-        **fields,
-    )
+    return generate_call(name, body, endpoint=Endpoint.CHAT, stream=stream, **fields)
 
 
 def completion(name: str = "a", **body: Any) -> GenerateCall:
-    return GenerateCall(
-        request_id=RequestId(name),
-        endpoint=Endpoint.COMPLETIONS,
-        body=json.dumps(body).encode(),
-        stream=False,
-        tenant="acme",
-        cache_salt="salt",
-        priority_class=PriorityClass.STANDARD,
-    )
+    return generate_call(name, body, stream=False)
 
 
 async def read(items: AsyncGenerator[GenerateItem, None]) -> list[GenerateItem]:
@@ -274,12 +254,11 @@ async def test_steps_take_their_time_and_speed_divides_it() -> None:
     assert final.timings.queued_s == pytest.approx(0.0, abs=1e-6)
 
 
-async def test_a_cold_start_is_waited_for_and_work_before_it_is_refused() -> None:
+async def test_a_cold_start_is_waited_for_and_no_work_is_taken_before_it() -> None:
     engine = make(SimSettings(start_delay_s=0.02))
     starting = asyncio.create_task(engine.start())
-    (refused,) = await run(engine, chat())
-    assert isinstance(refused, Refusal)
-    assert refused.status == 503
+    with pytest.raises(EngineDead, match="not started"):
+        await run(engine, chat())
     info = await starting
     assert info.start_s >= 0.02
     assert info.kv_tokens_capacity == 26_313 * 16

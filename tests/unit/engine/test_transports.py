@@ -15,7 +15,6 @@ import zmq
 from serve_app.core.exchange import Digest, PoolDigest, RouterId, TenantWaiting
 from serve_app.core.types import (
     PoolName,
-    PriorityClass,
     ReplicaId,
     ReplicaView,
     RequestId,
@@ -26,6 +25,7 @@ from serve_app.engine import channel_inlet, channel_outlet
 from serve_app.engine.address import Address, ReplyTo
 from serve_app.engine.api import (
     Endpoint,
+    EngineBusy,
     EngineDead,
     EngineTimings,
     Final,
@@ -41,6 +41,7 @@ from serve_app.engine.channel_engine import EngineChannel
 from serve_app.engine.channel_router import RouterChannel
 from serve_app.engine.load_publisher import LoadPublisher
 from serve_app.engine.transport import Cap, ChannelTransport, HandleTransport, Transport
+from tests.generate_calls import generate_call
 
 PORTS = range(21_000, 22_000)
 BUFFER_BYTES = 4096
@@ -60,16 +61,7 @@ def final(count: int) -> Final:
 
 
 def call(name: str = "q") -> GenerateCall:
-    return GenerateCall(
-        request_id=RequestId(name),
-        endpoint=Endpoint.CHAT,
-        body=b"{}",
-        stream=True,
-        tenant="t",
-        cache_salt="s",
-        priority_class=PriorityClass.STANDARD,
-        target=R1,
-    )
+    return generate_call(name, endpoint=Endpoint.CHAT, target=R1)
 
 
 R1 = ReplicaId("r1")
@@ -92,7 +84,7 @@ class Replica:
     def __post_init__(self) -> None:
         engine: Any = self
         self.channel = EngineChannel(R1, "127.0.0.1", PORTS, self.generate, CALLS_MAX)
-        self.load = LoadPublisher(engine, self.channel, period_s=0.01)
+        self.load = LoadPublisher(engine, self.check_health, self.channel, period_s=0.01)
         self.load.start()
 
     async def generate(self, request: GenerateCall) -> AsyncGenerator[GenerateItem, None]:
@@ -516,7 +508,7 @@ async def test_a_replica_takes_so_many_calls_at_once_and_turns_others_away(
     async with asyncio.timeout(WAIT_S):
         while not channel.replica.channel.open_calls:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-        with pytest.raises(EngineDead, match="runs 1 calls already"):
+        with pytest.raises(EngineBusy, match="runs 1 calls already"):
             await channel.read("second")
         go_on.set()
         assert len(await first) == 2

@@ -32,6 +32,7 @@ from serve_app.engine.vllm_args import (
     served_name,
 )
 from serve_app.engine.vllm_generation import Generation, GenerationFailed
+from tests.generate_calls import generate_call
 
 Script = Callable[[Generation], Awaitable[None]]
 
@@ -87,16 +88,7 @@ class Bench:
 
 
 def _call(name: str = "one", **changes: Any) -> GenerateCall:
-    fields: dict[str, Any] = {
-        "request_id": RequestId(name),
-        "endpoint": Endpoint.CHAT,
-        "body": b"{}",
-        "stream": True,
-        "tenant": "t",
-        "cache_salt": "",
-        "priority_class": PriorityClass.STANDARD,
-    }
-    return GenerateCall(**(fields | changes))
+    return generate_call(name, **({"endpoint": Endpoint.CHAT} | changes))
 
 
 def _step(generation: Generation, token_id: int) -> None:
@@ -243,13 +235,32 @@ async def test_the_same_id_cannot_run_twice_at_once() -> None:
     assert bench.engine._in_flight == {}
 
 
-async def test_resuming_is_refused() -> None:
-    (refusal,) = await Bench(_two_tokens).items(_call(resume_token_ids=(1,)))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"stream": False},
+        {"endpoint": Endpoint.COMPLETIONS, "body": b'{"prompt":["a","b"]}'},
+        {"endpoint": Endpoint.COMPLETIONS, "body": b'{"prompt":[[1,2],[3]]}'},
+    ],
+)
+async def test_going_on_with_what_is_no_single_stream_is_refused(changes: dict[str, Any]) -> None:
+    (refusal,) = await Bench(_two_tokens).items(_call(resume_token_ids=(1,), **changes))
     assert isinstance(refusal, Refusal)
     assert (refusal.status, refusal.code) == (400, "resume_unsupported")
 
 
-async def test_draining_refuses_new_work_and_waits_for_old() -> None:
+async def test_a_resumed_stream_bears_the_time_of_its_beginning() -> None:
+    async def chunk(generation: Generation) -> None:
+        _step(generation, 1)
+        generation.write('data: {"created":200,"choices":[{"delta":"\\"created\\":7"}]}\n\n')
+        generation.complete_step([2])
+
+    *frames, _ = await Bench(chunk).items(_call(resume_token_ids=(9,), resume_created_s=100))
+    data = b"".join(frame.data for frame in frames if isinstance(frame, Frame))
+    assert data.endswith(b'{"created":100,"choices":[{"delta":"\\"created\\":7"}]}\n\n')
+
+
+async def test_draining_takes_no_new_work_and_waits_for_old() -> None:
     release = asyncio.Event()
 
     async def until_released(generation: Generation) -> None:
@@ -262,21 +273,25 @@ async def test_draining_refuses_new_work_and_waits_for_old() -> None:
     draining = asyncio.create_task(bench.engine.drain(60))
     await asyncio.sleep(0)
     assert bench.engine.snapshot().draining
-    (refusal,) = await bench.items(_call("two"))
-    assert isinstance(refusal, Refusal)
-    assert refusal.status == 503
+    with pytest.raises(EngineDead, match="draining"):
+        await bench.items(_call("two"))
     assert not draining.done()
     release.set()
-    await draining
+    assert await draining == 0
     assert isinstance(await anext(stream), Final)
 
 
-async def test_draining_gives_up_at_its_deadline() -> None:
+async def test_a_drains_deadline_cuts_what_runs_and_it_counts_as_failed() -> None:
     bench = Bench(_one_token_then_wait)
+    metered: list[Metered] = []
+    bench.engine.on_metered(metered.append)
     stream = bench.engine.generate(_call())
     await anext(stream)
-    await bench.engine.drain(0)
-    await stream.aclose()
+    assert await bench.engine.drain(0) == 1
+    with pytest.raises(EngineDead, match="time was over"):
+        await anext(stream)
+    [each] = metered
+    assert (each.outcome, each.usage.completion_tokens) == (Outcome.FAILED, 1)
 
 
 async def test_stop_ends_open_streams_and_is_idempotent() -> None:

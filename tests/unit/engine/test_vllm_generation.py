@@ -5,23 +5,15 @@ import json
 
 import pytest
 
-from serve_app.core.types import PriorityClass, RequestId
-from serve_app.engine.api import Endpoint, Frame, GenerateCall
+from serve_app.engine.api import Endpoint, Frame
 from serve_app.engine.meter import RequestMeter
 from serve_app.engine.vllm_generation import Generation, stream_error
+from tests.generate_calls import generate_call
 
 
 @pytest.fixture
 def generation() -> Generation:
-    call = GenerateCall(
-        request_id=RequestId("r"),
-        endpoint=Endpoint.CHAT,
-        body=b"{}",
-        stream=True,
-        tenant="t",
-        cache_salt="",
-        priority_class=PriorityClass.STANDARD,
-    )
+    call = generate_call(endpoint=Endpoint.CHAT)
     return Generation(call, RequestMeter(call, 0.0))
 
 

@@ -6,19 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.core.types import Outcome, PriorityClass, RequestId, Usage
-from serve_app.engine.api import Endpoint, GenerateCall, Metered
+from serve_app.core.types import Outcome, Usage
+from serve_app.engine.api import Metered
 from serve_app.engine.meter import ChoiceStep, PromptMeter, RequestMeter
+from tests.generate_calls import generate_call
 
-CALL = GenerateCall(
-    request_id=RequestId("r"),
-    endpoint=Endpoint.COMPLETIONS,
-    body=b"{}",
-    stream=True,
-    tenant="acme",
-    cache_salt="",
-    priority_class=PriorityClass.STANDARD,
-)
+CALL = generate_call()
 
 
 @given(st.lists(st.lists(st.integers(0, 50_000), max_size=5), max_size=20))

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.core.types import PriorityClass, RequestId
+from serve_app.core.types import PriorityClass
 from serve_app.engine.api import Endpoint, GenerateCall
 from serve_app.engine.vllm_wire import (
     ENGINE_ONLY_FIELDS,
@@ -14,19 +14,16 @@ from serve_app.engine.vllm_wire import (
     request_body,
     validation_error,
 )
+from tests.generate_calls import generate_call
 
 
 def _call(body: Any, **changes: Any) -> GenerateCall:
-    fields: dict[str, Any] = {
-        "request_id": RequestId("r"),
+    fields = {
         "endpoint": Endpoint.CHAT,
-        "body": json.dumps(body).encode(),
-        "stream": True,
-        "tenant": "t",
         "cache_salt": "tenant-salt",
         "priority_class": PriorityClass.SHEDDABLE,
     }
-    return GenerateCall(**(fields | changes))
+    return generate_call(body=json.dumps(body).encode(), **(fields | changes))
 
 
 def test_fields_that_steer_the_engine_come_from_the_call_alone() -> None:
