@@ -1,0 +1,209 @@
+"""``headrace drill``: inject a fault into a running stack and check what comes of it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from serve_app.errors import ConfigError
+from serve_app.terminal import CommandFailed, Subparsers, command, note, out, out_json, table
+
+if TYPE_CHECKING:
+    from serve_app.drills.frame import Verdict
+    from serve_app.drills.target import Deployment, Names, Target
+
+CONNECTIONS_MAX: Final = 512
+_EXAMPLE: Final = """\
+headrace drill --list
+headrace drill engine-kill                 on the simulated stack, started for it
+headrace drill --all --json
+headrace drill cancel-stream --url http://127.0.0.1:8000 --model chat --i-mean-it"""
+
+# How often a stack is asked what its engines are, twice a second.
+ASKED_MAX = 20
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Register the command."""
+    parser = command(
+        subparsers,
+        "drill",
+        "Inject a fault into a stack, watch, check the outcome, and print a verdict.",
+        _EXAMPLE,
+    )
+    parser.add_argument("name", nargs="*", metavar="NAME", help="which drills; --list has them")
+    parser.add_argument("--all", action="store_true", help="every drill, on one stack")
+    parser.add_argument("--list", action="store_true", help="say what each drill shows")
+    parser.add_argument("--json", action="store_true", help="print one object")
+    parser.add_argument(
+        "--url", help="a stack that runs; without it the simulated one is started and ended"
+    )
+    parser.add_argument("--admin-key", help="admin key for --url (default: HEADRACE_ADMIN_KEY)")
+    parser.add_argument(
+        "--i-mean-it",
+        action="store_true",
+        help="do it to a stack whose engines are not simulated: users will notice",
+    )
+    parser.add_argument("--pool", default="sim", help="pool that is hurt (%(default)s)")
+    parser.add_argument("--model", default="sim", help="a model name of it (%(default)s)")
+    parser.add_argument("--tight-pool", default="tight", help="pool of one replica to fill (tight)")
+    parser.add_argument("--tight-model", default="tight", help="a model name of it (tight)")
+    parser.add_argument(
+        "--quota-tenant",
+        default="drill-quota",
+        metavar="TENANT",
+        help="tenant with a limit of requests per minute (%(default)s)",
+    )
+    parser.add_argument(
+        "--root", type=int, metavar="PID", help="of --url: processes below this one may be killed"
+    )
+    parser.add_argument("--dashboard", metavar="URL", help="Ray's dashboard, for rollback")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="what runs now, for rollback")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the drills one after another. Returns 0 if all passed, 1 otherwise.
+
+    Raises:
+        ConfigError: there is no such drill, or none was named.
+        CommandFailed: the stack cannot be reached or started, or is not to be hurt.
+    """
+    from serve_app.drills.frame import DRILLS, summary
+
+    # What a drill's own GPU watcher logs is said by its checks.
+    logging.getLogger("headrace").addHandler(logging.NullHandler())
+    if args.list:
+        out(table(["drill", "shows"], [[name, summary(name)] for name in DRILLS]))
+        return 0
+    unknown = [name for name in args.name if name not in DRILLS]
+    if unknown:
+        raise ConfigError(f"no drill {', '.join(unknown)}; there are: {', '.join(DRILLS)}")
+    names = list(DRILLS) if args.all else args.name
+    if not names:
+        raise ConfigError("name a drill, or give --all; --list says what each shows")
+    began_s = time.monotonic()
+
+    def say(text: str) -> None:
+        note(f"[{time.monotonic() - began_s:6.1f} s] {text}")
+
+    verdicts = _with_stack(args, names, say)
+    passed = all(each.passed for each in verdicts)
+    if args.json:
+        took_s = round(time.monotonic() - began_s, 1)
+        found = [each.as_json() for each in verdicts]
+        out_json({"passed": passed, "took_s": took_s, "drills": found})
+    else:
+        out(_report(verdicts))
+    return 0 if passed else 1
+
+
+def _with_stack(
+    args: argparse.Namespace, names: list[str], say: Callable[[str], None]
+) -> list[Verdict]:
+    from serve_app.drills.stack import simulated_stack
+    from serve_app.drills.target import Deployment
+
+    chosen = _names(args)
+    if args.url:
+        key = args.admin_key or os.environ.get("HEADRACE_ADMIN_KEY")
+        if not key:
+            raise ConfigError("give --admin-key or set HEADRACE_ADMIN_KEY")
+        if not args.url.startswith(("http://", "https://")):
+            raise ConfigError(f"--url must start with http:// or https://, not {args.url!r:.80}")
+        return asyncio.run(_perform(args, names, say, (args.url, key, args.root, None), chosen))
+    with ExitStack() as until_then:
+        stack = until_then.enter_context(simulated_stack(say))
+        deployment = Deployment(stack.dashboard, stack.document, stack.environment, stack.folder)
+        where = (stack.url, stack.key, stack.root, deployment)
+        return asyncio.run(_perform(args, names, say, where, chosen))
+
+
+async def _perform(
+    args: argparse.Namespace,
+    names: list[str],
+    say: Callable[[str], None],
+    where: tuple[str, str, int | None, Deployment | None],
+    chosen: Names,
+) -> list[Verdict]:
+    import httpx
+
+    from serve_app.drills.frame import DrillImpossible, Verdict, perform
+    from serve_app.drills.target import Target
+
+    url, key, root, deployment = where
+    verdicts = []
+    limits = httpx.Limits(max_connections=CONNECTIONS_MAX, max_keepalive_connections=0)
+    headers = {"authorization": f"Bearer {key}"}
+    base = url.rstrip("/").removesuffix("/v1")
+    async with httpx.AsyncClient(base_url=base, headers=headers, limits=limits) as client:
+        deployment = deployment or _deployment(args)
+        target = Target(client, chosen, root=root, deployment=deployment)
+        await _may_be_hurt(target, base, meant=args.i_mean_it)
+        for name in names:
+            say(f"{name}: begins")
+            try:
+                verdict = await perform(name, target, say, time.monotonic)
+            except DrillImpossible as error:
+                verdict = Verdict(name, why=f"cannot be run here: {error}")
+            say(f"{name}: {'PASSED' if verdict.passed else 'FAILED'} in {verdict.took_s:.1f} s")
+            verdicts.append(verdict)
+    return verdicts
+
+
+async def _may_be_hurt(target: Target, url: str, *, meant: bool) -> None:
+    """Raise CommandFailed unless the stack is simulated or its end is meant."""
+    import httpx
+
+    try:
+        for _ in range(ASKED_MAX):
+            simulated = await target.simulated()
+            # A stack that has just started has not told its metrics yet.
+            if simulated is not None or meant:
+                break
+            await asyncio.sleep(0.5)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise CommandFailed(f"cannot reach {url}: {error}; is it running?") from error
+    if not simulated and not meant:
+        raise CommandFailed(
+            f"the engines of {url} are not simulated: a drill kills processes and turns away "
+            "users there; --i-mean-it does it"
+        )
+
+
+def _names(args: argparse.Namespace) -> Names:
+    from serve_app.drills.target import Names
+
+    return Names(args.pool, args.model, args.tight_pool, args.tight_model, args.quota_tenant)
+
+
+def _deployment(args: argparse.Namespace) -> Deployment | None:
+    import yaml
+
+    from serve_app.drills.target import Deployment
+
+    if not args.dashboard or not args.config:
+        return None
+    try:
+        document = yaml.safe_load(args.config.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{args.config}: {error}") from error
+    return Deployment(args.dashboard, document, dict(os.environ), Path.cwd())
+
+
+def _report(verdicts: list[Verdict]) -> str:
+    rows = []
+    for each in verdicts:
+        failed = [check.what for check in each.checks if not check.passed]
+        why = "; ".join([*failed, *([each.why] if each.why else [])])
+        figures = ", ".join(f"{name} {value}" for name, value in each.figures.items())
+        result = "passed" if each.passed else "FAILED"
+        rows.append([each.drill, result, f"{each.took_s:.1f}", why or figures])
+    return table(["drill", "verdict", "s", "figures, or what was wrong"], rows)
