@@ -120,7 +120,7 @@ class ControlLinkSettings(Strict):
 class ReplicaSettings(Strict):
     """How many replicas a deployment has and what each takes from Ray."""
 
-    num_replicas: int = Field(1, ge=0, le=1024)
+    num_replicas: int = Field(1, ge=1, le=1024)
     num_cpus: float = Field(0.1, ge=0)
     num_gpus: float = Field(0, ge=0)
     resources: dict[str, float] = Field(default_factory=dict)
@@ -174,6 +174,7 @@ class AutoscaleSettings(Strict):
 class EngineReplicaSettings(ReplicaSettings):
     """How many replicas a pool has: ``num_replicas``, or to begin with where it is scaled."""
 
+    num_replicas: int = Field(1, ge=0, le=1024)
     autoscale: AutoscaleSettings | None = Field(
         None, description="Scale the pool with its demand between two sizes."
     )
@@ -181,6 +182,11 @@ class EngineReplicaSettings(ReplicaSettings):
     @model_validator(mode="after")
     def _within(self) -> EngineReplicaSettings:
         scale = self.autoscale
+        if scale is None and self.num_replicas == 0:
+            raise ValueError(
+                "num_replicas must be at least 1 where the pool is not scaled; a pool that may be "
+                "empty has autoscale: {min_replicas: 0, max_replicas: N}"
+            )
         if scale is not None and not scale.min_replicas <= self.num_replicas <= scale.max_replicas:
             raise ValueError(
                 f"num_replicas ({self.num_replicas}) must be between autoscale.min_replicas "
@@ -195,6 +201,56 @@ class EngineReplicaSettings(ReplicaSettings):
         return None if scale is None else (scale.min_replicas, scale.max_replicas)
 
 
+GCE_NOTICE_S = 30
+
+
+class SpotSettings(Strict):
+    """A pool on nodes that are taken away at short notice: how short, and where it is read.
+
+    That its pod or node is asked to end (SIGTERM) a replica hears from Ray in any case.
+    """
+
+    notice_s: float = Field(
+        120, ge=5, le=3600, description="From the notice until the node is gone, at least."
+    )
+    source: Literal["node", "file", "gce", "aws"] = Field(
+        "node",
+        description="Who gives notice: the node's SIGTERM alone, or also a file that appears, "
+        "GCE's or AWS's metadata service.",
+    )
+    file: str | None = Field(None, min_length=1, description="The file, for `source: file`.")
+    url: str | None = Field(
+        None, pattern=r"^https?://", description="The metadata service; the cloud's own if unset."
+    )
+    poll_s: float = Field(1, ge=0.1, le=60, description="How often it is asked.")
+
+    @model_validator(mode="after")
+    def _source_has_what_it_needs(self) -> SpotSettings:
+        if (self.file is not None) != (self.source == "file"):
+            raise ValueError("file goes with `source: file`, and that needs it")
+        if self.url is not None and self.source not in ("gce", "aws"):
+            raise ValueError("url goes with `source: gce` or `source: aws`")
+        if self.source == "gce" and self.notice_s > GCE_NOTICE_S:
+            raise ValueError(
+                f"notice_s is at most {GCE_NOTICE_S} for `source: gce`: GCE gives no more"
+            )
+        if self.poll_s > self.notice_s / 5:
+            raise ValueError(
+                "poll_s is at most a fifth of notice_s: the notice is seen so much later"
+            )
+        return self
+
+
+# Of a notice so much is kept for accounts: errors sent, records in the ledger.
+SETTLE_RATIO = 0.1
+SETTLE_MAX_S = 5.0
+
+
+def working_s(notice_s: float) -> float:
+    """Return for how long after a notice of ``notice_s`` requests may still run."""
+    return notice_s - min(SETTLE_MAX_S, SETTLE_RATIO * notice_s)
+
+
 class PoolArgs(Strict):
     """Arguments of ``serve_app.app:pool``: one model pool, an application of its own."""
 
@@ -206,7 +262,20 @@ class PoolArgs(Strict):
     channel_ports: PortRange = Field(
         CHANNEL_PORTS, description="A replica binds the first free port of this range."
     )
-    drain_timeout_s: float = Field(600, ge=0)
+    stalled_after_s: float = Field(
+        120,
+        ge=1,
+        le=3600,
+        description="Without an engine step for so long, with requests in it, a replica is "
+        "replaced. Above the longest step: prefill, compilation.",
+    )
+    drain_timeout_s: float = Field(
+        600, ge=0, description="What runs may go on so long where a notice names no end."
+    )
+    spot: SpotSettings | None = Field(
+        None,
+        description="Its nodes are spot nodes; the routers' part is pools.*.spot.",
+    )
     instance: Annotated[str, Field(min_length=1, max_length=128)] | None = Field(
         None, description="What a replica's node is priced as; the pool's name if unset."
     )
@@ -245,6 +314,18 @@ class LimitSettings(Strict):
     """What the gateway accepts at most. Everything has a bound."""
 
     max_body_bytes: int = Field(16 * 2**20, ge=1024)
+    bodies_bytes: int = Field(
+        512 * 2**20,
+        ge=4096,
+        description="Bodies that one router holds at once; half of it for one tenant. More get "
+        "503, or 429. A router's memory grows by about three times as much.",
+    )
+    loop_lag_s: float = Field(
+        0.5,
+        gt=0,
+        description="Where a router's event loop stays so late, new requests get 503; those of "
+        "keys with a ceiling of critical where it is four times as late.",
+    )
     max_messages: int = Field(2048, ge=1)
     max_output_tokens: int = Field(131_072, ge=1, description="Upper bound of max_tokens.")
     max_choices: int = Field(16, ge=1, description="Upper bound of n.")
@@ -256,6 +337,22 @@ class LimitSettings(Strict):
     hold_plain_s: float = Field(
         60, gt=0, description="What is not streamed waits for a place at most so long."
     )
+    continuations: int = Field(
+        2, ge=0, description="A stream whose engine is lost goes on elsewhere so often; 0: never."
+    )
+    continue_sampled: bool = Field(
+        True,
+        description="Streams sampled without a seed go on too: as good an answer, not the same.",
+    )
+
+    @model_validator(mode="after")
+    def _a_tenant_may_send_the_largest_body(self) -> LimitSettings:
+        if self.bodies_bytes < 2 * self.max_body_bytes:
+            raise ValueError(
+                f"bodies_bytes ({self.bodies_bytes}) must be at least twice max_body_bytes "
+                f"({self.max_body_bytes}): a tenant has half of it"
+            )
+        return self
 
 
 class ChannelSettings(Strict):

@@ -16,7 +16,7 @@ from serve_app.core.types import PoolName
 Rising = tuple[float, float, float, float]
 
 # What is not the admission core's: settled before it sees a request, or by Control.
-_ROUTERS_OWN = frozenset({"heavy", "prompt", "scaling"})
+_ROUTERS_OWN = frozenset({"heavy", "prompt", "scaling", "spot"})
 FORECAST_BUCKETS = 96
 
 
@@ -227,7 +227,9 @@ class ScalingSettings(Strict):
     headroom: int = Field(0, ge=0, description="Replicas kept warm above what is needed.")
     drain_s: float = Field(10, gt=0, description="What waits shall be worked off so soon.")
     kv_high_ratio: float = Field(0.9, gt=0, le=1, description="A KV cache this full asks for more.")
-    cold_start_s: float = Field(120, ge=0, description="How long a replica takes to start.")
+    cold_start_s: float = Field(
+        120, ge=0, description="How long a replica takes to start, until starts have been seen."
+    )
     fast_s: float = Field(15, gt=0, description="Time constant of the quick average of the rate.")
     slow_s: float = Field(60, gt=0, description="Time constant of the slow one.")
     panic_ratio: float = Field(
@@ -256,6 +258,15 @@ class ScalingSettings(Strict):
             forecast_buckets=FORECAST_BUCKETS if forecast else 0,
             **given,
         )
+
+
+class SpotLimits(Strict):
+    """What may run on spot nodes: nothing that could not end within their notice."""
+
+    max_output_tokens: int = Field(ge=1, description="An answer is cut to so many tokens.")
+    max_stream_s: float = Field(
+        gt=0, description="An answer may take this long, from its place in the pool on."
+    )
 
 
 class PoolPolicy(Strict):
@@ -321,6 +332,7 @@ class PoolPolicy(Strict):
     heavy: HeavyPool | None = Field(None, description="Long contexts go to another pool.")
     prompt: PromptSettings = PromptSettings()
     scaling: ScalingSettings = ScalingSettings()
+    spot: SpotLimits | None = Field(None, description="Bounds for a pool on spot nodes.")
     critical: CriticalPolicy = CriticalPolicy()
     standard: StandardPolicy = StandardPolicy()
     sheddable: SheddablePolicy = SheddablePolicy()

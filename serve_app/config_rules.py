@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Final
 
-from serve_app.config import ControlArgs, GatewayArgs, PoolArgs, RouterConfig, VllmSettings
+from serve_app.config import (
+    ControlArgs,
+    GatewayArgs,
+    PoolArgs,
+    RouterConfig,
+    VllmSettings,
+    working_s,
+)
 from serve_app.config_policy import PoolPolicy
 from serve_app.usage_log import DEFAULT_FOLDER
 
@@ -74,6 +81,7 @@ def _pool_problems(gateway: Application, pools: list[Application]) -> list[str]:
         pool = served.get(name)
         if pool is not None and isinstance(pool.args, PoolArgs):
             problems += _scaling_problems(f"{config}.pools.{name}", policy, pool, pool.args)
+            problems += _spot_problems(f"{config}.pools.{name}.spot", policy, pool, pool.args)
     for alias, route in router.aliases.items():
         pool = served.get(route.pool)
         if route.adapter is None or pool is None or not isinstance(pool.args, PoolArgs):
@@ -102,6 +110,21 @@ def _scaling_problems(
             f"{where}.scaling.to_zero: true"
         ]
     return []
+
+
+def _spot_problems(where: str, policy: PoolPolicy, pool: Application, args: PoolArgs) -> list[str]:
+    """Return where what routers let run does not end within the notice that nodes get."""
+    if policy.spot is None:
+        return []
+    if args.spot is None:
+        return [f"{where}: how long is the notice? Set {pool.where}.args.spot.notice_s as well"]
+    most_s = working_s(args.spot.notice_s)
+    if policy.spot.max_stream_s <= most_s:
+        return []
+    return [
+        f"{where}.max_stream_s: {policy.spot.max_stream_s:g} s does not end within a notice of "
+        f"{args.spot.notice_s:g} s ({pool.where}.args.spot.notice_s); at most {most_s:g} s"
+    ]
 
 
 def journal_folder(applications: Sequence[Application]) -> str:
@@ -169,6 +192,7 @@ def warnings(applications: list[Application]) -> list[str]:
         if isinstance(args, GatewayArgs):
             lines += _prompt_warnings(application, applications)
             lines += _sleep_warnings(application)
+            lines += _spot_warnings(application, applications)
     return lines
 
 
@@ -185,6 +209,20 @@ def _sleep_warnings(gateway: Application) -> list[str]:
             ("queue_timeout_s", pool.queue_timeout_s),
         )
         if held_s < pool.scaling.cold_start_s
+    ]
+
+
+def _spot_warnings(gateway: Application, applications: list[Application]) -> list[str]:
+    """Return the pools on spot nodes on which answers may last longer than their notice."""
+    where = f"{gateway.where}.deployments[0].user_config.pools"
+    pools = (gateway.router or RouterConfig()).pools
+    return [
+        f"{where}.{each.args.name}.spot: not set, and its nodes are spot nodes: what does not "
+        f"end within {each.args.spot.notice_s:g} s is cut off or continued elsewhere"
+        for each in applications
+        if isinstance(each.args, PoolArgs)
+        and each.args.spot is not None
+        and pools[each.args.name].spot is None
     ]
 
 

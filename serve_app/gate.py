@@ -45,7 +45,11 @@ class Refused(Exception):
 
 
 class Lease:
-    """A dispatched request's hold on its slot, ended once, when its block is left."""
+    """A dispatched request's hold on its slot, ended once, when its block is left.
+
+    What ends it before its end is nobody's fault (a client that leaves or does not read, a
+    deadline) until ``fail`` says that it was the replica's.
+    """
 
     def __init__(self, gate: Gate, ticket: Ticket, dispatch: Dispatch, begun_s: float) -> None:
         self._gate = gate
@@ -54,7 +58,7 @@ class Lease:
         self.dispatch = dispatch
         self.replica: ReplicaId = dispatch.replicas[0]
         self.usage = Usage()
-        self.outcome = Outcome.FAILED
+        self.outcome = Outcome.CANCELLED
         self._begun = False
 
     def progress(self, tokens: int) -> None:
@@ -67,14 +71,23 @@ class Lease:
         self.usage = usage
         self.outcome = Outcome.COMPLETED
 
-    def move(self) -> None:
+    def fail(self) -> None:
+        """Record that the replica failed it for good."""
+        self.outcome = Outcome.FAILED
+
+    def move(self, *, busy: bool = False) -> None:
         """Place the request on another replica; its present one could not serve it.
+
+        ``busy``: that one only had no place, and is no worse for it.
+
+        It keeps its place: nothing is charged again, and it does not wait.
 
         Raises:
             Refused: there is no other replica.
         """
-        self.dispatch = self._gate.fail(self.ticket.request_id, self.replica)
+        self.dispatch = self._gate.fail(self.ticket.request_id, self.replica, busy=busy)
         self.replica = self.dispatch.replicas[0]
+        self._begun = False
 
 
 class Gate:
@@ -109,10 +122,6 @@ class Gate:
             self._apply(self._core.offer(ticket, self._clock()))
             lease = Lease(self, ticket, await decision, self._clock())
             yield lease
-        except (asyncio.CancelledError, GeneratorExit):
-            if lease is not None and lease.outcome is not Outcome.COMPLETED:
-                lease.outcome = Outcome.CANCELLED
-            raise
         finally:
             self._waiting.pop(ticket.request_id, None)
             self._end(ticket.request_id, lease)
@@ -129,11 +138,11 @@ class Gate:
         if effects or first:
             self._apply(effects)
 
-    def fail(self, request_id: RequestId, replica: ReplicaId) -> Dispatch:
+    def fail(self, request_id: RequestId, replica: ReplicaId, *, busy: bool = False) -> Dispatch:
         """Ask the core for another replica; see Lease.move."""
         own: Effect | None = None
         others: list[Effect] = []
-        for effect in self._core.fail(request_id, replica, self._clock()):
+        for effect in self._core.fail(request_id, replica, self._clock(), busy=busy):
             if not isinstance(effect, Notice) and effect.request_id == request_id:
                 own = effect
             else:

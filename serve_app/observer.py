@@ -46,8 +46,13 @@ class RouterObserver:
             metrics.rejected_total.labels(pool, class_, audit.reason or "unknown").inc()
         if audit.outcome is Outcome.CANCELLED:
             metrics.client_disconnects_total.labels(pool).inc()
-        if delivery.attempts > 1:
-            metrics.retries_total.labels(pool).inc(delivery.attempts - 1)
+        retries = delivery.attempts - 1 - delivery.continuations
+        if retries > 0:
+            metrics.retries_total.labels(pool).inc(retries)
+        if delivery.continued:
+            metrics.continuations_total.labels(pool, "continued").inc(delivery.continued)
+        if delivery.not_continued is not None:
+            metrics.continuations_total.labels(pool, delivery.not_continued.value).inc()
         if audit.outcome is Outcome.FAILED and delivery.first_byte_at_s is not None:
             metrics.stream_errors_total.labels(pool).inc()
         if audit.degraded is not None:
@@ -152,6 +157,8 @@ def request_line(audit: Audit, ended_wall_s: float) -> RequestLine:
         class_served=class_label(audit.served_class) or None,
         degraded=audit.degraded,
         attempts=delivery.attempts or None,
+        continuations=delivery.continuations or None,
+        not_continued=delivery.not_continued,
         finish_reason=delivery.finish_reason,
         input_tokens=usage.prompt_tokens if usage else None,
         cached_input_tokens=usage.cached_prompt_tokens if usage else None,

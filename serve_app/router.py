@@ -50,6 +50,7 @@ from serve_app.limiter import RouterLimits
 from serve_app.money import Money
 from serve_app.observer import RouterObserver
 from serve_app.operations import MetricsCopy, Operations, Readiness
+from serve_app.overload import Overload, open_descriptors
 from serve_app.peers import Peers
 from serve_app.purse_link import PurseLink
 from serve_app.rules import Rules, limits_by_path
@@ -103,6 +104,7 @@ class Router:
         )
         self._purses = PurseLink(self._name, self._control, time.monotonic, time.time)
         self._money = Money(self._purses, self._books, self._observer.budget_refused)
+        self._overload = Overload(self._args.limits.loop_lag_s, open_descriptors)
         self._completions = Completions(
             gate=self._gate,
             transport=self._fleet.transport,
@@ -111,6 +113,7 @@ class Router:
             limits=self._args.limits,
             books=self._books,
             money=self._money,
+            overload=self._overload,
             on_audit=self._observer.audit,
             clock=time.monotonic,
         )
@@ -127,6 +130,7 @@ class Router:
             metrics=self._observer.metrics,
             clock=time.monotonic,
             on_tables=self._take_tables,
+            on_lag=self._overload.note_lag,
         )
         self._fleet.start()
         self._uplink.start()
@@ -267,6 +271,8 @@ class Router:
             self._observer.pool(pool, self._gate, self._tickets.error_ratio(pool))
         self._observer.metrics.router_peers.set(self._peers.count)
         self._observer.metrics.usage_backlog.set(self._usage.backlog)
+        self._observer.metrics.bodies_bytes.set(self._completions.bodies.held_bytes)
+        self._observer.metrics.open_descriptors.set(self._overload.open_descriptors)
         return self._observer.families()
 
     async def _tell_limits(self, limits: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ DELETE /admin/keys/{key_id}            revoke for good
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -38,6 +39,8 @@ Wanted = TypeVar("Wanted", bound=BaseModel)
 ClassName = Literal["critical", "standard", "sheddable"]
 
 MAX_BODY_BYTES: Final = 65_536
+# Longer than a report over a large ledger takes.
+CONTROL_S: Final = 60.0
 OVERLAP_S: Final = float(DAY_S)
 _LONGEST_S: Final = 10 * 366 * DAY_S
 
@@ -267,13 +270,17 @@ def actor(caller: KeyRecord) -> Actor:
 
 
 async def from_control(answer: Awaitable[Result]) -> Result:
-    """Await Control; whatever goes wrong there is a 503 here.
+    """Await Control for at most CONTROL_S; whatever goes wrong there is a 503 here.
+
+    Serve keeps a call for a replica that is not there yet, so that nothing would end the wait for
+    a Control that cannot begin.
 
     Raises:
         Unavailable: Control is away or its database failed.
     """
     try:
-        return await answer
+        async with asyncio.timeout(CONTROL_S):
+            return await answer
     except ApiError:
         raise
     except Exception:

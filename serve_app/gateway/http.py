@@ -7,7 +7,7 @@ Nothing here knows what a completion is. Every function takes ASGI's own ``recei
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -40,9 +40,16 @@ class ClientGone(Exception):
 
 
 async def read_body(
-    scope: Scope, receive: Receive, limit_bytes: int, *, timeout_s: float = 60.0
+    scope: Scope,
+    receive: Receive,
+    limit_bytes: int,
+    *,
+    timeout_s: float = 60.0,
+    on_bytes: Callable[[int], None] | None = None,
 ) -> bytes:
     """Return the request's body, at most ``limit_bytes`` of it.
+
+    ``on_bytes`` is called with the size of each piece that is kept; what it raises is raised.
 
     A body over the limit is refused from its content-length, or when the first byte over
     it arrives. Up to ``limit_bytes`` more are read and thrown away first: a client that
@@ -61,7 +68,7 @@ async def read_body(
                 if declared_bytes <= 2 * limit_bytes:
                     await _discard(receive, declared_bytes)
                 raise _too_large(limit_bytes)
-            return await _collect(receive, limit_bytes)
+            return await _collect(receive, limit_bytes, on_bytes)
     except TimeoutError:
         raise RequestTimeout(
             f"The request body did not arrive within {timeout_s:g} seconds."
@@ -235,17 +242,24 @@ def _response(error: ApiError, headers: dict[str, str] | None = None) -> Respons
     )
 
 
-async def _collect(receive: Receive, limit_bytes: int) -> bytes:
+async def _collect(
+    receive: Receive, limit_bytes: int, on_bytes: Callable[[int], None] | None
+) -> bytes:
     chunks: list[bytes] = []
     size_bytes = 0
     while True:
         chunk, more = await _next_chunk(receive)
         size_bytes += len(chunk)
-        if size_bytes > limit_bytes:
+        try:
+            if size_bytes > limit_bytes:
+                raise _too_large(limit_bytes)
+            if on_bytes is not None:
+                on_bytes(len(chunk))
+        except ApiError:
             chunks.clear()
             if more:
                 await _discard(receive, limit_bytes)
-            raise _too_large(limit_bytes)
+            raise
         chunks.append(chunk)
         if not more:
             return chunks[0] if len(chunks) == 1 else b"".join(chunks)

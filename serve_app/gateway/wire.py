@@ -22,6 +22,8 @@ from serve_app.gateway.prompt import Prompt, chat_prompt, completion_prompt
 
 ServiceTier = Literal["auto", "default", "flex", "priority"]
 
+Sampling = Literal["greedy", "seeded", "random"]
+
 _INT64: Final = 2**63
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -34,7 +36,7 @@ class ParsedRequest:
     texts will be generated: ``n`` for every prompt. ``prompt_bytes`` is the size of the
     prompt's text, ``prompt_token_ids`` its exact length when it came as token ids.
     ``prefix`` is the prompt's start for prefix hashing. ``session`` is the client's hint
-    which requests belong together.
+    which requests belong together. ``sampling`` says how far the answer could be made again.
     """
 
     model: str
@@ -50,6 +52,7 @@ class ParsedRequest:
     user: str | None
     metadata: Mapping[str, str]
     session: str | None
+    sampling: Sampling
     fields: bytes
 
     def body_for_engine(self, model: str) -> bytes:
@@ -314,8 +317,15 @@ def _parsed(
         user=request.safety_identifier or request.user or None,
         metadata=request.metadata or {},
         session=request.prompt_cache_key or request.session_id or None,
+        sampling=_sampling(request),
         fields=fields,
     )
+
+
+def _sampling(request: _Common) -> Sampling:
+    if request.temperature == 0 or request.top_k == 1:
+        return "greedy"
+    return "random" if request.seed is None else "seeded"
 
 
 def _fields_for_engine(raw: dict[str, Any]) -> bytes:

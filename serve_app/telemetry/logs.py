@@ -58,6 +58,8 @@ class RequestLine:
     class_served: str | None = None
     degraded: str | None = None
     attempts: int | None = None
+    continuations: int | None = None
+    not_continued: str | None = None
     finish_reason: str | None = None
     input_tokens: int | None = None
     cached_input_tokens: int | None = None

@@ -98,6 +98,16 @@ class RouterMetrics(ProcessMetrics):
             buckets=LOOP_LAG_BUCKETS_S,
             registry=registry,
         )
+        self.bodies_bytes = Gauge(
+            "headrace_bodies_bytes",
+            "Bytes of the request bodies that this router holds.",
+            registry=registry,
+        )
+        self.open_descriptors = Gauge(
+            "headrace_open_descriptors",
+            "Descriptors that this process has open.",
+            registry=registry,
+        )
         self._declare_requests()
         self._declare_load()
         self.policies = PolicyMetrics(registry)
@@ -173,6 +183,12 @@ class RouterMetrics(ProcessMetrics):
             "headrace_retries_total",
             "Requests moved to another replica before their first byte.",
             ("pool",),
+            registry=registry,
+        )
+        self.continuations_total = Counter(
+            "headrace_continuations_total",
+            "Streams cut by the loss of their engine: `continued` elsewhere, or why not.",
+            ("pool", "outcome"),
             registry=registry,
         )
         self.notices_total = Counter(
@@ -301,6 +317,19 @@ class EngineMetrics(ProcessMetrics):
             ("stage",),
             registry=registry,
         )
+        self.engine_step_wait_seconds = Gauge(
+            "headrace_engine_step_wait_seconds",
+            "How long requests have been in the engine without a step of it; 0 as a rule.",
+            registry=registry,
+        )
+        self.engine_draining = Gauge(
+            "headrace_engine_draining",
+            "1 while the replica takes nothing new since its node is taken away.",
+            registry=registry,
+        )
+        self.engine_simulated = Gauge(
+            "headrace_engine_simulated", "1 for the simulated engine.", registry=registry
+        )
         self.replica_up = Gauge(
             "headrace_replica_up", "1 while the engine can generate.", registry=registry
         )
@@ -322,6 +351,7 @@ class EngineMetrics(ProcessMetrics):
         """
         self.engine_running.set(view.running)
         self.engine_waiting.set(view.waiting)
+        self.engine_draining.set(view.draining)
         self.engine_kv_usage_ratio.set(view.kv_usage_ratio)
         for priority_class, tokens in zip(PriorityClass, view.in_flight_tokens, strict=True):
             self.engine_in_flight_tokens.labels(class_label(priority_class)).set(tokens)
@@ -375,6 +405,12 @@ class ControlMetrics(ProcessMetrics):
             ("pool",),
             registry=registry,
         )
+        self.pool_cold_start_seconds = Gauge(
+            "headrace_pool_cold_start_seconds",
+            "From a replica being wanted to its being there: seen, or scaling.cold_start_s.",
+            ("pool",),
+            registry=registry,
+        )
         self.pool_replicas_needed = Gauge(
             "headrace_pool_replicas_needed",
             "Replicas the demand asks for, by Little's law, before windows, steps and bounds.",
@@ -382,8 +418,9 @@ class ControlMetrics(ProcessMetrics):
             registry=registry,
         )
 
-    def sized(self, pool: PoolName, decision: Decision) -> None:
-        """Set the gauges of a pool's size."""
+    def sized(self, pool: PoolName, decision: Decision, cold_start_s: float) -> None:
+        """Set the gauges of a pool's size and of how long it is taken to grow by one."""
+        self.pool_cold_start_seconds.labels(pool).set(cold_start_s)
         self.pool_replicas_wanted.labels(pool).set(decision.replicas)
         self.pool_replicas_needed.labels(pool).set(decision.needed)
 

@@ -88,12 +88,14 @@ class Uplink:
         metrics: ProcessMetrics,
         clock: Callable[[], float],
         on_tables: Callable[[Tables], None] | None = None,
+        on_lag: Callable[[float], None] | None = None,
     ) -> None:
         self._link = link
         self._beat = beat
         self._families = families
         self._periods_s = (heartbeat_period_s, metrics_period_s)
         self._on_tables = on_tables
+        self._on_lag = on_lag
         self._metrics = metrics
         self._clock = clock
         self._reached_at_s = clock()
@@ -133,7 +135,10 @@ class Uplink:
         while True:
             due_s = self._clock() + LOOP_PROBE_S
             await asyncio.sleep(LOOP_PROBE_S)
-            self._metrics.event_loop_lag_seconds.observe(max(0.0, self._clock() - due_s))
+            lag_s = max(0.0, self._clock() - due_s)
+            self._metrics.event_loop_lag_seconds.observe(lag_s)
+            if self._on_lag is not None:
+                self._on_lag(lag_s)
 
     async def _every(self, period_s: float, exchange: Callable[[], Awaitable[None]]) -> None:
         while True:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from serve_app import cli, haproxy, ray_env
+from tests.stack import ROOT, free_port
 
 FAST = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
 
@@ -69,3 +74,107 @@ def test_a_poorer_environment_is_complained_of(
     found = ray_env.shortcomings(environment)
     assert len(found) == (0 if told is None else 1)
     assert told is None or told in found[0]
+
+
+# HAProxy on the configuration that Ray writes for it
+
+
+CONNECTIONS = 6
+HEALTH = b"GET /-/healthz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+SLOW = b"GET /-/healthz HTTP/1.1\r\nhost: x\r\nx-slow: "
+
+
+@pytest.fixture(scope="module")
+def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[psutil.Process]:
+    """HAProxy as Ray starts it, for few connections and with 0.3 s for headers."""
+    from ray.serve._private.haproxy import HAProxyApi, HAProxyConfig
+    from ray.serve.config import HTTPOptions
+
+    folder = tmp_path_factory.mktemp("h")
+    config = HAProxyConfig(
+        http_options=HTTPOptions(host="127.0.0.1", port=free_port()),
+        maxconn=CONNECTIONS,
+        socket_path=str(folder / "admin.sock"),
+        metrics_socket_path=str(folder / "metrics.sock"),
+        server_state_base=str(folder),
+        server_state_file=str(folder / "state"),
+        stats_port=free_port(),
+        metrics_port=free_port(),
+        is_head=True,
+    )
+    api = HAProxyApi(config, config_file_path=str(folder / "haproxy.cfg"))
+    api._generate_config_file_internal()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), haproxy.HEADERS_S: "0.3"}
+    command = [str(haproxy.program()), "-db", "-f", api.config_file_path]
+    with subprocess.Popen(command, env=environment) as process:
+        try:
+            found = psutil.Process(process.pid)
+            deadline_s = time.monotonic() + 30
+            while len(listening(found)) < 3:
+                assert process.poll() is None
+                assert time.monotonic() < deadline_s, "it listens"
+            yield found
+        finally:
+            process.kill()
+
+
+def listening(process: psutil.Process) -> list[tuple[str, int]]:
+    connections = process.net_connections("tcp")
+    return [each.laddr for each in connections if each.status == psutil.CONN_LISTEN]
+
+
+def connected(door: psutil.Process) -> socket.socket:
+    config = Path(door.cmdline()[-1]).read_text()
+    port = int(config.partition("frontend http_frontend\n    bind 127.0.0.1:")[2].split()[0])
+    return socket.create_connection(("127.0.0.1", port), timeout=30)
+
+
+@pytest.mark.ray
+def test_a_client_that_never_ends_its_headers_is_sent_away(door: psutil.Process) -> None:
+    """Each of its bytes would have moved the bound on: it is on all of them."""
+    with connected(door) as slow:
+        slow.sendall(SLOW)
+        slow.settimeout(0.05)
+        answer = b""
+        deadline_s = time.monotonic() + 30
+        while not answer:
+            assert time.monotonic() < deadline_s, "it is still let in"
+            try:
+                slow.sendall(b"a")
+                answer = slow.recv(4096)
+            except TimeoutError:
+                continue
+    assert answer.startswith(b"HTTP/1.1 408 ")
+
+
+@pytest.mark.ray
+def test_clients_that_say_nothing_do_not_keep_others_out(door: psutil.Process) -> None:
+    """As many as may be connected, and one more: the kernel holds it until there is room."""
+    silent = [connected(door) for _ in range(CONNECTIONS)]
+    slow = [connected(door) for _ in range(CONNECTIONS)]
+    for each in slow:
+        each.sendall(SLOW)
+    with connected(door) as served:
+        served.sendall(HEALTH)
+        assert b"Route table is not populated yet." in served.recv(4096), "HAProxy answers itself"
+    assert {each.recv(4096) for each in silent} == {b""}, "probes of load balancers get no 408"
+    for each in (*silent, *slow):
+        each.close()
+
+
+@pytest.mark.ray
+def test_its_own_pages_are_for_nobody_else(door: psutil.Process) -> None:
+    assert {address for address, _ in listening(door)} == {"127.0.0.1"}
+    assert len(listening(door)) == 3, "clients, metrics, statistics"
+
+
+def test_a_configuration_without_defaults_is_not_served_without_a_bound() -> None:
+    with pytest.raises(haproxy.ConfigurationUnknown):
+        haproxy.amended("global\n    maxconn 5\nlisten x\n", 10)
+
+
+def test_amending_twice_changes_nothing_more() -> None:
+    once = haproxy.amended("global\ndefaults\n    mode http\nlisten stats\n  bind *:8404\n", 10)
+    assert "timeout http-request 10000ms" in once
+    assert "bind 127.0.0.1:8404" in once
+    assert haproxy.amended(once, 10) == once

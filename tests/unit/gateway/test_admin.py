@@ -13,12 +13,14 @@ from starlette.testclient import TestClient
 from starlette.types import Scope
 
 from serve_app.changes import Actor, ChangeQuery, Via
-from serve_app.gateway.admin import KeyAdministration
+from serve_app.errors import Unavailable
+from serve_app.gateway.admin import KeyAdministration, from_control
 from serve_app.gateway.auth import authenticate
 from serve_app.gateway.http import exception_handlers
 from serve_app.keys import KeyRecord, KeyTable, KeyWish, bootstrap_record, new_key
 from serve_app.ledger.store import KeyStore
 from serve_app.ledger.trail import Trail
+from tests.virtual_time import run
 
 ADMIN = "the-admin-key"
 
@@ -193,6 +195,14 @@ def test_without_control_the_answer_is_a_503_to_retry(client: TestClient, keys: 
     assert answer.status_code == 503
     assert "retry-after" in answer.headers
     assert "stack trace" not in answer.text
+
+
+def test_a_control_that_never_answers_is_not_waited_for_without_end() -> None:
+    async def ask() -> None:
+        with pytest.raises(Unavailable):
+            await from_control(asyncio.Event().wait())
+
+    run(ask())
 
 
 def test_a_table_of_new_keys_does_not_need_the_store() -> None:

@@ -78,7 +78,7 @@ def test_a_report_is_json_or_csv(client: TestClient, reporter: Reporter) -> None
     assert reporter.asked == [UsageQuery(("tenant",), 1_767_225_600, 1_767_312_000)]
     text = client.get(f"{where}&format=csv")
     assert text.headers["content-type"].startswith("text/csv")
-    assert text.text.splitlines()[1] == "acme,1,1,1,1,1,1,1,1,0,0.5,1,1,1,1"
+    assert text.text.splitlines()[1] == "acme,1,1,1,1,1,1,1,1,0,0.5,1,1,1,1,1"
 
 
 @pytest.mark.parametrize(

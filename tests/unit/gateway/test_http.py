@@ -108,6 +108,21 @@ async def test_an_endless_chunked_body_is_not_read_to_its_end() -> None:
     assert len(wire.waiting) > 90
 
 
+async def test_a_body_that_is_refused_on_the_way_is_read_to_its_end_and_not_kept() -> None:
+    wire = Wire([b"x" * 10] * 6)
+    kept: list[int] = []
+
+    def room_for_two(size_bytes: int) -> None:
+        if len(kept) == 2:
+            raise RateLimited("no room")
+        kept.append(size_bytes)
+
+    with pytest.raises(RateLimited):
+        await read_body(scope(), wire.receive, LIMIT_BYTES, on_bytes=room_for_two)
+    assert kept == [10, 10]
+    assert wire.waiting == []
+
+
 @pytest.mark.parametrize("value", ["-1", "1e3", "abc", "9" * 30])
 async def test_a_content_length_that_is_no_number_is_refused(value: str) -> None:
     with pytest.raises(InvalidRequest):
