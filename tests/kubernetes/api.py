@@ -17,10 +17,20 @@ from typing import Any, Final
 from urllib.parse import parse_qsl, urlsplit
 
 from tests.kubernetes.certificates import Certificates
+from tests.kubernetes.machines import Machines
 from tests.kubernetes.objects import Document, Objects, Refused
+from tests.kubernetes.rbac import Rbac
 
 JSON_PATCH: Final = "application/json-patch+json"
-LIST_PARAMETERS: Final = {"labelSelector", "resourceVersion", "resourceVersionMatch"}
+MERGE_PATCH: Final = "application/merge-patch+json"
+LIST_PARAMETERS: Final = {
+    "fieldSelector",
+    "labelSelector",
+    "resourceVersion",
+    "resourceVersionMatch",
+}
+NODES_PATH: Final = "/api/v1/nodes"
+NODE_FIELD: Final = "spec.nodeName="
 WATCH_PARAMETERS: Final = {"labelSelector", "resourceVersion", "watch", "timeoutSeconds"}
 WATCH_S: Final = 60.0
 BODY_BYTES_MAX: Final = 1_000_000
@@ -49,8 +59,13 @@ class _Injected:
 class Api:
     """What is asked of the server, and how it is answered. Thread-safe."""
 
-    def __init__(self, objects: Objects) -> None:
+    def __init__(
+        self, objects: Objects, machines: Machines | None = None, rbac: Rbac | None = None
+    ) -> None:
+        """Without ``rbac`` only clients with a certificate are let in, and may do everything."""
         self.objects = objects
+        self.machines = machines or Machines()
+        self.rbac = rbac
         self.answers: list[Answer] = []
         self.violations: list[str] = []
         self._injected: list[_Injected] = []
@@ -76,6 +91,17 @@ class Api:
                 each.body for each in self.answers if each.method == "PATCH" and each.status == 200
             ]
 
+    def authorize(self, method: str, target: str, authorization: str) -> None:
+        """Let a client without a certificate do what its service account may.
+
+        Raises:
+            Refused: 401 if nobody knows its token, 403 if its roles do not say so.
+        """
+        if self.rbac is None:
+            raise Refused(401, "Unauthorized", "no certificate")
+        url = urlsplit(target)
+        self.rbac.check(method, url.path, self.pods_path, authorization)
+
     def answer(self, method: str, target: str, content_type: str, body: bytes) -> Document:
         """Return the answer to a request that is not a watch.
 
@@ -85,6 +111,8 @@ class Api:
         url = urlsplit(target)
         parameters = self._parameters(method, url.query)
         self._run_into_injected(method, url.path)
+        if url.path == NODES_PATH or url.path.startswith(f"{NODES_PATH}/"):
+            return self._node_answer(method, url.path, parameters, content_type, body)
         if url.path == self.ray_cluster_path:
             if method == "GET" and not parameters:
                 return self.objects.ray_cluster()
@@ -94,7 +122,11 @@ class Api:
             if method == "GET" and parameters.keys() <= LIST_PARAMETERS:
                 return self._pod_list(parameters)
         elif url.path.startswith(f"{self.pods_path}/") and not parameters:
-            name = url.path.removeprefix(f"{self.pods_path}/")
+            name, _, part = url.path.removeprefix(f"{self.pods_path}/").partition("/")
+            if part == "eviction" and method == "POST":
+                return self._evict(name, body)
+            if part:
+                raise Refused(400, "BadRequest", f"no such path: {url.path}")
             if method == "GET":
                 return self.objects.pod(name)
             if method == "DELETE":
@@ -102,6 +134,36 @@ class Api:
         else:
             raise Refused(400, "BadRequest", f"no such path: {url.path}")
         raise Refused(405, "MethodNotAllowed", f"{method} {target}")
+
+    def _node_answer(
+        self,
+        method: str,
+        path: str,
+        parameters: Mapping[str, str],
+        content_type: str,
+        body: bytes,
+    ) -> Document:
+        name = path.removeprefix(NODES_PATH).removeprefix("/")
+        if method == "GET" and not name and parameters.keys() <= {"labelSelector"}:
+            return self.machines.listed(parameters.get("labelSelector", ""))
+        if method == "GET" and name and not parameters:
+            return self.machines.get(name)
+        if method == "PATCH" and name and not parameters:
+            if content_type != MERGE_PATCH:
+                raise Refused(415, "UnsupportedMediaType", f"{content_type!r} is no merge patch")
+            return self.machines.patch(name, _json(body))
+        raise Refused(405, "MethodNotAllowed", f"{method} {path} {sorted(parameters)}")
+
+    def _evict(self, name: str, body: bytes) -> Document:
+        wanted = {
+            "apiVersion": "policy/v1",
+            "kind": "Eviction",
+            "metadata": {"name": name, "namespace": self.objects.namespace},
+        }
+        if _json(body) != wanted:
+            raise Refused(400, "BadRequest", f"not the eviction of {name}: {_json(body)}")
+        self.objects.delete_pod(name)
+        return {"kind": "Status", "apiVersion": "v1", "status": "Success", "code": 201}
 
     def watched(self, target: str) -> tuple[int, Mapping[str, str], float] | None:
         """Return from which version, which labels and how long to watch; None for no watch."""
@@ -166,7 +228,18 @@ class Api:
             raise Refused(400, "BadRequest", "resourceVersionMatch without resourceVersion")
         if version is not None and _whole(version, "resourceVersion") > int(self.objects.version):
             raise Refused(504, "Timeout", "Too large resource version")
-        pods = self.objects.select(_labels(parameters.get("labelSelector", "")))
+        selector = parameters.get("labelSelector", "")
+        # A name alone asks for the label, whatever its value.
+        exists = selector if selector and "=" not in selector else None
+        pods = self.objects.select(_labels("" if exists else selector))
+        if exists:
+            pods = [pod for pod in pods if exists in pod["metadata"].get("labels", {})]
+        field = parameters.get("fieldSelector", "")
+        if field and not field.startswith(NODE_FIELD):
+            raise Refused(400, "BadRequest", f"field label not supported: {field}")
+        if field:
+            node = field.removeprefix(NODE_FIELD)
+            pods = [pod for pod in pods if pod["spec"].get("nodeName") == node]
         return {
             "kind": "PodList",
             "apiVersion": "v1",
@@ -182,7 +255,7 @@ def serving(api: Api, certificates: Certificates) -> Iterator[int]:
     server.daemon_threads = True
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=certificates.authority)
     context.load_cert_chain(certificates.server, certificates.server_key)
-    context.verify_mode = ssl.CERT_REQUIRED
+    context.verify_mode = ssl.CERT_REQUIRED if api.rbac is None else ssl.CERT_OPTIONAL
     # The handshake is left to each connection's thread: a client that stalls stalls itself.
     server.socket = context.wrap_socket(
         server.socket, server_side=True, do_handshake_on_connect=False
@@ -214,6 +287,8 @@ def _handler(api: Api) -> type[BaseHTTPRequestHandler]:
             length = int(self.headers.get("content-length") or 0)
             body = self.rfile.read(min(length, BODY_BYTES_MAX))
             try:
+                if not self.connection.getpeercert():  # type: ignore[attr-defined]  # TLS
+                    api.authorize(self.command, self.path, self.headers.get("authorization", ""))
                 watch = api.watched(self.path) if self.command == "GET" else None
                 if watch is not None:
                     self._watch(*watch)

@@ -6,40 +6,52 @@ own. Everything ends with the ``with`` block.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
+import signal
+import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 
+from serve_app import haproxy
 from tests.kubernetes import certificates
 from tests.kubernetes.api import Api, serving
+from tests.kubernetes.head import REDIS_PASSWORD
 from tests.kubernetes.nodes import Node, ray_start
 from tests.kubernetes.objects import Document, Objects
 from tests.kubernetes.operator import HEAD_GROUP, RESOURCES, Operator, running
+from tests.kubernetes.ray_service import RayService, environment
+from tests.redis import Redis
 from tests.stack import Stack, free_port, running_stack
 
-RAY_CLUSTER = Path(__file__).with_name("raycluster.yaml")
 DRAIN_S = 20
+POLL_S = 0.1
+GCS_TIMEOUT_S = 60
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A running cluster. ``stack`` is the service on it, ``api`` what the autoscaler asked."""
+    """A running cluster. ``stack`` is the service on it, ``api`` what the autoscaler asked.
+
+    ``dashboard`` is where Ray's answers.
+    """
 
     stack: Stack
+    dashboard: str
     objects: Objects
     api: Api
     operator: Operator
 
-    def pods(self, group: str = "gpu", phase: str = "Running") -> list[str]:
+    def pods(self, group: str, phase: str = "Running") -> list[str]:
         """Return the names of a group's pods in a phase that are not being deleted."""
         return [
             str(pod["metadata"]["name"])
@@ -47,14 +59,26 @@ class Cluster:
             if pod["status"]["phase"] == phase and "deletionTimestamp" not in pod["metadata"]
         ]
 
-    def engines(self, pool: str) -> dict[str, int]:
-        """Return how many engine replicas of a pool each living pod has."""
+    def replicas(self, deployment: str = "") -> set[int]:
+        """Return the process ids of Serve's replicas on worker pods, or of one deployment's."""
+        return {
+            process.pid
+            for node in self.operator.running().values()
+            if isinstance(node, Node)
+            for process in node.processes()
+            # At times a process bears its actor's name, SERVE_REPLICA::app#deployment#id.
+            if (title := _title(process)).startswith(("ray::ServeReplica:", "ray::SERVE_REPLICA:"))
+            if deployment in title
+        }
+
+    def engines(self, pool: str, group: str) -> dict[str, int]:
+        """Return how many engine replicas of a pool each living pod of a group has."""
         return {
             name: sum(
                 f"ServeReplica:pool-{pool}:Engine" in _title(each) for each in node.processes()
             )
             for name, node in self.operator.running().items()
-            if isinstance(node, Node)
+            if isinstance(node, Node) and self.objects.group_of(name) == group
         }
 
     def deleted(self) -> list[str]:
@@ -75,6 +99,22 @@ class Cluster:
         """Return the first process of the head's namespace, with which all of it ends."""
         return self.stack.processes("ray.scripts.scripts", "--head")[:1]
 
+    @contextmanager
+    def without_head(self) -> Iterator[None]:
+        """Kill the head pod's processes; another one is started when the block ends."""
+        [kubelet] = [
+            process
+            for process in self.stack.processes("tests.kubernetes.head")
+            if process.name() not in ("bash", "unshare", "setpriv")
+        ]
+        kubelet.send_signal(signal.SIGSTOP)
+        try:
+            for process in [*self.heads(), *self.autoscalers()]:
+                process.kill()
+            yield
+        finally:
+            kubelet.send_signal(signal.SIGCONT)
+
     def autoscaler_log(self) -> str:
         """Return what the autoscaler has printed so far."""
         return (self.stack.folder / "autoscaler.log").read_text(errors="replace")
@@ -86,20 +126,21 @@ class Cluster:
 
 @contextmanager
 def running_cluster(
-    document: Mapping[str, Any],
-    *,
-    environment: Mapping[str, str] | None = None,
-    ready_timeout_s: float = 240,
+    service: RayService, *, redis: Redis | None = None, ready_timeout_s: float = 240
 ) -> Iterator[Cluster]:
-    """Start a configuration on a cluster without workers, yield it once it is ready.
+    """Apply a RayService as KubeRay would, yield its cluster once it is ready.
+
+    ``redis`` is where the GCS keeps its state, the head's memory otherwise.
+    Its head has no HAProxy of its own in Kubernetes; here all pods share one address and one port
+    for clients, so the head's is the only one.
 
     Raises:
         StackFailed: it ended, or was not ready in time.
     """
-    objects = Objects(yaml.safe_load(RAY_CLUSTER.read_text()))
+    objects = Objects(service.ray_cluster())
     port, dashboard_port, http_port = free_port(), free_port(), free_port()
     served = {
-        **document,
+        **service.serve_config,
         "proxy_location": "HeadOnly",
         "http_options": {"host": "127.0.0.1", "port": http_port},
     }
@@ -112,19 +153,33 @@ def running_cluster(
             settings = {
                 **_kubernetes(api_port, files),
                 **_identity(head_pod),
+                "RAY_HEAD_POD_NAME": str(head_pod["metadata"]["name"]),
                 "HEADRACE_PORT": str(http_port),
-                **(environment or {}),
+                **_containers_environment(objects.ray_cluster()),
+                **_fault_tolerance(objects, redis),
             }
             command = _head_command(objects, port, dashboard_port)
-            with running_stack(
-                served, environment=settings, command=command, ready_timeout_s=ready_timeout_s
-            ) as stack:
-                operator = Operator(objects, _starter(stack, port))
-                operator.start()
+            operators: list[Operator] = []
+
+            @contextmanager
+            def operating(stack: Stack) -> Iterator[None]:
+                operators.append(Operator(objects, _starter(stack, port)))
+                operators[0].start()
                 try:
-                    yield Cluster(stack, objects, api, operator)
+                    yield
                 finally:
-                    operator.stop()
+                    operators[0].stop()
+
+            with running_stack(
+                served,
+                environment=settings,
+                command=command,
+                fast_path=False,  # what is set is what the pods' containers say
+                beside=operating,
+                ready_timeout_s=ready_timeout_s,
+            ) as stack:
+                dashboard = f"http://127.0.0.1:{dashboard_port}"
+                yield Cluster(stack, dashboard, objects, api, operators[0])
 
 
 def _head_command(objects: Objects, port: int, dashboard_port: int) -> tuple[str, ...]:
@@ -148,9 +203,50 @@ def _starter(stack: Stack, port: int) -> Any:
         resources = pod["metadata"]["annotations"][RESOURCES]
         command = [*ray_start(resources), f"--address=127.0.0.1:{port}"]
         name = str(pod["metadata"]["name"])
-        return Node(command, {**stack.environment, **_identity(pod)}, stack.folder, name)
+        [container] = pod["spec"]["containers"]
+        settings = {**stack.environment, **environment(container), **_identity(pod)}
+        if settings.pop("RAY_REDIS_ADDRESS", None) is not None:
+            # As KubeRay has it where the GCS may come back.
+            settings["RAY_gcs_rpc_server_reconnect_timeout_s"] = "600"
+        _wait_for_gcs(port)
+        return Node(command, settings, stack.folder, name)
 
     return start
+
+
+def _wait_for_gcs(port: int) -> None:
+    """Do what KubeRay's init container of a worker pod does."""
+    deadline_s = time.monotonic() + GCS_TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(POLL_S)
+
+
+def _containers_environment(ray_cluster: Document) -> dict[str, str]:
+    """Return what the head pod's containers and KubeRay tell Ray."""
+    spec = ray_cluster["spec"]
+    [container] = spec["headGroupSpec"]["template"]["spec"]["containers"]
+    program = haproxy.program()
+    assert program is not None, "`make setup` installs it"
+    return {
+        **environment(container),
+        **environment(spec["autoscalerOptions"]),
+        "RAY_AUTH_MODE": spec["authOptions"]["mode"],
+        haproxy.BINARY_PATH: str(program),
+    }
+
+
+def _fault_tolerance(objects: Objects, redis: Redis | None) -> dict[str, str]:
+    """Return what KubeRay makes of gcsFaultToleranceOptions, for the head alone."""
+    if redis is None:
+        return {}
+    metadata = objects.ray_cluster()["metadata"]
+    return {
+        "RAY_REDIS_ADDRESS": redis.address,
+        REDIS_PASSWORD: redis.password,
+        "RAY_external_storage_namespace": str(metadata["uid"]),
+    }
 
 
 def _kubernetes(port: int, files: certificates.Certificates) -> dict[str, str]:
@@ -162,10 +258,12 @@ def _kubernetes(port: int, files: certificates.Certificates) -> dict[str, str]:
         "RAY_KUBERAY_CLIENT_CERT_PATH": str(files.client),
         "RAY_KUBERAY_CLIENT_KEY_PATH": str(files.client_key),
         "RAY_KUBERAY_CA_CERT_PATH": str(files.authority),
-        "RAY_HEAD_POD_NAME": "headrace-head",
         "RAY_USAGE_STATS_KUBERAY_IN_USE": "1",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        # What a busy machine starts slowly is started no sooner by being killed.
+        "RAY_raylet_start_wait_time_s": "120",
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         "AUTOSCALER_METRIC_PORT": str(free_port()),
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(DRAIN_S),
     }

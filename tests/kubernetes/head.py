@@ -23,6 +23,8 @@ from tests.kubernetes.nodes import ray_start
 from tests.stack import _namespace
 
 POLL_S = 0.1
+# What KubeRay calls the variable with it.
+REDIS_PASSWORD = "REDIS_PASSWORD"
 BIN = Path(sys.executable).parent
 
 
@@ -55,6 +57,7 @@ def _run_head(args: argparse.Namespace) -> None:
 
 
 def _head_command(args: argparse.Namespace) -> Sequence[str]:
+    password = os.environ.get(REDIS_PASSWORD)
     return [
         *ray_start(args.resources),
         "--head",
@@ -62,6 +65,7 @@ def _head_command(args: argparse.Namespace) -> Sequence[str]:
         f"--dashboard-port={args.dashboard_port}",
         "--dashboard-host=127.0.0.1",
         "--no-monitor",
+        *(() if password is None else (f"--redis-password={password}",)),
     ]
 
 

@@ -1,0 +1,36 @@
+output "cluster" {
+  value = module.cluster.name
+}
+
+output "karpenter_queue" {
+  value = module.karpenter.queue
+}
+
+output "node_role" {
+  value = module.cluster.node_role
+}
+
+output "models_bucket" {
+  value = module.data.models_bucket
+}
+
+output "postgres_host" {
+  value = module.data.postgres_host
+}
+
+output "postgres_secret" {
+  value = module.data.postgres_secret
+}
+
+output "redis_address" {
+  value = module.data.redis_address
+}
+
+output "redis_password" {
+  value     = module.data.redis_password
+  sensitive = true
+}
+
+output "gpu_groups" {
+  value = module.pools.groups
+}
