@@ -10,6 +10,10 @@ VARIANT ?= cpu
 STEP := scripts/step
 RAY_ENV := set -a; source configs/ray.env; set +a
 OUT ?= out
+# Where the chart is rendered for: kind, gke, eks.
+PROFILE ?= kind
+# Tests that belong together (one engine) stay with one worker.
+WORKERS ?= --numprocesses 2 --dist loadgroup
 
 .PHONY: help
 help: ## List the targets
@@ -31,19 +35,25 @@ serve-sim: setup ## Set up and serve a simulated engine: starts in seconds, need
 
 .PHONY: test
 test: setup ## Set up and run every test except the long proofs
-	@$(STEP) "unit and simulation tests" $(PYTHON) -m pytest -m "not proof" --ignore=tests/e2e tests
+	@$(STEP) "unit and simulation tests" $(PYTHON) -m pytest $(WORKERS) -m "not proof" --ignore=tests/e2e tests
 	@$(STEP) "end-to-end tests" scripts/isolated $(PYTHON) -m pytest -m "not proof" tests/e2e
 
 .PHONY: test-fast
-test-fast: setup ## Run the tests that need neither Ray nor torch (some five minutes)
-	@$(STEP) "fast tests" $(PYTHON) -m pytest -p tests.import_guard --ignore=tests/e2e \
-	  -m "not ray and not model and not proof" tests
+test-fast: setup ## Run the tests that need neither Ray nor torch nor many seconds (a minute)
+	@$(STEP) "fast tests" $(PYTHON) -m pytest $(WORKERS) -p tests.import_guard --ignore=tests/e2e \
+	  -m "not ray and not model and not slow and not proof" tests
 
 .PHONY: proof
 proof: setup ## Run the long forms: properties, chaos, soak (about an hour)
 	@HEADRACE_EXAMPLES_TIMES=20 $(STEP) "properties, twenty times as many new cases" \
 	  $(PYTHON) -m pytest -m "hypothesis and not proof" --ignore=tests/e2e --timeout 3600 tests
+	@# They have no network to fetch one by.
+	@$(PYTHON) scripts/find_redis.py >/dev/null || true
 	@$(STEP) "proofs" scripts/isolated $(PYTHON) -m pytest -m proof tests
+
+.PHONY: drills
+drills: setup ## Run every drill on one simulated stack (some six minutes)
+	@$(STEP) "drills" scripts/isolated .venv/bin/headrace drill --all
 
 .PHONY: mutants
 mutants: setup ## Plant deliberate bugs in the core and see the tests catch every one
@@ -55,6 +65,10 @@ check: setup ## Lint, check formatting, types and the direction of imports
 	@$(STEP) "ruff format" .venv/bin/ruff format --check .
 	@$(STEP) "mypy" .venv/bin/mypy
 	@$(STEP) "import-linter" .venv/bin/lint-imports
+
+.PHONY: audit
+audit: ## Look every locked package up in OSV's database of known vulnerabilities (needs the internet)
+	@$(STEP) "audit" python3 scripts/audit.py
 
 .PHONY: fmt
 fmt: setup ## Format the code and mend what the linter can
@@ -75,6 +89,23 @@ bench-overhead: setup ## Measure the gateway's cost beside its peers (PEERS=1 in
 .PHONY: bench-policies
 bench-policies: setup ## Run the policy scenarios in the simulator and write their report
 	@$(STEP) "policy scenarios" $(PYTHON) -m benchmarks.scenarios --out $(OUT)/scenarios
+
+.PHONY: render
+render: ## Print the manifests of the chart (PROFILE=kind, gke or eks; needs helm or fetches one)
+	@helm=$$(python3 scripts/find_helm.py) && "$$helm" template headrace cluster/charts/headrace \
+	  --namespace serving --values cluster/charts/headrace/values-$(PROFILE).yaml $(ARGS)
+
+.PHONY: chart-schema
+chart-schema: setup ## Write the chart's values.schema.json from scripts/chart_values.py
+	@$(PYTHON) scripts/chart_values.py
+
+.PHONY: kind-up
+kind-up: ## Serve simulated engines on a local Kubernetes (needs docker, kind, kubectl, helm)
+	@scripts/kind up
+
+.PHONY: kind-down
+kind-down: ## Delete that Kubernetes and everything in it
+	@scripts/kind down
 
 .PHONY: lock
 lock: setup ## Resolve requirements/*.lock anew (UPGRADE=1 takes the newest versions)

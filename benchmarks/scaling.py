@@ -113,12 +113,22 @@ def main() -> int:
     parser.add_argument("--only", action="append", metavar="NAME", help="one of the contenders")
     parser.add_argument("--report", type=Path, default=REPORT, help="the page to write")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the figures by seed")
+    parser.add_argument(
+        "--add",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="figures that --json wrote before: those contenders are not run again",
+    )
     args = parser.parse_args()
     knee_per_s, _ = KNEES["chat"]
     scenario = build_scenario("diurnal", default_setup(), knee_per_s)
     results: dict[str, list[dict[str, float]]] = {}
+    for file in args.add:
+        results |= json.loads(file.read_text())
     for name, scaler in scalers(scenario.setup).items():
-        if args.only and name not in args.only:
+        if name in results or (args.only and name not in args.only):
             continue
         for seed in range(args.seeds):
             begun_s = time.monotonic()
@@ -132,7 +142,7 @@ def main() -> int:
         args.json.write_text(json.dumps(results, indent=2) + "\n")
     if args.only:
         return 0
-    text, kept = _page(results, args.seeds)
+    text, kept = _page(results)
     args.report.write_text(text)
     print(text)
     return 0 if kept else 1
@@ -148,7 +158,7 @@ COLUMNS = (
 )
 
 
-def _page(results: Mapping[str, list[dict[str, float]]], seeds: int) -> tuple[str, bool]:
+def _page(results: Mapping[str, list[dict[str, float]]]) -> tuple[str, bool]:
     mean = {
         name: {key: fmean(each[key] for each in runs) for key in runs[0]}
         for name, runs in results.items()
@@ -168,8 +178,8 @@ def _page(results: Mapping[str, list[dict[str, float]]], seeds: int) -> tuple[st
     lines = [
         "# Sizing a pool over a day, simulated",
         "",
-        f"Produced by `python -m benchmarks.scaling`; {seeds} seeds, "
-        f"{ours['requests']:.0f} requests a day, means, in brackets least and most. A day from 0.2 "
+        f"Produced by `python -m benchmarks.scaling`; {ours['requests']:.0f} requests a day, means "
+        "over so many days (seeds from 0), in brackets least and most. A day from 0.2 "
         "to 1.3 of eight replicas' knee in 72 minutes, a replica starts in an unscaled 120 s; all "
         "under the product's admission, which refuses what would be late. Others' windows are "
         "20 times shorter, as the day is. The clairvoyant knows the rate and orders a cold start "
@@ -182,13 +192,15 @@ def _page(results: Mapping[str, list[dict[str, float]]], seeds: int) -> tuple[st
             for (what, limit, value, _), kept in zip(targets, held, strict=True)
         ),
         "",
-        "| scaler | " + " | ".join(title for title, _, _ in COLUMNS) + " | hours / clairvoyant |",
-        "|---" * (len(COLUMNS) + 2) + "|",
+        "| scaler | days | "
+        + " | ".join(title for title, _, _ in COLUMNS)
+        + " | hours / clairvoyant |",
+        "|---" * (len(COLUMNS) + 3) + "|",
     ]
     for name, runs in results.items():
         cells = [_cell([each[key] for each in runs], shape) for _, key, shape in COLUMNS]
         ratio = mean[name]["replica_hours"] / bound["replica_hours"]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {ratio:.3f} |")
+        lines.append(f"| {name} | {len(runs)} | " + " | ".join(cells) + f" | {ratio:.3f} |")
     return "\n".join(lines) + "\n", all(held)
 
 

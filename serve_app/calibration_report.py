@@ -13,7 +13,9 @@ from typing import Any, Final
 
 from serve_app.calibration import Shape
 from serve_app.core.capacity import queue_threshold
-from serve_app.core.knee import Knee, Level, Served, Slo, quantile
+from serve_app.core.knee import Knee, Level, Served, Slo
+from serve_app.core.quantile import quantile
+from serve_app.core.sizing import usd_per_million
 from serve_app.pool_figures import PoolFigures
 
 SAFETY_RATIO: Final = 0.75
@@ -96,6 +98,7 @@ def report(subject: Subject, shape: Shape, slo: Slo, measured: Measured) -> dict
             "queue_wait_mean_s": _round(queued_s / queued) if queued > 0 else 0.0,
             "preemptions": measured.after.preemptions - measured.before.preemptions,
             "kv_peak_ratio": _round(measured.kv_peak_ratio),
+            "start_s": {k: _round(v) for k, v in measured.after.start_s.items()} or NONE_SEEN,
             "step_cost_s": step_costs(measured) or NONE_SEEN,
             "step_fit_error_ratio": _round(measured.after.fit_error_ratio),
             "levels": [_level(level, slo) for level in measured.levels],
@@ -188,15 +191,15 @@ def _prices(subject: Subject, measured: Measured) -> dict[str, float] | str:
         return NOT_PRICED
     level, costs = measured.knee.level, step_costs(measured)
     input_per_s, output_per_s = _rates(level)
-    usd_per_s = subject.usd_per_hour * max(1, measured.after.replicas) / 3600.0
+    replicas = max(1, measured.after.replicas)
+    usd_per_hour = subject.usd_per_hour * replicas
     uncached = sum(each.prompt_tokens - each.cached_prompt_tokens for each in level.served)
     input_s = costs.get("prefill_token", 0.0) * uncached / level.window_s
-    input_ratio = min(1.0, input_s / max(1, measured.after.replicas))
-    million = 1e6 * usd_per_s
+    input_usd = usd_per_hour * min(1.0, input_s / replicas)
     return {
-        "input": _round(million * input_ratio / max(1e-9, input_per_s)),
-        "output": _round(million * (1.0 - input_ratio) / max(1e-9, output_per_s)),
-        "total": _round(million / max(1e-9, input_per_s + output_per_s)),
+        "input": _round(usd_per_million(input_usd, input_per_s)),
+        "output": _round(usd_per_million(usd_per_hour - input_usd, output_per_s)),
+        "total": _round(usd_per_million(usd_per_hour, input_per_s + output_per_s)),
     }
 
 

@@ -45,7 +45,8 @@ class KeyRecord:
     """What is known about a key. Times are wall seconds since the epoch.
 
     ``models`` are the model names it may use, None for all. ``priority_ceiling`` is the
-    most important class it may ask for. ``digest`` is the SHA-256 of the key.
+    most important class it may ask for. ``digest`` is the SHA-256 of the key. ``account`` is
+    the first of the keys that it took the place of, one after the other; None if of none.
     """
 
     key_id: KeyId
@@ -59,6 +60,12 @@ class KeyRecord:
     models: tuple[str, ...] | None = None
     expires_at_s: float | None = None
     revoked_at_s: float | None = None
+    account: KeyId | None = None
+
+    @property
+    def budget_id(self) -> KeyId:
+        """Whose budget it spends: its own, or that of the key it took the place of."""
+        return self.account or self.key_id
 
     def state(self, now_wall_s: float) -> KeyState:
         """Return whether the key is valid at ``now_wall_s``; it expires at its last second."""
@@ -84,10 +91,11 @@ class KeyWish:
     priority_ceiling: PriorityClass = PriorityClass.STANDARD
     models: tuple[str, ...] | None = None
     expires_at_s: float | None = None
+    account: KeyId | None = None
 
 
 def successor(record: KeyRecord, now_wall_s: float) -> KeyWish:
-    """Return the wish for a key that takes this one's place: its scope, its lifetime anew."""
+    """Return the wish for a key that takes this one's place: its scope and account, a new life."""
     lifetime_s = None if record.expires_at_s is None else record.expires_at_s - record.created_at_s
     return KeyWish(
         name=record.name,
@@ -97,6 +105,7 @@ def successor(record: KeyRecord, now_wall_s: float) -> KeyWish:
         priority_ceiling=record.priority_ceiling,
         models=record.models,
         expires_at_s=None if lifetime_s is None else now_wall_s + lifetime_s,
+        account=record.budget_id,
     )
 
 
@@ -118,6 +127,7 @@ def new_key(wish: KeyWish, now_wall_s: float) -> tuple[str, KeyRecord]:
         priority_ceiling=wish.priority_ceiling,
         models=wish.models,
         expires_at_s=wish.expires_at_s,
+        account=wish.account,
     )
     return secret, record
 

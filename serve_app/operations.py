@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import orjson
 from starlette.requests import Request
@@ -13,6 +15,8 @@ from serve_app.completions import Completions
 from serve_app.gateway.auth import require_admin
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+# Below the 10 s for which Prometheus waits by itself.
+SCRAPE_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +54,8 @@ class MetricsCopy:
     async def text(self) -> bytes:
         """Return Prometheus text; the last sample is the copy's age in seconds."""
         try:
-            self._text = await self._scrape()
+            async with asyncio.timeout(SCRAPE_S):
+                self._text = await self._scrape()
             self._taken_at_s = self._clock()
         except Exception:  # noqa: BLE001, S110  # Control away in any way: serve the last copy
             pass

@@ -15,7 +15,8 @@ class PoolFigures:
 
     ``slots`` is how many requests its engines run at once, all ``replicas`` together.
     ``step_s`` is the mean over replicas of what a step takes by part, seconds; empty where
-    engines do not measure. ``kv_usage_ratio`` is the fullest replica's.
+    engines do not measure. ``kv_usage_ratio`` is the fullest replica's, ``start_s`` by stage
+    the slowest one's.
     """
 
     replicas: int = 0
@@ -28,6 +29,7 @@ class PoolFigures:
     fit_error_ratio: float = 0.0
     step_s: Mapping[str, float] = field(default_factory=dict)
     provisional: bool = False
+    start_s: Mapping[str, float] = field(default_factory=dict)
 
 
 def pools_in(text: str) -> dict[str, PoolFigures]:
@@ -39,6 +41,7 @@ def pools_in(text: str) -> dict[str, PoolFigures]:
     sums: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     peaks: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     steps: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    starts: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     replicas: dict[str, set[str]] = defaultdict(set)
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -49,6 +52,9 @@ def pools_in(text: str) -> dict[str, PoolFigures]:
             peaks[pool][sample.name] = max(peaks[pool][sample.name], sample.value)
             if sample.name == "headrace_engine_slots":
                 replicas[pool].add(sample.labels.get("replica", ""))
+            if sample.name == "headrace_start_seconds":
+                stage = sample.labels["stage"]
+                starts[pool][stage] = max(starts[pool][stage], sample.value)
             if sample.name == "headrace_engine_step_cost_seconds":
                 steps[pool][sample.labels["part"]].append(sample.value)
     return {
@@ -63,6 +69,7 @@ def pools_in(text: str) -> dict[str, PoolFigures]:
             fit_error_ratio=peaks[pool]["headrace_engine_step_fit_error_ratio"],
             step_s={part: sum(each) / len(each) for part, each in steps[pool].items()},
             provisional=peaks[pool]["headrace_engine_coefficients_provisional"] > 0,
+            start_s=dict(starts[pool]),
         )
         for pool, names in replicas.items()
     }

@@ -13,7 +13,7 @@ from typing import Any
 
 from serve_app.config import RouterConfig
 from serve_app.config_access import AliasPolicy, ContextPolicy, KeyPolicy, TenantPolicy
-from serve_app.config_policy import PoolPolicy
+from serve_app.config_policy import PoolPolicy, SpotLimits
 from serve_app.core.limits import Limits, Scope, ScopeKind
 from serve_app.core.routing import HeavyPool
 from serve_app.core.types import KeyId, PoolName, PriorityClass, TenantId
@@ -28,7 +28,8 @@ class PoolRule:
     """What the router itself does with a pool's requests.
 
     ``context_tokens`` None means that the KV cache is the only bound known. ``prefixes``
-    says whether the pool, or the one it falls back to, routes by prefixes.
+    says whether the pool, or the one it falls back to, routes by prefixes. ``spot`` bounds
+    what may run in it, if its nodes are spot nodes.
     """
 
     heavy: HeavyPool | None = None
@@ -36,6 +37,7 @@ class PoolRule:
     tokenizer: str | None = None
     exact_above_tokens: int = 8192
     prefixes: bool = False
+    spot: SpotLimits | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,11 @@ class Rules:
             _default_tenant=_tenant(config.default_tenant),
             _keys={KeyId(name): _policy(key) for name, key in config.keys.items()},
         )
+
+    def spot(self, pool: PoolName) -> SpotLimits | None:
+        """Return what bounds a request in a pool, None where its nodes are no spot nodes."""
+        rule = self.pools.get(pool)
+        return None if rule is None else rule.spot
 
     def alias(self, model: str) -> AliasPolicy:
         """Return what stands behind a client's model name.
@@ -182,6 +189,7 @@ def _pool_rule(name: PoolName, pool: PoolPolicy, prefixes: Mapping[PoolName, boo
         context_tokens=pool.prompt.context_tokens,
         tokenizer=pool.prompt.tokenizer,
         exact_above_tokens=pool.prompt.exact_above_tokens,
+        spot=pool.spot,
         prefixes=prefixes[name] or (fallback is not None and prefixes[PoolName(fallback)]),
     )
 

@@ -15,6 +15,7 @@ from typing import Final
 from serve_app.core.calendar import DAY_S
 from serve_app.core.demand import DemandSum, EngineNews, PoolDemand, Wanted
 from serve_app.core.scaling import Decision, ScalingPolicy, ScalingState, decide
+from serve_app.core.start_times import StartTimes
 from serve_app.core.types import PoolName
 
 logger = logging.getLogger("headrace.scaling")
@@ -27,6 +28,7 @@ class _Pool:
     policy: ScalingPolicy
     demand: DemandSum = field(default_factory=DemandSum)
     state: ScalingState = field(default_factory=ScalingState)
+    starts: StartTimes = field(default_factory=StartTimes)
     bounds: tuple[int, int] | None = None
     decision: Decision | None = None
     wanted: Wanted | None = None
@@ -39,9 +41,12 @@ class Scaler:
         self,
         clock: Callable[[], float],
         wall: Callable[[], float],
-        on_decision: Callable[[PoolName, Decision], None],
+        on_decision: Callable[[PoolName, Decision, float], None],
     ) -> None:
-        """``clock`` is monotonic, ``wall`` seconds since the epoch."""
+        """``clock`` is monotonic, ``wall`` seconds since the epoch.
+
+        ``on_decision`` also hears how long a replica is taken to start, seconds.
+        """
         self._clock = clock
         self._wall = wall
         self._on_decision = on_decision
@@ -72,11 +77,13 @@ class Scaler:
         now_s = self._decided_s = self._clock()
         for name, pool in self._pools.items():
             pool.demand.keep(routers)
-            self._decide(
-                now_s, name, pool, [each for each in engines.values() if each.pool == name]
-            )
+            own = {replica: each for replica, each in engines.items() if each.pool == name}
+            self._decide(now_s, name, pool, own)
 
-    def _decide(self, now_s: float, name: PoolName, pool: _Pool, engines: list[EngineNews]) -> None:
+    def _decide(
+        self, now_s: float, name: PoolName, pool: _Pool, own: Mapping[str, EngineNews]
+    ) -> None:
+        engines = own.values()
         bounds = next((each.bounds for each in engines if each.bounds is not None), pool.bounds)
         if bounds is None:
             return
@@ -87,7 +94,8 @@ class Scaler:
         kv_usage_ratio = sum(each.kv_usage_ratio for each in engines) / max(1, len(engines))
         wall_s = self._wall()
         demand = pool.demand.take(now_s, ready, size - ready, kv_usage_ratio)
-        policy = replace(pool.policy, least=bounds[0], most=bounds[1])
+        cold_start_s = pool.starts.estimate_s(pool.policy.cold_start_s)
+        policy = replace(pool.policy, least=bounds[0], most=bounds[1], cold_start_s=cold_start_s)
         decision = decide(policy, pool.state, replace(demand, day_s=wall_s % DAY_S))
         pool.state = decision.state
         pool.decision = decision
@@ -97,4 +105,5 @@ class Scaler:
                 extra={"pool": name, "replicas": decision.replicas, "reason": decision.reason},
             )
         pool.wanted = Wanted(decision.replicas, wall_s)
-        self._on_decision(name, decision)
+        pool.starts.look(now_s, decision.replicas, own)
+        self._on_decision(name, decision, cold_start_s)

@@ -186,6 +186,9 @@ class Tickets:
         )
         pool = choose_pool(ticket, self._rule(terms.pool).heavy)
         rule = self._rule(pool)
+        if rule.spot is not None:
+            max_tokens = min(max_tokens, rule.spot.max_output_tokens * parsed.choices)
+            expected_output = min(expected_output, max_tokens)
         hashes: tuple[int, ...] = ()
         if rule.prefixes:
             hashes = prefix_hashes(parsed.prefix, f"{salt}{terms.adapter or ''}")

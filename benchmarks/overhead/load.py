@@ -10,9 +10,8 @@ import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
 
-from benchmarks.overhead.client import DONE, EVENT, BadAnswer, Connection, Exchange
+from serve_app.load_client import DONE, EVENT, BadAnswer, Exchange, LoadClient
 
 REQUEST_TIMEOUT_S = 120.0
 ERRORS_SHOWN = 3
@@ -60,11 +59,9 @@ class Generator:
     """Sends one workload's requests to one server."""
 
     def __init__(self, url: str, key: str, workload: Workload) -> None:
-        where = urlsplit(url)
-        self._host, self._port = where.hostname or "127.0.0.1", where.port or 80
         self._workload = workload
-        self._before, self._after = _request(where.netloc, key, workload)
-        self._free: list[Connection] = []
+        self._client = LoadClient(url, key)
+        self._before, self._after = _request(self._client, workload)
         self._sent = 0
         self.tally = Tally()
 
@@ -80,14 +77,13 @@ class Generator:
                 await self._open(self._workload.rate_per_s, began_s, duration_s)
         finally:
             gc.enable()
-            for connection in self._free:
-                connection.close()
+            self._client.close()
         self.tally.wall_s = time.perf_counter() - began_s
         return self.tally
 
     def idle(self) -> int:
         """Return how many connections are open and carry no request."""
-        return sum(connection.usable for connection in self._free)
+        return self._client.idle()
 
     async def _closed(self, until_s: float) -> None:
         async def client() -> None:
@@ -112,29 +108,14 @@ class Generator:
         """Send one request that was due then, and count what comes of it."""
         self._sent += 1
         request = b"%b%08d%b" % (self._before, self._sent, self._after)
-        connection: Connection | None = None
         try:
-            connection = await self._connection()
-            answer = await connection.exchange(request, REQUEST_TIMEOUT_S)
+            answer = await self._client.send(request, REQUEST_TIMEOUT_S)
             self._count(answer, due_s)
         except (BadAnswer, OSError) as error:
             self.tally.failures += 1
             if len(self.tally.errors) < ERRORS_SHOWN:
                 self.tally.errors.append(f"{type(error).__name__}: {error}"[:500])
-            if connection is not None:
-                connection.close()
             await asyncio.sleep(0.01)
-        else:
-            if connection.usable:
-                self._free.append(connection)
-
-    async def _connection(self) -> Connection:
-        """Return the connection used last that the server has not closed, or a new one."""
-        while self._free:
-            connection = self._free.pop()
-            if connection.usable:
-                return connection
-        return await Connection.open(self._host, self._port)
 
     def _count(self, answer: Exchange, due_s: float) -> None:
         status, body = answer.body()
@@ -203,7 +184,7 @@ def percentile(values: Sequence[float], ratio: float) -> float | None:
     return ordered[min(len(ordered) - 1, int(ratio * len(ordered)))]
 
 
-def _request(host: str, key: str, workload: Workload) -> tuple[bytes, bytes]:
+def _request(client: LoadClient, workload: Workload) -> tuple[bytes, bytes]:
     """Return what stands before and after a request's number; no two requests are equal."""
     content = "Tell me about the sea and the ships on it, number 00000000."
     body = json.dumps(
@@ -214,10 +195,6 @@ def _request(host: str, key: str, workload: Workload) -> tuple[bytes, bytes]:
             "stream": workload.stream,
         }
     ).encode()
-    head = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}\r\nauthorization: Bearer {key}\r\n"
-        f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-    )
-    before, number, after = (head.encode() + body).partition(_NUMBER)
+    before, number, after = client.request("/v1/chat/completions", body).partition(_NUMBER)
     assert number
     return before, after

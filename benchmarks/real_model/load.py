@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import httpx
+from serve_app.load_client import DONE, LoadClient
 
 TOPICS = (
     *("the tides", "bread", "glaciers", "the printing press", "bees", "railways", "chess"),
@@ -57,15 +57,11 @@ async def measure(
     """
     waiting = list(range(requests))
     answers: list[Answer] = []
-    limits = httpx.Limits(max_connections=concurrency)
-    headers = {"authorization": f"Bearer {key}"}
-    async with httpx.AsyncClient(
-        base_url=base_url, headers=headers, timeout=600, limits=limits
-    ) as client:
+    async with LoadClient(base_url, key) as client:
 
         async def work() -> None:
             while waiting:
-                body = _body(model, waiting.pop(), output_tokens)
+                body = json.dumps(_body(model, waiting.pop(), output_tokens)).encode()
                 answers.append(await _answer(client, body, output_tokens))
 
         started_at_s = time.perf_counter()
@@ -91,30 +87,27 @@ def _body(model: str, number: int, output_tokens: int) -> dict[str, object]:
     }
 
 
-async def _answer(client: httpx.AsyncClient, body: dict[str, object], output_tokens: int) -> Answer:
+async def _answer(client: LoadClient, request: bytes, output_tokens: int) -> Answer:
     started_at_s = time.perf_counter()
-    first_at_s: float | None = None
+    exchange = await client.post("/v1/chat/completions", request)
+    status, body = exchange.body()
+    if status != 200:
+        raise RuntimeError(f"status {status}: {body.decode(errors='replace'):.500}")
+    if not body.endswith(DONE):
+        raise RuntimeError(f"the stream does not end with [DONE]: {body[-500:]!r}")
     counted = 0
-    async with client.stream("POST", "/v1/chat/completions", json=body) as response:
-        if response.status_code != 200:
-            text = (await response.aread()).decode(errors="replace")
-            raise RuntimeError(f"status {response.status_code}: {text:.500}")
-        async for line in response.aiter_lines():
-            if not line.startswith("data: ") or line == "data: [DONE]":
-                continue
-            event = json.loads(line[6:])
+    for line in body.split(b"\n"):
+        if b'"usage"' in line or b'"error"' in line:
+            event = json.loads(line.removeprefix(b"data: "))
             if "error" in event:
                 raise RuntimeError(f"the stream ended with {event['error']}")
-            if event.get("usage"):
-                counted = event["usage"]["completion_tokens"]
-            has_text = event["choices"] and event["choices"][0]["delta"].get("content")
-            if first_at_s is None and has_text:
-                first_at_s = time.perf_counter()
+            counted = (event.get("usage") or {}).get("completion_tokens", counted)
+    first_at_s = exchange.first_text_s()
     if counted != output_tokens or first_at_s is None:
         raise RuntimeError(f"{counted} output tokens came, {output_tokens} were asked for")
     return Answer(
         first_token_s=first_at_s - started_at_s,
-        total_s=time.perf_counter() - started_at_s,
+        total_s=exchange.ended_s - started_at_s,
         output_tokens=counted,
     )
 

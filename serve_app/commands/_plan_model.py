@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, replace
-from math import isfinite
 from typing import TYPE_CHECKING
 
+from serve_app.commands._numbers import positive, share
 from serve_app.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -152,26 +152,6 @@ def engine_is_measured(model: Served, trial: Trial) -> bool:
     return (
         model.shape == LLAMA_8B and model.gpu.name == "H100" and trial.layout.gpus == 1 and as_told
     )
-
-
-def positive(flag: str, value: float | None, most: float = 1e9) -> None:
-    """Check a number that must be above 0, if it is given.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    if value is not None and not (isfinite(value) and 0 < value <= most):
-        raise ConfigError(f"{flag} must be above 0 and at most {most:g}, not {value:g}")
-
-
-def share(flag: str, value: float | None) -> None:
-    """Check a share above 0 and up to 1, if it is given.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    if value is not None and not 0 < value <= 1:
-        raise ConfigError(f"{flag} must be above 0 and at most 1, not {value:g}")
 
 
 def _check_numbers(args: argparse.Namespace) -> None:

@@ -9,7 +9,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serve_app.commands._plan_model import add_model_options, positive, replica, served
+from serve_app.commands._numbers import positive
+from serve_app.commands._plan_config import add_config_options, configured
+from serve_app.commands._plan_model import add_model_options, replica, served
 from serve_app.commands._plan_size import (
     add_price_options,
     add_target_options,
@@ -17,6 +19,7 @@ from serve_app.commands._plan_size import (
     counted,
     gap_warning,
     impossible,
+    pool_line,
 )
 from serve_app.commands._plan_what_if import KEYS, Base, what_if
 from serve_app.errors import ConfigError
@@ -44,6 +47,7 @@ def add_parser(actions: Subparsers) -> None:
         "Replay a trace with the autoscaler in the loop: SLO, replica-hours, dollars, what-ifs.",
         _EXAMPLE,
     )
+    add_config_options(parser)
     parser.add_argument(
         "--trace",
         type=Path,
@@ -84,9 +88,12 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: an argument or the trace is unusable; the message names it.
         CommandFailed: the SLO cannot be kept even by an idle replica.
     """
+    pool_of_file = configured(args)
     _check(args)
     model = served(args)
     engine, trial = replica(model)
+    if pool_of_file is not None and pool_of_file.engine is not None:
+        engine = pool_of_file.engine
     arrivals, profile = _trace(args, engine)
     if args.trace.suffix == ".jsonl":
         engine = replace(engine, blocks_per_hash=_blocks_per_hash(engine))
@@ -102,6 +109,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         out(json.dumps(_document(args, cases, outturns, profile)))
         return 0
+    if pool_of_file is not None:
+        out(pool_line(args, pool_of_file))
     for line in _facts(args, cases[0], pool, profile, len(arrivals)):
         out(line)
     out("")
@@ -167,9 +176,10 @@ def _knee(args: argparse.Namespace, base: Base) -> tuple[Steady, float]:
 def _estimated_knee(
     args: argparse.Namespace, engine: EngineParams, profile: TrafficProfile
 ) -> Steady:
-    from serve_app.core.sizing import Impossible, Target, find_knee
+    from serve_app.core.knee import Slo
+    from serve_app.core.sizing import Impossible, find_knee
 
-    found = find_knee(engine, profile, Target(args.ttft_slo_s, args.tpot_slo_s))
+    found = find_knee(engine, profile, Slo(args.ttft_slo_s, args.tpot_slo_s))
     if isinstance(found, Impossible):
         raise CommandFailed(impossible(found))
     return found.steady

@@ -8,14 +8,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serve_app.commands._plan_model import (
-    Served,
-    add_model_options,
-    positive,
-    replica,
-    served,
-    share,
-)
+from serve_app.commands._numbers import positive, share
+from serve_app.commands._plan_config import Configured, add_config_options, configured
+from serve_app.commands._plan_model import Served, add_model_options, replica, served
 from serve_app.errors import ConfigError
 from serve_app.terminal import CommandFailed, Subparsers, command, note, out
 
@@ -26,6 +21,7 @@ if TYPE_CHECKING:
 
 _EXAMPLE = """\
 headrace plan size --rate-per-s 40 --input-tokens 1200 --output-tokens 200 --usd-per-gpu-hour 2.5
+headrace plan size --config configs/prod.yaml --pool llama-8b --trace trace.csv
 headrace plan size --trace trace.csv --model ./llama-70b --gpu H200 --quantization fp8
 headrace plan size --rate-per-s 6 --input-tokens 900 --output-tokens 230 \\
   --knee-concurrency 24 --stay-s 12"""
@@ -45,6 +41,7 @@ def add_parser(actions: Subparsers) -> None:
         "Say how many replicas a traffic profile takes within an SLO, and what they cost.",
         _EXAMPLE,
     )
+    add_config_options(parser)
     traffic = parser.add_argument_group("traffic", "rates and lengths, or a trace")
     traffic.add_argument(
         "--rate-per-s", type=float, metavar="X", help="requests/s in the busiest minutes (P99)"
@@ -145,6 +142,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from serve_app.core.sizing import pool_cost
 
+    pool = configured(args)
     check_target(args)
     positive("--stay-s", args.stay_s, 10**6)
     if args.stay_s is not None and args.knee_concurrency is None:
@@ -152,6 +150,8 @@ def run(args: argparse.Namespace) -> int:
     profile = _profile(args)
     model = served(args)
     engine, trial = replica(model)
+    if pool is not None and pool.engine is not None:
+        engine = pool.engine
     knee = None if args.knee_concurrency is not None else _found_knee(args, engine, profile)
     state = _at_knee(args, engine, profile, knee)
     size = _size(args, profile, state)
@@ -171,10 +171,20 @@ def run(args: argparse.Namespace) -> int:
         }
         out(json.dumps(document))
         return 0
-    lines = _lines(model, engine, trial, profile) + _knee_lines(args, state, knee)
+    lines = _lines(model, engine, trial, profile)
+    if pool is not None:
+        if pool.engine is not None:
+            lines = [line.replace(" (estimated)", " (configured)") for line in lines]
+        lines.insert(0, pool_line(args, pool))
+    lines += _knee_lines(args, state, knee)
     lines += _size_lines(args, size, state, profile, engine) + _cost_lines(cost, size, gpus)
     out("\n".join(lines))
     return 0
+
+
+def pool_line(args: argparse.Namespace, pool: Configured) -> str:
+    """Return whose figures follow."""
+    return f"pool     {pool.name} of {args.config}; other options count before it"
 
 
 def impossible(found: Impossible) -> str:
@@ -275,9 +285,10 @@ def gap_warning(gap_s: float, at_s: float) -> str:
 
 
 def _found_knee(args: argparse.Namespace, engine: EngineParams, profile: TrafficProfile) -> Knee:
-    from serve_app.core.sizing import Impossible, Target, find_knee
+    from serve_app.core.knee import Slo
+    from serve_app.core.sizing import Impossible, find_knee
 
-    found = find_knee(engine, profile, Target(args.ttft_slo_s, args.tpot_slo_s))
+    found = find_knee(engine, profile, Slo(args.ttft_slo_s, args.tpot_slo_s))
     if isinstance(found, Impossible):
         raise CommandFailed(impossible(found))
     return found

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from serve_app import __version__
+from serve_app.commands._numbers import positive, share
 from serve_app.errors import ConfigError
 from serve_app.terminal import CommandFailed, Subparsers, command, note, out, out_json
 
@@ -96,12 +97,15 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Sweep, print the knee, and write the report and the settings."""
+    import uvloop
+
     url = args.url or os.environ.get("HEADRACE_URL")
     if not url:
         raise ConfigError("say where the pool is: --url URL, or HEADRACE_URL")
     check(args)
     began_s = time.monotonic()
-    subject, shape, slo, measured = asyncio.run(_calibrate(args, url))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        subject, shape, slo, measured = runner.run(_calibrate(args, url))
     _conclude(args, subject, shape, slo, measured)
     note(f"calibrated in {time.monotonic() - began_s:.0f} s")
     return 0
@@ -117,14 +121,11 @@ def check(args: argparse.Namespace) -> None:
         if getattr(args, name) < least:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}")
     for name in ("ttft_s", "tpot_s", "level_s"):
-        if not 0 < getattr(args, name) < float("inf"):
-            raise ConfigError(f"--{name.replace('_', '-')} must be above 0 seconds")
-    if not 0 < args.good_ratio <= 1:
-        raise ConfigError("--good-ratio must be above 0 and at most 1")
+        positive(f"--{name.replace('_', '-')}", getattr(args, name), 3600)
+    share("--good-ratio", args.good_ratio)
     if not 0 <= args.shared_ratio < 1:
         raise ConfigError("--shared-ratio must be at least 0 and below 1")
-    if args.max_concurrency is not None and args.max_concurrency < 1:
-        raise ConfigError("--max-concurrency must be at least 1")
+    positive("--max-concurrency", args.max_concurrency)
     if args.usd_per_hour is not None and not 0 <= args.usd_per_hour < float("inf"):
         raise ConfigError("--usd-per-hour must be at least 0")
 
@@ -134,6 +135,7 @@ async def _calibrate(args: argparse.Namespace, url: str) -> tuple[Subject, Shape
 
     from serve_app.calibration import Endpoint, Plan, Shape
     from serve_app.core.knee import Slo
+    from serve_app.load_client import LoadClient
 
     shape = Shape(
         args.model or args.pool, args.prompt_tokens, args.output_tokens, args.shared_ratio
@@ -141,14 +143,14 @@ async def _calibrate(args: argparse.Namespace, url: str) -> tuple[Subject, Shape
     slo = Slo(args.ttft_s, args.tpot_s, args.good_ratio)
     key = args.key or os.environ.get("HEADRACE_API_KEY")
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(
-        base_url=url, headers=headers, timeout=600.0, limits=limits
-    ) as client:
+    async with (
+        httpx.AsyncClient(base_url=url, headers=headers) as client,
+        LoadClient(url, key) as load,
+    ):
         before = await _pool(client, args.pool)
         if before.running:
             note(f"{args.pool} serves {before.running} requests already: they are in every figure")
-        endpoint = Endpoint(client, shape)
+        endpoint = Endpoint(load, shape)
         await endpoint.learn_lengths()
         plan = Plan(args.max_concurrency or max(1, before.slots), args.requests, args.level_s)
         measured = await _sweep(client, args.pool, endpoint, slo, plan, before)
@@ -251,7 +253,7 @@ def _this_machine() -> str:
 
 
 def _shown(slo: Slo) -> Callable[[Level], None]:
-    from serve_app.core.knee import quantile
+    from serve_app.core.quantile import quantile
 
     def show(level: Level) -> None:
         served = level.served
@@ -286,7 +288,7 @@ def _clear() -> None:
 
 
 def _impossible(level: Level, slo: Slo) -> str:
-    from serve_app.core.knee import quantile
+    from serve_app.core.quantile import quantile
 
     if not level.served:
         return "no request was answered: the pool refuses even one at a time"

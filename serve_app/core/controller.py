@@ -197,14 +197,18 @@ class Controller:
         """End a request whose client left, waiting or dispatched. Unknown ids: no effect."""
         return self._end(request_id, Usage(), Outcome.CANCELLED, now_s)
 
-    def fail(self, request_id: RequestId, replica: ReplicaId, now_s: float) -> list[Effect]:
+    def fail(
+        self, request_id: RequestId, replica: ReplicaId, now_s: float, *, busy: bool = False
+    ) -> list[Effect]:
         """Move a dispatched request that ``replica`` could not serve to another one.
 
-        Only for requests of which no token was delivered. Replicas that failed it are not
-        tried again. Prefers replicas with room; otherwise any live one, since the
-        request was admitted once and must not wait twice. Returns Dispatch, or
-        Reject(NO_REPLICA or RETRY_BUDGET), which ends it. Unknown or waiting ids: no
-        effect of their own.
+        Replicas that failed it are not tried again. Prefers replicas with room; otherwise
+        any live one, since the request was admitted once and must not wait twice. One of
+        which tokens were delivered is continued there: it takes nothing from the retry
+        budget, since a whole replica's streams are cut at once and the caller bounds how
+        often each goes on. One that was only ``busy`` has not failed as far as its breaker
+        goes. Returns Dispatch, or Reject(NO_REPLICA or RETRY_BUDGET), which
+        ends it. Unknown or waiting ids: no effect of their own.
         """
         now_s, effects = self._begin(now_s)
         entry = self._entries.get(request_id)
@@ -212,20 +216,27 @@ class Controller:
             return effects
         pool = self._pools[entry.pool]
         entry.excluded = (*entry.excluded, entry.replica.id, replica)
-        failed = pool.load.release(entry)
-        self._failed(pool, pool.load.replicas.get(replica, failed), now_s, effects)
+        failed = pool.load.lost(entry)
+        judged = pool.load.replicas.get(replica, failed)
+        if busy:
+            judged.breaker.abandoned(now_s)
+        else:
+            self._failed(pool, judged, now_s, effects)
         pool.capacity_changed()
         reason = RejectReason.NO_REPLICA
         dispatch = None
         if pool.load.live:
-            if pool.retries.spend():
+            if entry.tokens or pool.retries.spend():
                 dispatch = pool.move(entry, now_s)
             else:
                 reason = RejectReason.RETRY_BUDGET
         if dispatch is not None:
             effects.append(dispatch)
         else:
-            pool.refund(entry, now_s)
+            if entry.tokens:
+                pool.settle(entry, Usage(), False, now_s)
+            else:
+                pool.refund(entry, now_s)
             self._close(pool, entry)
             effects.append(refuse(pool, entry, reason, now_s))
         self._pump(pool, now_s, effects)

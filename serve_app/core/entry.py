@@ -16,8 +16,10 @@ class Entry:
     ``expected_output`` the same, raised if the answer outgrows it. ``cost`` is what it
     is predicted to cost its tenant, ``charged`` what has been charged so far.
     ``need_tokens`` is the KV room it is accounted with: uncached prompt plus expected
-    output. ``sparse`` says that its tenant was not ahead of its fair share when it asked.
-    The features are what its TTFT was predicted from at dispatch.
+    output. ``resumed_tokens`` are output that another replica delivered, computed again like
+    the prompt by the one that goes on from there. ``sparse`` says that its tenant was not
+    ahead of its fair share when it asked. The features are what its TTFT was predicted from
+    at dispatch.
     """
 
     __slots__ = (
@@ -42,6 +44,7 @@ class Entry:
         "prefill_tokens",
         "rank",
         "replica",
+        "resumed_tokens",
         "sparse",
         "ticket",
         "tokens",
@@ -63,6 +66,7 @@ class Entry:
         self.excluded: tuple[ReplicaId, ...] = ()
         self.sparse = True
         self.tokens = 0
+        self.resumed_tokens = 0
         self.has_first_token = False
         self.uncached_tokens = ticket.prompt_tokens
         self.prefill_tokens = 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, floor, sqrt
+from math import floor, sqrt
 from typing import Final
 
 PEAK_RATIO: Final = 0.99
@@ -160,15 +160,6 @@ def find_knee(levels: Sequence[Level], slo: Slo) -> Knee | None:
     if not above:
         return Knee(level, "bound")
     return Knee(level, "peak" if any(each.holds(slo) for each in above) else "targets")
-
-
-def quantile(values: Sequence[float], ratio: float) -> float:
-    """Return the smallest value that at least ``ratio`` of them do not exceed.
-
-    ``values`` is not empty.
-    """
-    ordered = sorted(values)
-    return ordered[max(0, ceil(ratio * len(ordered)) - 1)]
 
 
 def requests_to_measure(concurrency: int, least: int) -> int:

@@ -275,9 +275,10 @@ class PoolLoad:
         replica.own_tokens_by_class[rank] += need_tokens
         prefill_tokens = 0
         if not entry.has_first_token:
-            replica.own_prompt_tokens += prompt_tokens
-            replica.own_uncached_prompt_tokens += uncached
-            prefill_tokens = min(uncached, self._policy.prefill_knee_tokens)
+            replica.own_prompt_tokens += prompt_tokens + entry.resumed_tokens
+            lacking = uncached + entry.resumed_tokens
+            replica.own_uncached_prompt_tokens += lacking
+            prefill_tokens = min(lacking, self._policy.prefill_knee_tokens)
             replica.own_prefill_by_class[rank] += prefill_tokens
         entry.prefill_tokens = prefill_tokens
         entry.feature_prefill_tokens = replica.own_uncached_prompt_tokens
@@ -346,10 +347,17 @@ class PoolLoad:
             self.shares.tokens[entry.rank] += more_tokens
             self.tenants[tenant].tokens += more_tokens
 
+    def lost(self, entry: Entry) -> Replica:
+        """Undo ``hold``; what was delivered is to be computed again before it goes on."""
+        replica = self.release(entry)
+        entry.has_first_token = False
+        entry.resumed_tokens = entry.tokens
+        return replica
+
     def _prompt_done(self, entry: Entry, replica: Replica) -> None:
         rank, prefill_tokens = entry.rank, entry.prefill_tokens
-        replica.own_prompt_tokens -= entry.ticket.prompt_tokens
-        replica.own_uncached_prompt_tokens -= entry.uncached_tokens
+        replica.own_prompt_tokens -= entry.ticket.prompt_tokens + entry.resumed_tokens
+        replica.own_uncached_prompt_tokens -= entry.uncached_tokens + entry.resumed_tokens
         replica.own_prefill_by_class[rank] -= prefill_tokens
         if replica.live:
             self.shares.prefill[rank] -= prefill_tokens

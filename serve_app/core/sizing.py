@@ -20,8 +20,10 @@ from enum import StrEnum
 from math import ceil, expm1
 from typing import Final
 
+from serve_app.core.calendar import HOUR_S
 from serve_app.core.capacity import in_flight, queue_threshold, replicas_needed, service_s
 from serve_app.core.engine_parts import EngineParams
+from serve_app.core.knee import Slo
 from serve_app.core.savings import MONTH_HOURS
 from serve_app.core.scaling import KV_TARGET_RATIO
 
@@ -53,14 +55,6 @@ class TrafficProfile:
         assert self.output_tokens >= 1
         assert self.input_p95_tokens >= self.input_tokens
         assert 0 <= self.cached_ratio < 1
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """The SLO: 95 % of first tokens, and of mean times per later token, within these."""
-
-    ttft_s: float
-    tpot_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,14 +162,14 @@ def steady(engine: EngineParams, profile: TrafficProfile, concurrency: int) -> S
     )
 
 
-def find_knee(engine: EngineParams, profile: TrafficProfile, target: Target) -> Knee | Impossible:
+def find_knee(engine: EngineParams, profile: TrafficProfile, slo: Slo) -> Knee | Impossible:
     """Return the knee within the targets, or what is impossible of them."""
     first = steady(engine, profile, 1)
-    bound = _exceeded(first, target)
+    bound = _exceeded(first, slo)
     if bound is not None:
         wanted, best = {
-            Bound.TTFT: (target.ttft_s, first.ttft_p95_s),
-            Bound.TPOT: (target.tpot_s, first.tpot_p95_s),
+            Bound.TTFT: (slo.ttft_s, first.ttft_p95_s),
+            Bound.TPOT: (slo.tpot_s, first.tpot_p95_s),
             Bound.KV: (KV_TARGET_RATIO, first.kv_ratio),
         }[bound]
         return Impossible(bound, wanted, best)
@@ -184,11 +178,11 @@ def find_knee(engine: EngineParams, profile: TrafficProfile, target: Target) -> 
     low, high = 1, max(2, int(engine.max_num_seqs / CAP_RATIO) + 1)
     while high - low > 1:
         middle = (low + high) // 2
-        if _exceeded(steady(engine, profile, middle), target) is None:
+        if _exceeded(steady(engine, profile, middle), slo) is None:
             low = middle
         else:
             high = middle
-    beyond = _exceeded(steady(engine, profile, low + 1), target)
+    beyond = _exceeded(steady(engine, profile, low + 1), slo)
     bound = beyond or Bound.SEQUENCES
     return Knee(steady(engine, profile, low), bound)
 
@@ -246,7 +240,7 @@ def pool_cost(usd_per_hour: float, profile: TrafficProfile) -> Cost:
 def usd_per_million(usd_per_hour: float, tokens_per_s: float) -> float:
     """Return dollars per million tokens: 1e6 x hourly cost / (3600 x tokens/s)."""
     assert tokens_per_s > 0
-    return 1e6 * usd_per_hour / (3600.0 * tokens_per_s)
+    return 1e6 * usd_per_hour / (HOUR_S * tokens_per_s)
 
 
 def _prompt_s(engine: EngineParams, profile: TrafficProfile, tokens: float) -> float:
@@ -258,12 +252,12 @@ def _prompt_s(engine: EngineParams, profile: TrafficProfile, tokens: float) -> f
     ) + engine.overhead_s * (chunks - 1)
 
 
-def _exceeded(state: Steady, target: Target) -> Bound | None:
+def _exceeded(state: Steady, slo: Slo) -> Bound | None:
     """Return the first bound that a replica is beyond."""
     if state.kv_ratio > KV_TARGET_RATIO:
         return Bound.KV
-    if state.ttft_p95_s > target.ttft_s:
+    if state.ttft_p95_s > slo.ttft_s:
         return Bound.TTFT
-    if state.tpot_p95_s > target.tpot_s:
+    if state.tpot_p95_s > slo.tpot_s:
         return Bound.TPOT
     return None

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
+from serve_app.core.calendar import HOUR_S
 from serve_app.core.capacity import in_flight
 from serve_app.core.engine_model import EngineParams
 from serve_app.core.policy import PoolPolicy
@@ -31,7 +32,6 @@ CACHE_GROUPS = 16
 """Beginnings that prompts share, where a hit ratio is asked for: few enough to be met soon."""
 PREFILL_KNEE_S = 0.105
 """Prompt tokens sent ahead, as time: the scenarios' 3,500 tokens of an 8B model on an H100."""
-HOUR_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import ceil
 
+from serve_app.core.quantile import quantile
 from serve_app.core.types import Outcome, PriorityClass, RejectReason
 from serve_app.sim.workload import Arrival
 
 PROMPT_WEIGHT, OUTPUT_WEIGHT = 1.0, 2.0
-RANK_SLACK = 1e-9
 
 
 class Question:
@@ -102,12 +101,9 @@ class Run:
 
 
 def percentile(values: Iterable[float], ratio: float) -> float | None:
-    """Return the value at ``ratio`` (nearest rank) of the sorted values; None if there are none."""
-    ordered = sorted(values)
-    if not ordered:
-        return None
-    rank = ceil(ratio * len(ordered) - RANK_SLACK)
-    return ordered[min(len(ordered), max(1, rank)) - 1]
+    """Return the value at ``ratio`` (nearest rank) of the values; None if there are none."""
+    seen = list(values)
+    return quantile(seen, ratio) if seen else None
 
 
 def jain_index(values: Sequence[float]) -> float:

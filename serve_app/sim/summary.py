@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from serve_app.core.calendar import HOUR_S
 from serve_app.core.types import Outcome, PriorityClass
 from serve_app.sim.records import (
     Question,
@@ -73,7 +74,7 @@ def summarise(run: Run, setup: Setup, knee_per_s: float | None = None) -> Figure
         "lost_requests": run.lost_requests,
         "duplicated_tokens": run.duplicated_tokens,
         "degraded_ratio": sum(each.degraded for each in run.questions) / asked,
-        "replica_hours": run.replica_s / 3600.0,
+        "replica_hours": run.replica_s / HOUR_S,
         "simulated_s": run.ended_at_s,
         "requests_per_wall_s": run.offered_attempts / run.wall_s if run.wall_s else None,
         "requests_per_cpu_s": run.offered_attempts / run.cpu_s if run.cpu_s else None,

@@ -24,6 +24,8 @@ from serve_app.sim.records import Run
 from serve_app.sim.setup import Slo
 from serve_app.sim.workload import Arrival
 
+pytestmark = pytest.mark.slow
+
 ENGINE = EngineParams()
 PROFILE = TrafficProfile(20.0, 20.0, 400.0, 60.0, 400.0)
 KNEE = steady(ENGINE, PROFILE, 60)

@@ -31,6 +31,7 @@ def test_jain_is_one_when_even_and_one_over_n_when_one_takes_all() -> None:
     st.dictionaries(st.text(max_size=3), st.floats(0, 1e6), min_size=1, max_size=20),
     st.floats(0, 1e7),
 )
+@pytest.mark.slow
 def test_max_min_shares_use_the_capacity_and_exceed_no_demand(
     demands: dict[str, float], capacity: float
 ) -> None:

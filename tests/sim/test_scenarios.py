@@ -16,6 +16,8 @@ from serve_app.sim.scenarios import KNEES, MIXES, SCENARIOS, build_scenario, def
 from serve_app.sim.setup import Fault, FaultKind
 from serve_app.sim.workload import Arrival
 
+pytestmark = pytest.mark.slow
+
 
 def short_setup() -> object:
     return replace(default_setup(), warmup_s=2.0)

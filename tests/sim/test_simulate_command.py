@@ -11,6 +11,8 @@ import pytest
 from serve_app.commands import simulate
 from serve_app.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 
 def run(*words: str) -> int:
     parser = argparse.ArgumentParser()

@@ -18,6 +18,8 @@ from serve_app.sim.simulator import Simulator, simulate
 from serve_app.sim.summary import summarise
 from serve_app.sim.workload import Lengths, Traffic, arrivals
 
+pytestmark = pytest.mark.slow
+
 MIXED = {PriorityClass.CRITICAL: 0.3, PriorityClass.STANDARD: 0.4, PriorityClass.SHEDDABLE: 0.3}
 
 

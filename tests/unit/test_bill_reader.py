@@ -20,7 +20,7 @@ from serve_app.core.reconciliation import Finding, NodeBill, bills_by_node
 from serve_app.ledger.costs import read_bills
 from serve_app.ledger.database import Database
 from serve_app.ledger.insights import insight
-from serve_app.ledger.opencost import OpenCost
+from serve_app.ledger.opencost import OpenCost, OpenCostUnavailable
 from serve_app.ledger.prices import PriceStore
 from serve_app.ledger.report import report
 from serve_app.ledger.usage import UsageLedger
@@ -28,6 +28,8 @@ from serve_app.telemetry.bill_metrics import BillMetrics
 from serve_app.usage_report import UsageQuery
 from tests.cost_records import Person, Town, period
 from tests.usage_records import HOUR_S, START_S
+
+pytestmark = pytest.mark.slow
 
 ANSWERS = Path(__file__).parent / "ledger" / "opencost_answers"
 HOURS = 24
@@ -261,22 +263,24 @@ async def test_clocks_of_two_nodes_five_seconds_apart_raise_no_alarm(
 @pytest.mark.parametrize(
     ("file", "expected"),
     [
-        ("v1_104_assets.json", {"gpu-1": (2_578_350_000, 1)}),
+        ("opencost_2023_assets.json", {"gpu-1": (2_578_350_000, 1)}),
         (
-            "v1_112_assets.json",
+            "opencost_2024_assets.json",
             {
                 "ip-10-0-0-1.ec2.internal": (38_712_350_000, 8),
                 "ip-10-0-0-2.ec2.internal": (None, None),
+                # 50 minutes of a node: GPUs that were held for the hour will show as a gap.
+                "ip-10-0-0-3.ec2.internal": (670_000_000, Fraction(833_333, 10**6)),
             },
         ),
-        ("v1_121_assets.json", {"gpu-1": (2_578_350_000, 1), "gpu-2": (2_500_000_000, 0)}),
+        ("kubecost_2023_assets.json", {"gpu-1": (2_578_350_000, 1), "gpu-2": (2_500_000_000, 0)}),
     ],
 )
 async def test_answers_of_several_versions_come_to_the_same_bills(
-    opencost: FakeOpenCost, file: str, expected: dict[str, tuple[int | None, int | None]]
+    opencost: FakeOpenCost, file: str, expected: dict[str, tuple[int | None, int | Fraction | None]]
 ) -> None:
     body = (ANSWERS / file).read_text()
-    under_a_ui = "1_121" in file
+    under_a_ui = "kubecost" in file
     opencost.answer = lambda target: (
         (404, "no") if under_a_ui and not target.startswith("/model/") else (200, body)
     )
@@ -286,4 +290,13 @@ async def test_answers_of_several_versions_come_to_the_same_bills(
         name: NodeBill(name, total, None if hours is None else Fraction(hours))
         for name, (total, hours) in expected.items()
     }
+    await client.close()
+
+
+async def test_costs_of_workloads_are_not_taken_for_nodes_bills(opencost: FakeOpenCost) -> None:
+    body = (ANSWERS / "opencost_2025_allocation.json").read_text()
+    opencost.answer = lambda _: (200, body)
+    client = OpenCost(opencost.url, timeout_s=5)
+    with pytest.raises(OpenCostUnavailable, match="no assets"):
+        await client.node_bills(START_S, START_S + HOUR_S)
     await client.close()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import time
 from collections.abc import Callable
 from typing import Any
 
-import httpx
 import pytest
 
 from serve_app.calibration import Endpoint, Plan, Shape, sweep
 from serve_app.calibration_report import Measured, Subject, empty_fields, report, settings
 from serve_app.core.engine_model import EngineModel, EngineParams, EventKind, Sequence
 from serve_app.core.knee import Level, Served, Slo, find_knee
+from serve_app.load_client import Exchange
 from serve_app.pool_figures import PoolFigures, pools_in
 from serve_app.terminal import CommandFailed
 
@@ -70,6 +72,22 @@ async def test_the_knee_of_the_simulated_engine_is_the_analytic_one() -> None:
     assert abs(knee.level.concurrency / analytic_knee() - 1.0) <= 0.03
 
 
+async def test_one_moments_trouble_does_not_bound_the_search() -> None:
+    class Stalls(VirtualEngine):
+        asked = 0
+
+        async def level(self, concurrency: int, *others: Any) -> Level:
+            self.asked += 1
+            level = await super().level(concurrency, *others)
+            return level if self.asked != 3 else Level(concurrency, 1.0, (), refused=40)
+
+    levels = await sweep(Stalls(), SLO, PLAN, lambda _: None, lambda *_: None)
+    assert [level.concurrency for level in levels[:4]] == [1, 2, 4, 8]
+    knee = find_knee(levels, SLO)
+    assert knee is not None
+    assert abs(knee.level.concurrency / analytic_knee() - 1.0) <= 0.03
+
+
 async def test_a_sweep_ends_where_more_load_serves_no_more() -> None:
     generous = Slo(ttft_s=1e6, tpot_s=1e6)
 
@@ -93,44 +111,45 @@ class FakeService:
         self.refused, self.status = refused, status
         self.asked = self.open = self.most = self.cut = 0
 
-    async def __call__(self, request: httpx.Request) -> httpx.Response:
-        import json
-
-        body = json.loads(request.content)
+    async def post(self, path: str, body: bytes) -> Exchange:
+        assert path == "/v1/chat/completions"
+        asked = json.loads(body)
         self.asked += 1
         if self.asked % self.refused == 0:
-            error = {"error": {"message": "no room", "code": "queue_full"}}
-            return httpx.Response(self.status, json=error)
-        words = len(body["messages"][0]["content"].split())
-        return httpx.Response(200, stream=Stream(self, 10 + 2 * words, body["max_tokens"]))
+            error = json.dumps({"error": {"message": "no room", "code": "queue_full"}}).encode()
+            return exchange(self.status, [error])
+        self.open += 1
+        self.most = max(self.most, self.open)
+        try:
+            prompt_tokens = 10 + 2 * len(asked["messages"][0]["content"].split())
+            return await self._stream(prompt_tokens, asked["max_tokens"])
+        finally:
+            self.open -= 1
+
+    async def _stream(self, prompt_tokens: int, tokens: int) -> Exchange:
+        began_s = time.perf_counter()
+        await asyncio.sleep(0.001 * tokens)
+        writes = [b'data: {"choices":[{"delta":{"role":"assistant","content":""}}]}\n\n']
+        writes += [b'data: {"choices":[{"delta":{"content":"word"}}]}\n\n'] * tokens
+        if self.cut:
+            writes.append(b'data: {"error":{"message":"the engine is gone"}}\n\n')
+        else:
+            counts = b'{"prompt_tokens":%d,"completion_tokens":%d}' % (prompt_tokens, tokens)
+            writes += [b'data: {"choices":[],"usage":%b}\n\n' % counts, b"data: [DONE]\n\n"]
+        return exchange(200, writes, began_s)
 
 
-class Stream(httpx.AsyncByteStream):
-    def __init__(self, service: FakeService, prompt_tokens: int, tokens: int) -> None:
-        self.service, self.prompt_tokens, self.tokens = service, prompt_tokens, tokens
-        service.open += 1
-        service.most = max(service.most, service.open)
-
-    async def __aiter__(self) -> Any:
-        yield b'data: {"choices":[{"delta":{"role":"assistant","content":""}}]}\n\n'
-        for _ in range(self.tokens):
-            await asyncio.sleep(0.001)
-            yield b'data: {"choices":[{"delta":{"content":"word"}}]}\n\n'
-        if self.service.cut:
-            yield b'data: {"error":{"message":"the engine is gone"}}\n\n'
-            return
-        usage = b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":0}'
-        yield b'data: {"choices":[],"usage":' + usage % (self.prompt_tokens, self.tokens) + b"}\n\n"
-        yield b"data: [DONE]\n\n"
-
-    async def aclose(self) -> None:
-        self.service.open -= 1
+def exchange(status: int, writes: list[bytes], began_s: float = 0.0) -> Exchange:
+    """Return an answer of which every write came by itself, the last one now."""
+    head = b"HTTP/1.1 %d x\r\ncontent-length: %d\r\n\r\n" % (status, sum(map(len, writes)))
+    step_s = (time.perf_counter() - began_s) / len(writes)
+    times_s = [began_s + step_s * number for number in range(1, len(writes) + 1)]
+    return Exchange([head + writes[0], *writes[1:]], times_s)
 
 
 def endpoint(service: FakeService, **changes: Any) -> Endpoint:
-    client = httpx.AsyncClient(transport=httpx.MockTransport(service), base_url="http://here")
     shape = Shape(**{"model": "m", "prompt_tokens": 210, "output_tokens": 4} | changes)
-    return Endpoint(client, shape)
+    return Endpoint(service, shape)
 
 
 async def test_a_level_keeps_its_clients_busy_and_prompts_have_their_length() -> None:
@@ -174,6 +193,9 @@ headrace_engine_slots{pool="chat",replica="b"} 64
 headrace_engine_slots{pool="code",replica="c"} 8
 # TYPE headrace_engine_running gauge
 headrace_engine_running{pool="chat",replica="a"} 3
+# TYPE headrace_start_seconds gauge
+headrace_start_seconds{pool="chat",replica="a",stage="load"} 30
+headrace_start_seconds{pool="chat",replica="b",stage="load"} 41
 # TYPE headrace_engine_step_cost_seconds gauge
 headrace_engine_step_cost_seconds{part="step",pool="chat",replica="a"} 0.006
 headrace_engine_step_cost_seconds{part="step",pool="chat",replica="b"} 0.008
@@ -192,6 +214,7 @@ def test_pools_are_read_from_the_metrics_of_all_their_replicas() -> None:
     assert pools.keys() == {"chat", "code"}
     assert (chat.replicas, chat.slots, chat.running) == (2, 128, 3)
     assert chat.step_s == {"step": pytest.approx(0.007)}
+    assert chat.start_s == {"load": 41.0}
     assert chat.provisional
     assert (chat.queued, chat.queued_s) == (4, 2.5)
 

@@ -137,7 +137,7 @@ def test_an_unknown_field_names_its_path_and_the_nearest_known_name(tmp_path: Pa
         (
             "args.replicas",
             {"num_replicas": -1},
-            "applications[2].args.replicas.num_replicas: must be greater than or equal to 0; "
+            "applications[2].args.replicas.num_replicas: must be greater than or equal to 1; "
             "got -1",
         ),
         (
@@ -540,3 +540,33 @@ def test_a_pool_begins_between_its_bounds(tmp_path: Path) -> None:
     [line] = problems(tmp_path, scaled({"min_replicas": 4, "max_replicas": 2}, {}))
     assert "min_replicas must be at most max_replicas" in line
     assert loaded(tmp_path, scaled({"min_replicas": 1, "max_replicas": 4}, {})).pools["sim"]
+
+
+def test_a_pool_of_a_fixed_size_is_not_empty(tmp_path: Path) -> None:
+    """Ray Serve refuses it when it is deployed, after the others are running."""
+    content = document()
+    content["applications"][1]["args"]["replicas"] = {"num_replicas": 0}
+    [line] = problems(tmp_path, content)
+    assert "applications[1].args.replicas" in line
+    assert "autoscale: {min_replicas: 0, max_replicas: N}" in line
+
+
+def test_what_runs_on_spot_nodes_ends_within_their_notice(tmp_path: Path) -> None:
+    def spotted(pool: Any, policy: Any) -> Any:
+        written = document()
+        written["applications"][1]["args"]["spot"] = pool
+        pools = written["applications"][2]["deployments"][0]["user_config"]["pools"]
+        pools["sim"] = {**(pools["sim"] or {}), "spot": policy}
+        return written
+
+    bounds = {"max_output_tokens": 1024, "max_stream_s": 115}
+    assert loaded(tmp_path, spotted({"notice_s": 120}, bounds)).warnings == ()
+    [line] = problems(tmp_path, spotted({"notice_s": 30}, bounds))
+    assert "user_config.pools.sim.spot.max_stream_s: 115 s does not end within" in line
+    assert line.endswith("at most 27 s")
+    [line] = problems(tmp_path, spotted(None, bounds))
+    assert line.endswith("Set applications[1].args.spot.notice_s as well")
+    [warned] = loaded(tmp_path, spotted({"notice_s": 30}, None)).warnings
+    assert "pools.sim.spot: not set" in warned
+    [line] = problems(tmp_path, spotted({"source": "file"}, None))
+    assert "file goes with `source: file`, and that needs it" in line

@@ -14,6 +14,8 @@ import pytest
 
 from tests.stack import ROOT, can_isolate
 
+pytestmark = pytest.mark.slow
+
 ISOLATED = ROOT / "scripts" / "isolated"
 PLAIN = {name: value for name, value in os.environ.items() if name != "HEADRACE_ISOLATED"}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from serve_app.cli import main
+from tests.stack import ROOT
 
 FLEET = ("--min-replicas", "1", "--max-replicas", "4", "--cold-start-s", "10")
 
@@ -131,3 +132,14 @@ def test_an_slo_that_an_idle_replica_misses_is_impossible(
     status, _, error = run(capsys, "--trace", trace, "--what-if", "step-time=20")
     assert status == 1
     assert "--what-if step-time=20: impossible TPOT SLO" in error
+
+
+def test_a_pool_of_a_configuration_is_replayed(
+    capsys: pytest.CaptureFixture[str], trace: str
+) -> None:
+    words = ("--trace", trace, "--config", str(ROOT / "configs" / "sim.yaml"), "--fixed", "1")
+    status, text, error = run(capsys, *words, "--cold-start-s", "10", "--max-replicas", "4")
+    assert (status, error) == (0, "")
+    assert text.startswith("pool     sim of")
+    assert "0.85 of it planned with; 1 to 4 replicas, cold start 10 s" in text
+    assert "$ vs first" in text, "the file has the price"

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from serve_app.cli import main
 from tests.checkpoints import write_checkpoint
+from tests.stack import ROOT
 
 CHAT = ("--rate-per-s", "118", "--input-tokens", "1155", "--output-tokens", "211")
 
@@ -137,3 +139,88 @@ def test_traffic_must_be_given(capsys: pytest.CaptureFixture[str]) -> None:
     status, _, error = run(capsys, "--rate-per-s", "5")
     assert status == 2
     assert "--input-tokens is missing; give it, or a --trace" in error
+
+
+def configuration(tmp_path: Path, **changes: object) -> Path:
+    """Write one pool of a 70B model on two GPUs, with bounds, a price and a measured knee."""
+    document = yaml.safe_load((ROOT / "configs" / "sim.yaml").read_text())
+    control, pool, gateway = document["applications"]
+    model = str(write_checkpoint(tmp_path / "llama-70b"))
+    control["args"]["costs"]["instances"]["sim"] = {"usd_per_hour": 7.0}
+    pool["args"]["engine"] = {
+        "kind": "vllm",
+        "model": model,
+        "quantization": "fp8",
+        "tensor_parallel_size": 2,
+        "max_num_seqs": 128,
+        "max_model_len": 16_384,
+    }
+    pool["args"]["replicas"] = {
+        "num_replicas": 3,
+        "num_gpus": 2,
+        "autoscale": {"min_replicas": 3, "max_replicas": 40},
+    }
+    policy = gateway["deployments"][0]["user_config"]["pools"]["sim"]
+    policy["scaling"] = {"knee_concurrency": 40, "safety_ratio": 0.8} | changes
+    file = tmp_path / "stack.yaml"
+    file.write_text(yaml.safe_dump(document))
+    return file
+
+
+def test_a_pool_of_a_configuration_stands_for_the_options(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = str(configuration(tmp_path))
+    status, text, error = run(capsys, *CHAT, "--config", file, "--json")
+    assert (status, error) == (0, "")
+    document = json.loads(text)
+    assert document["gpus_per_replica"] == 2
+    assert document["knee"]["concurrency"] == 40
+    assert document["calibration"]["max_num_seqs"] == 128
+    replicas = document["size"]["replicas"]
+    # The price of the instance is that of both its GPUs.
+    assert document["cost"]["usd_per_hour"] == pytest.approx(replicas * 7.0)
+    _, same, _ = run(
+        capsys, *CHAT, "--model", str(tmp_path / "llama-70b"), "--quantization", "fp8",
+        "--tensor-parallel", "2", "--max-num-seqs", "128", "--context-tokens", "16384",
+        "--knee-concurrency", "40", "--safety-ratio", "0.8", "--usd-per-gpu-hour", "3.5",
+        "--min-replicas", "3", "--max-replicas", "40", "--concurrency", "1", "--json",
+    )  # fmt: skip
+    assert json.loads(same) == document
+
+
+def test_an_option_counts_before_the_configuration_even_at_its_default(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ("--config", str(configuration(tmp_path)), "--pool", "sim", "--json")
+    own = ("--safety-ratio", "0.75", "--min-replicas", "1", "--usd-per-gpu-hour", "1")
+    low = ("--rate-per-s", "0.1", "--input-tokens", "100", "--output-tokens", "10")
+    least = json.loads(run(capsys, *low, *words)[1])
+    assert least["size"]["replicas"] == 3, "the file's autoscale.min_replicas"
+    told = json.loads(run(capsys, *low, *words, *own)[1])
+    assert told["size"]["replicas"] == 1
+    assert told["cost"]["usd_per_hour"] == pytest.approx(2.0)
+
+
+def test_a_simulated_pools_engine_is_the_configured_one(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    document = yaml.safe_load((ROOT / "configs" / "sim.yaml").read_text())
+    document["applications"][1]["args"]["engine"] |= {"weights_s": 0.02, "kv_blocks": 9000}
+    file = tmp_path / "stack.yaml"
+    file.write_text(yaml.safe_dump(document))
+    status, text, _ = run(capsys, *CHAT, "--config", str(file))
+    assert status == 0
+    assert text.startswith(f"pool     sim of {file}")
+    assert "max(20.00 ms" in text
+    assert "144,000 tokens of KV (configured)" in text
+
+
+def test_a_pool_that_is_not_there_is_named_with_those_that_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    prod = str(ROOT / "configs" / "prod.yaml")
+    assert "which pool? --pool is one of llama-70b, llama-8b" in run(capsys, "--config", prod)[2]
+    status, _, error = run(capsys, "--config", prod, "--pool", "x")
+    assert (status, "there is no pool 'x'" in error) == (2, True)
+    assert "--pool names a pool of a configuration" in run(capsys, *CHAT, "--pool", "x")[2]

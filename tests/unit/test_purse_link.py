@@ -35,6 +35,8 @@ from serve_app.treasury import MoneyBell, Treasury
 from serve_app.usage import encode
 from tests.usage_records import START_S, charge, record
 
+pytestmark = pytest.mark.slow
+
 ACME = BudgetKey(BudgetScope.TENANT, "acme")
 KEY = BudgetKey(BudgetScope.KEY, "k1")
 # A token out costs a thousand nano-dollars.
@@ -183,8 +185,13 @@ async def test_of_two_who_hold_too_little_one_gets_enough(tmp_path: Path) -> Non
         numbers = [(await site.reserve(place, 500))[0] for place in (0, 1)]
         for place, number in enumerate(numbers):
             site.links[place].purses.void(charge(number).request_id)
-        answers = await asyncio.gather(*(site.reserve(place, 800) for place in (0, 1)))
-        assert [answer for _, answer in answers].count(Reserved(800)) == 1
+        answers: list[Reserved | Overdrawn | None] = []
+        # On a busy machine neither gives back in time: both are told to ask again, and do.
+        async with asyncio.timeout(20):
+            while Reserved(800) not in answers:
+                both = await asyncio.gather(*(site.reserve(place, 800) for place in (0, 1)))
+                answers = [answer for _, answer in both]
+        assert answers.count(Reserved(800)) == 1
 
 
 async def test_the_strictest_of_several_budgets_holds(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ class Desk:
         self.scaler = Scaler(
             lambda: self.now_s,
             lambda: 5e8 + self.now_s,
-            lambda _, made: self.decisions.append(made),
+            lambda _, made, cold_start_s: self.decided(made, cold_start_s),
         )
 
     def run(self, for_s: int, rate_per_s: int, *, queued: int = 0) -> None:
@@ -39,6 +39,10 @@ class Desk:
             self.scaler.hear("router", {CHAT: (told, POLICY)})
             news = {f"e{n}": EngineNews(CHAT, 0.1, self.bounds) for n in range(self.engines)}
             self.scaler.decide({"router": None}, news)
+
+    def decided(self, made: Decision, cold_start_s: float) -> None:
+        self.decisions.append(made)
+        self.cold_start_s = cold_start_s
 
     @property
     def wanted(self) -> int | None:
@@ -100,3 +104,12 @@ def test_it_decides_once_a_period_however_many_heartbeats_come() -> None:
         if desk.scaler.due:
             desk.scaler.decide({"router": None}, {"e": EngineNews(CHAT, 0.1, (0, 8))})
     assert len(desk.decisions) in (4, 5)
+
+
+def test_a_start_that_was_seen_counts_for_the_next_ones() -> None:
+    desk = Desk()
+    desk.run(60, 35)
+    assert (desk.wanted, desk.cold_start_s) == (4, POLICY.cold_start_s)
+    desk.engines = 4
+    desk.run(5, 35)
+    assert 50 < desk.cold_start_s < 60, "as long as they were waited for"

@@ -1,12 +1,16 @@
-"""Routers and Control's desk on one loop: what waits, what is fetched, what is told."""
+"""Routers and Control's desk on one loop: what waits, what is fetched, what is told.
+
+Time is virtual: on a busy machine what is fetched would come too late, and be unavailable.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
@@ -17,6 +21,17 @@ from serve_app.errors import ApiError
 from serve_app.granter import GrantDesk
 from serve_app.limiter import RouterLimits
 from serve_app.slices_link import SlicesLink
+from tests.virtual_time import in_virtual_time
+
+
+@pytest.fixture(autouse=True)
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread takes real time. The store is in memory, and waits for nothing."""
+
+    async def at_once(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        return function(*arguments, **named)
+
+    monkeypatch.setattr(asyncio, "to_thread", at_once)
 
 
 class Clock:
@@ -99,14 +114,6 @@ class Fleet:
             taken = await self.routers[router].fetch(*wanted, short=taken)
         return taken[1]
 
-    async def insist(self, router: int, *scopes: Scope) -> ApiError | None:
-        """Ask again while limits cannot be looked up: where the machine is busy that happens."""
-        for _ in range(20):
-            answer = await self.ask(router, *scopes)
-            if answer is None or answer.code != "limits_unavailable":
-                break
-        return answer
-
 
 async def desk_of(record: Record, clock: Clock) -> GrantDesk:
     desk = GrantDesk(record, clock, forget_after_s=30.0)
@@ -141,6 +148,7 @@ def scope(name: str = "k", **limits: int) -> Scope:
     return Scope(ScopeKind.KEY, name, Limits(**limits))
 
 
+@in_virtual_time
 async def test_one_router_is_handed_the_whole_limit_once_and_then_decides_alone() -> None:
     async with fleet(1) as site:
         key = scope(requests_per_min=3)
@@ -156,19 +164,21 @@ async def test_one_router_is_handed_the_whole_limit_once_and_then_decides_alone(
 
 
 @pytest.mark.parametrize("kind", ["requests_per_min", "tokens_per_min", "concurrent"])
+@in_virtual_time
 async def test_a_thousand_requests_through_four_routers_get_the_whole_limit_and_no_more(
     kind: str,
 ) -> None:
     async with fleet(4) as site:
         key, began_at_s = scope(**{kind: 800}), site.clock()
         shares = random.Random(5).choices(range(4), weights=[8, 4, 2, 1], k=1000)
-        answers = await asyncio.gather(*(site.insist(router, key) for router in shares))
+        answers = await asyncio.gather(*(site.ask(router, key) for router in shares))
         granted = sum(answer is None for answer in answers)
         drained = 0 if kind == "concurrent" else (site.clock() - began_at_s) * 800 / 60
         assert 0.99 * 800 <= granted <= 800 + drained
         assert {answer.code for answer in answers if answer} == {"rate_limit_exceeded"}
 
 
+@in_virtual_time
 async def test_a_recall_that_takes_long_is_asked_for_again_however_busy_the_router_is() -> None:
     class Slow:
         """A Control whose recalls never come back."""
@@ -200,6 +210,7 @@ async def test_a_recall_that_takes_long_is_asked_for_again_however_busy_the_rout
     await link.stop()
 
 
+@in_virtual_time
 async def test_a_slot_that_another_router_does_not_need_is_fetched() -> None:
     async with fleet(2) as site:
         key = scope(concurrent=1)
@@ -210,6 +221,7 @@ async def test_a_slot_that_another_router_does_not_need_is_fetched() -> None:
         assert await site.ask(1, key) is None
 
 
+@in_virtual_time
 async def test_without_control_a_limit_never_seen_is_503_and_one_held_goes_on() -> None:
     async with fleet(2) as site:
         key = scope(requests_per_min=10)
@@ -226,6 +238,7 @@ async def test_without_control_a_limit_never_seen_is_503_and_one_held_goes_on() 
         assert codes == {"limits_unavailable"}, "the other router's part may be unused"
 
 
+@in_virtual_time
 async def test_a_new_control_takes_over_what_is_held_and_the_old_one_grants_no_more() -> None:
     async with fleet(2) as site:
         key, began_at_s = scope(requests_per_min=100), site.clock()
@@ -242,6 +255,7 @@ async def test_a_new_control_takes_over_what_is_held_and_the_old_one_grants_no_m
             await old.exchange(Message("router-0", 1, 99))  # type: ignore[arg-type]
 
 
+@in_virtual_time
 async def test_a_router_that_stops_gives_everything_back_at_once() -> None:
     async with fleet(2) as site:
         key = scope(concurrent=2)
@@ -255,6 +269,7 @@ async def test_a_router_that_stops_gives_everything_back_at_once() -> None:
         assert [await site.ask(1, key) for _ in range(2)] == [None, None]
 
 
+@in_virtual_time
 async def test_a_control_that_was_stopped_takes_nobody_for_dead() -> None:
     async with fleet(1) as site:
         assert await site.ask(0, scope(concurrent=2)) is None
@@ -263,6 +278,7 @@ async def test_a_control_that_was_stopped_takes_nobody_for_dead() -> None:
         assert site.line.desk.granter.routers() == ["router-0"]
 
 
+@in_virtual_time
 async def test_a_router_whose_process_is_gone_is_not_waited_for() -> None:
     clock, record = Clock(), Record(routers={"old", "older"})
     alive: set[str] | None = set()
@@ -289,6 +305,7 @@ async def test_a_router_whose_process_is_gone_is_not_waited_for() -> None:
     assert desk.granter.routers() == []
 
 
+@in_virtual_time
 async def test_a_router_that_is_silent_for_long_loses_its_parts() -> None:
     async with fleet(1) as site:
         assert await site.ask(0, scope(concurrent=2)) is None
@@ -306,6 +323,7 @@ async def test_a_router_that_is_silent_for_long_loses_its_parts() -> None:
         await other.stop()
 
 
+@in_virtual_time
 async def test_a_request_that_goes_away_while_it_waits_leaves_nothing() -> None:
     async with fleet(1) as site:
         held = asyncio.Event()

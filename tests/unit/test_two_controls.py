@@ -38,6 +38,8 @@ from tests.control_process import ControlProcess
 from tests.postgres import fresh_database, running_postgres
 from tests.usage_records import START_S, charge, record
 
+pytestmark = pytest.mark.slow
+
 ROUTERS = 4
 ACME = BudgetKey(BudgetScope.TENANT, "acme")
 RATES = Rates(output_nanousd=1000)
@@ -235,8 +237,9 @@ async def test_a_budget_is_never_overspent_by_controls_that_are_stopped_continue
             first.signal(signal.SIGCONT)
             with pytest.raises(ConnectionError, match="another Control"):
                 await first.call("lend", "router-9", [Account(ACME, 0, 0, 0, 1000)])
-            await site.serve_until(site.served + requests // 8)
+            # Only now can what its routers hold be had by the others.
             site.lead(second)
+            await site.serve_until(site.served + requests // 8)
             # One that dies between a grant's commit and its reply, again and again.
             for deaths in range(2):
                 # Meanwhile nothing is spent, or there would be nothing left to die at.

@@ -19,6 +19,8 @@ from serve_app.ledger.usage import UsageLedger
 from tests.cost_records import Person, Town
 from tests.usage_records import HOUR_S, START_S
 
+pytestmark = pytest.mark.slow
+
 TOWN = Town(
     (
         Person("acme", "ann", "small", 30, prompt=800, output=150, engine_ms=300),

@@ -6,6 +6,8 @@ import pytest
 
 from benchmarks.fairness_costs import TENANTS, run, table
 
+pytestmark = pytest.mark.slow
+
 
 def test_measured_engine_time_as_the_cost_gives_each_tenant_its_part_of_the_engines() -> None:
     found = {name: run(name, 1.6, 40.0, 0) for name in ("token weights", "engine seconds")}

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from benchmarks.overhead.client import BadAnswer, Connection, Exchange
 from benchmarks.overhead.config import stack
 from benchmarks.overhead.load import Generator, Workload, check_stream, check_whole, percentile
 from serve_app import config_file
+from serve_app.load_client import BadAnswer, Connection, Exchange, LoadClient
 
 HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 LAST = b"0\r\n\r\n"
@@ -161,6 +161,37 @@ async def test_a_connection_that_the_server_closed_while_it_was_idle_is_not_used
 def test_events_that_share_a_read_are_one_arrival() -> None:
     exchange = Exchange([HEAD, EVENTS[0] + EVENTS[1], EVENTS[2]], [0.0, 1.0, 2.0])
     assert exchange.arrivals() == ([1.0, 2.0], 3)
+
+
+@pytest.mark.parametrize("size", [1, 5, 10_000])
+def test_the_first_text_came_with_the_read_that_completes_it(size: int) -> None:
+    data = HEAD + b"".join(map(chunk, EVENTS)) + LAST
+    reads = [data[at : at + size] for at in range(0, len(data), size)]
+    exchange = Exchange(reads, [float(number) for number in range(len(reads))])
+    ends = data.index(b'"content":" w0') + len(b'"content":"')
+    assert exchange.first_text_s() == ends // size
+    assert Exchange([HEAD + EVENTS[0]], [1.0]).first_text_s() is None
+
+
+async def test_a_connection_whose_answer_nobody_awaits_any_more_is_not_used_again() -> None:
+    async with server([HEAD, *map(chunk, EVENTS), LAST]) as url, LoadClient(url, None) as client:
+        asking = asyncio.create_task(client.post("/v1/x", b"{}"))
+        await asyncio.sleep(0)
+        asking.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asking
+        assert client.idle() == 0
+        exchange = await client.post("/v1/x", b"{}")
+        assert exchange.body() == (200, b"".join(EVENTS))
+        assert client.idle() == 1
+
+
+def test_a_request_says_where_it_goes_and_who_sends_it() -> None:
+    request = LoadClient("http://there:81/base/", "k").request("/v1/x", b"{}")
+    assert request.startswith(b"POST /base/v1/x HTTP/1.1\r\nhost: there:81\r\n")
+    assert b"authorization: Bearer k\r\n" in request
+    assert request.endswith(b"content-length: 2\r\n\r\n{}")
+    assert b"authorization" not in LoadClient("http://there", None).request("/", b"")
 
 
 def test_a_percentile_of_nothing_is_nothing() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from serve_app.core.controller import Controller
-from serve_app.core.policy import PoolPolicy
+from serve_app.core.policy import BreakerPolicy, PoolPolicy
 from serve_app.core.types import (
     Dispatch,
     Effect,
@@ -196,6 +196,45 @@ def test_a_failed_request_moves_to_another_replica_and_never_back() -> None:
     assert third.retry_after_s is not None
     assert core.open_requests() == 0
     assert core.in_flight() == 0
+
+
+def test_a_request_cut_after_tokens_goes_on_past_queue_and_retry_budget() -> None:
+    """It was admitted once; a replica's streams are all cut together, more than any reserve."""
+    policy = PoolPolicy(max_concurrency_per_replica=1, breaker=BreakerPolicy(retry_reserve=0.0))
+    core = controller(policy, "r1", "r2")
+    [first], [second] = (core.offer(ticket(name), 0.0) for name in "ab")
+    assert isinstance(first, Dispatch)
+    assert isinstance(second, Dispatch)
+    assert core.offer(ticket("waits"), 0.0) == []
+    lost, other = first.replicas[0], second.replicas[0]
+    core.progress(lost, [(RequestId("a"), 40)], 0.1)
+    core.forget(lost, 0.2)
+    [moved] = core.fail(RequestId("a"), lost, 0.2)
+    assert isinstance(moved, Dispatch)
+    assert (moved.request_id, moved.replicas) == ("a", (other,))
+    # Prompt and delivered tokens are computed again before the next one comes.
+    [replica] = core.replicas(POOL)
+    assert (replica.own, replica.own_uncached_prompt_tokens) == (2, 100 + 100 + 40)
+    core.progress(other, [(RequestId("a"), 1)], 0.3)
+    assert replica.own_uncached_prompt_tokens == 100
+    core.finish(RequestId("a"), Usage(100, 0, 50), Outcome.COMPLETED, 0.4)
+    core.finish(RequestId("b"), Usage(100, 0, 50), Outcome.COMPLETED, 0.4)
+    core.cancel(RequestId("waits"), 0.5)
+    assert (replica.own, replica.own_uncached_prompt_tokens, replica.own_present_tokens) == (
+        0,
+        0,
+        0,
+    )
+    assert (replica.own_prompt_tokens, core.open_requests()) == (0, 0)
+
+
+def test_before_its_first_token_a_failed_request_still_takes_from_the_retry_budget() -> None:
+    policy = PoolPolicy(breaker=BreakerPolicy(retry_reserve=0.0))
+    core = controller(policy, "r1", "r2")
+    [first] = core.offer(ticket("a"), 0.0)
+    assert isinstance(first, Dispatch)
+    effects = core.fail(RequestId("a"), first.replicas[0], 0.1)
+    assert rejected(effects) == [("a", RejectReason.RETRY_BUDGET)]
 
 
 def test_failing_a_request_that_filled_its_replica_lets_the_next_one_in() -> None:

@@ -409,6 +409,18 @@ def test_breaker_leaves_a_failing_replica_alone_and_probes_it() -> None:
     assert closed.kind == "breaker_closed"
 
 
+def test_a_replica_that_had_no_place_for_what_was_moved_has_not_failed() -> None:
+    """Where a replica is lost, its streams come to another one all at once."""
+    breaker = BreakerPolicy(failures=2, open_s=5.0, retry_reserve=100.0)
+    bench = Bench(PoolPolicy(breaker=breaker, stale_after_s=60.0), replicas=2)
+    for number in range(6):
+        bench.offer(f"q{number}", 0.0)
+        effects = bench.core.fail(RequestId(f"q{number}"), ReplicaId("r0"), 0.0, busy=True)
+        assert [type(effect) for effect in effects] == [Dispatch]
+    chosen = [bench.offer(f"p{number}", 1.0)[0] for number in range(6)]
+    assert "r0" in {each.replicas[0] for each in chosen if isinstance(each, Dispatch)}
+
+
 def test_waiting_requests_wake_up_for_the_probe() -> None:
     policy = one_slot(breaker=BreakerPolicy(failures=1, open_s=5.0))
     bench = Bench(policy)

@@ -10,23 +10,10 @@ from hypothesis import strategies as st
 
 from serve_app.core.fit import FitWish, Gpu, Layout, Verdict, plan_fit, try_layout
 from serve_app.core.model_shape import GIB, LLAMA_8B, ModelShape
+from tests.checkpoints import H100, H200
+from tests.checkpoints import LLAMA_70B_SHAPE as LLAMA_70B
 from tests.properties import examples
 
-LLAMA_70B = ModelShape(
-    name="llama-70b",
-    weights_bytes=141_107_412_992,
-    weights_type="bf16",
-    layers=80,
-    hidden=8192,
-    intermediate=28_672,
-    vocabulary=128_256,
-    heads=64,
-    kv_heads=8,
-    head_dimension=128,
-    context_tokens=131_072,
-)
-H100 = Gpu("H100", 79.1, 3.35e12, {"bf16": 989e12, "fp8": 1979e12}, 900e9)
-H200 = Gpu("H200", 139.7, 4.8e12, {"bf16": 989e12, "fp8": 1979e12}, 900e9)
 L40S = Gpu("L40S", 44.3, 864e9, {"bf16": 362e12, "fp8": 733e12})
 BF16, FP8 = FitWish("bf16"), FitWish("fp8")
 ONE = Layout()

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.core.knee import Level, Served, Slo, find_knee, goes_on_rising, next_load, quantile
+from serve_app.core.knee import Level, Served, Slo, find_knee, goes_on_rising, next_load
+from serve_app.core.quantile import quantile
 from tests.properties import examples
 
 SLO = Slo(ttft_s=0.5, tpot_s=0.05)
@@ -86,6 +87,8 @@ def test_nothing_higher_tried_bounds_the_knee_and_nothing_held_is_none() -> None
 def test_quantiles_are_values_that_were_seen() -> None:
     assert quantile([3.0, 1.0, 2.0], 0.5) == 2.0
     assert quantile([1.0], 0.99) == 1.0
+    # 0.55 x 100 is a little more than 55 in floats.
+    assert quantile([float(n) for n in range(1, 101)], 0.55) == 55.0
     assert quantile([float(n) for n in range(1, 101)], 0.95) == 95.0
 
 

@@ -26,7 +26,7 @@ MIRRORED = [
 
 @pytest.mark.parametrize(("model", "core"), MIRRORED)
 def test_configuration_has_every_field_of_core(model: type[BaseModel], core: type) -> None:
-    of_the_router = {"heavy", "prompt", "scaling"} if core is policy.PoolPolicy else set()
+    of_the_router = {"heavy", "prompt", "scaling", "spot"} if core is policy.PoolPolicy else set()
     assert set(model.model_fields) - of_the_router == {field.name for field in fields(core)}
 
 

@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.core.engine_parts import EngineParams
+from serve_app.core.knee import Slo
 from serve_app.core.scaling import KV_TARGET_RATIO
 from serve_app.core.sizing import (
     Bound,
     Impossible,
     Knee,
     Size,
-    Target,
     TrafficProfile,
     cap_concurrency,
     find_knee,
@@ -29,10 +29,10 @@ from tests.properties import examples
 ENGINE = EngineParams()
 # Azure's conversation trace of 2023, which the simulator's chat is drawn from.
 CHAT = TrafficProfile(118.0, 60.0, 1155.0, 211.0, 3_860.0)
-SLO = Target(1.0, 0.05)
+SLO = Slo(1.0, 0.05)
 
 
-def knee_of(profile: TrafficProfile, target: Target = SLO, engine: EngineParams = ENGINE) -> Knee:
+def knee_of(profile: TrafficProfile, target: Slo = SLO, engine: EngineParams = ENGINE) -> Knee:
     found = find_knee(engine, profile, target)
     assert isinstance(found, Knee)
     return found
@@ -98,16 +98,16 @@ def test_prompts_found_in_the_cache_raise_the_knee() -> None:
 
 def test_what_keeps_a_replica_from_more_is_named() -> None:
     few = replace(ENGINE, max_num_seqs=64)
-    assert knee_of(CHAT, Target(100.0, 100.0), few).bound is Bound.SEQUENCES
-    assert knee_of(CHAT, Target(0.2, 100.0)).bound is Bound.TTFT
+    assert knee_of(CHAT, Slo(100.0, 100.0), few).bound is Bound.SEQUENCES
+    assert knee_of(CHAT, Slo(0.2, 100.0)).bound is Bound.TTFT
     small = replace(ENGINE, kv_blocks=500)
     assert knee_of(CHAT, engine=small).bound is Bound.KV
 
 
 @pytest.mark.parametrize(
-    ("target", "bound"), [(Target(1.0, 0.005), Bound.TPOT), (Target(0.1, 0.05), Bound.TTFT)]
+    ("target", "bound"), [(Slo(1.0, 0.005), Bound.TPOT), (Slo(0.1, 0.05), Bound.TTFT)]
 )
-def test_an_slo_that_one_request_alone_misses_is_impossible(target: Target, bound: Bound) -> None:
+def test_an_slo_that_one_request_alone_misses_is_impossible(target: Slo, bound: Bound) -> None:
     found = find_knee(ENGINE, CHAT, target)
     assert isinstance(found, Impossible)
     assert found.bound is bound
@@ -144,7 +144,7 @@ def test_at_the_knee_targets_are_kept_and_one_more_would_break_one(
     inputs: float, outputs: float, cached: float, ttft_s: float, tpot_s: float
 ) -> None:
     profile = TrafficProfile(1.0, 1.0, inputs, outputs, 2 * inputs, cached)
-    target = Target(ttft_s, tpot_s)
+    target = Slo(ttft_s, tpot_s)
     found = find_knee(ENGINE, profile, target)
     if isinstance(found, Impossible):
         assert found.best > found.wanted

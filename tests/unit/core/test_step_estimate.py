@@ -10,23 +10,10 @@ from serve_app.core.engine_parts import EngineParams
 from serve_app.core.fit import FitWish, Gpu, Layout, try_layout
 from serve_app.core.model_shape import LLAMA_8B, ModelShape
 from serve_app.core.step_estimate import estimate_engine, rescale
+from tests.checkpoints import H100, H200
+from tests.checkpoints import LLAMA_70B_SHAPE as LLAMA_70B
 
-H100 = Gpu("H100", 79.1, 3.35e12, {"bf16": 989e12, "fp8": 1979e12}, 900e9)
-H200 = replace(H100, name="H200", memory_gib=139.7, bandwidth_bytes_per_s=4.8e12)
 A100 = Gpu("A100", 79.1, 2.039e12, {"bf16": 312e12}, 600e9)
-LLAMA_70B = ModelShape(
-    name="llama-70b",
-    weights_bytes=141_107_412_992,
-    weights_type="bf16",
-    layers=80,
-    hidden=8192,
-    intermediate=28_672,
-    vocabulary=128_256,
-    heads=64,
-    kv_heads=8,
-    head_dimension=128,
-    context_tokens=131_072,
-)
 BF16, FP8 = FitWish("bf16"), FitWish("fp8")
 
 
