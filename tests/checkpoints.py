@@ -1,10 +1,13 @@
-"""Checkpoints for tests: a config.json beside an index or a header, and no weights."""
+"""Models and GPUs for tests: checkpoints of a config.json beside an index, and no weights."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
+
+from serve_app.core.fit import Gpu
+from serve_app.core.model_shape import ModelShape
 
 LLAMA_70B_BYTES = 141_107_412_992
 LLAMA_70B: dict[str, Any] = {
@@ -19,6 +22,21 @@ LLAMA_70B: dict[str, Any] = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
+LLAMA_70B_SHAPE = ModelShape(
+    name="llama-70b",
+    weights_bytes=LLAMA_70B_BYTES,
+    weights_type="bf16",
+    layers=80,
+    hidden=8192,
+    intermediate=28_672,
+    vocabulary=128_256,
+    heads=64,
+    kv_heads=8,
+    head_dimension=128,
+    context_tokens=131_072,
+)
+H100 = Gpu("H100", 79.1, 3.35e12, {"bf16": 989e12, "fp8": 1979e12}, 900e9)
+H200 = Gpu("H200", 139.7, 4.8e12, {"bf16": 989e12, "fp8": 1979e12}, 900e9)
 
 
 def write_checkpoint(

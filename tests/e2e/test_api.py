@@ -15,6 +15,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from serve_app.config import ControlArgs, ControlLinkSettings
+from tests.e2e.canaries import files_with, request_lines
 from tests.e2e.waiting import until
 from tests.stack import KEY, ROOT, Stack
 
@@ -28,23 +29,6 @@ def question(text: str = "What is the capital of France?") -> list[Any]:
 
 def chat_body(**fields: Any) -> dict[str, Any]:
     return {"model": "sim", "messages": question(), "max_tokens": 4, **fields}
-
-
-def request_lines(stack: Stack) -> list[dict[str, Any]]:
-    """Return the request lines in the router's log."""
-    logs = (stack.folder / "r").glob("ray/session_2*/logs/worker-*.err")
-    lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()]
-    return [json.loads(line) for line in lines if '"event":"request"' in line]
-
-
-def files_with(folder: Path, *words: str) -> list[str]:
-    """Return what files under ``folder`` contain any of these words."""
-    found = []
-    for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            content = path.read_bytes()
-            found += [str(path) for word in words if word.encode() in content]
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -180,8 +164,12 @@ async def test_many_streams_at_once_each_get_their_own_answer(sim_stack: Stack) 
     assert len({whole for _, whole in answers}) == 24
 
 
-def test_requests_go_through_haproxy(sim_stack: Stack) -> None:
-    assert sim_stack.processes("haproxy", "-f")
+def test_requests_go_through_haproxy_which_bounds_headers(sim_stack: Stack) -> None:
+    door, *_ = sim_stack.processes("haproxy", "-dS", "-f")
+    file = door.cmdline()[door.cmdline().index("-f") + 1]
+    assert "timeout http-request 10000ms" in Path(file).read_text()
+    listening = [each for each in door.net_connections() if each.status == "LISTEN"]
+    assert {each.laddr.ip for each in listening} == {"127.0.0.1"}
 
 
 # The other routes
@@ -213,6 +201,7 @@ def test_health_and_readiness_need_no_key(sim_stack: Stack) -> None:
 
 
 def test_metrics_are_the_whole_applications(sim_stack: Stack) -> None:
+    until(lambda: sim_stack.metric("headrace_replicas") > 0, "the router has told its figures")
     with sim_stack.http(key=None) as client:
         answer = client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -222,6 +211,8 @@ def test_metrics_are_the_whole_applications(sim_stack: Stack) -> None:
     slots = families["headrace_engine_slots"].samples
     assert len({sample.labels["replica"] for sample in slots}) == 2
     assert [s.value for s in families["headrace_replicas"].samples] == [2.0]
+    [descriptors] = families["headrace_open_descriptors"].samples
+    assert descriptors.value > 10, "the loop's probes are told"
     [age] = families["headrace_scrape_age_seconds"].samples
     assert age.value >= 0
 

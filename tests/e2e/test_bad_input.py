@@ -12,10 +12,9 @@ import httpx
 import openai
 import orjson
 import pytest
-import yaml
 
-from tests.e2e.waiting import until
-from tests.stack import KEY, ROOT, Stack, running_stack
+from tests.e2e.waiting import is_idle, until
+from tests.stack import KEY, Stack
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -403,34 +402,9 @@ def test_a_client_cannot_keep_its_abandoned_request_running(sim_stack: Stack) ->
 # Without room and without an engine
 
 
-@pytest.fixture(scope="module")
-def tight_stack() -> Iterator[Stack]:
-    """A pool with one slot and one place to wait, and a pool without a replica."""
-    document = yaml.safe_load((ROOT / "configs" / "sim.yaml").read_text())
-    control, pool, gateway = document["applications"]
-    tight = {**pool, "name": "pool-tight", "args": {**pool["args"], "name": "tight"}}
-    tight["args"]["replicas"] = {"num_replicas": 1, "num_cpus": 0.1}
-    empty = {**pool, "name": "pool-empty", "args": {**pool["args"], "name": "empty"}}
-    empty["args"]["replicas"] = {"num_replicas": 0, "num_cpus": 0.1}
-    gateway["deployments"][0]["user_config"] = {
-        "pools": {
-            "tight": {
-                "max_concurrency_per_replica": 1,
-                "queue_capacity": 1,
-                "stale_after_s": 10.0,
-            },
-            "empty": {"hold_without_replica_s": 0.2, "stale_after_s": 10.0},
-        },
-        "aliases": {"tight": "tight", "empty": "empty"},
-    }
-    document["applications"] = [control, tight, empty, gateway]
-    with running_stack(document) as stack:
-        yield stack
-
-
-async def test_a_full_queue_is_a_429_with_advice(tight_stack: Stack) -> None:
+async def test_a_full_queue_is_a_429_with_advice(policies_stack: Stack) -> None:
     ask: dict[str, Any] = {"model": "tight", "messages": HI}
-    async with tight_stack.async_openai() as client:
+    async with policies_stack.async_openai() as client:
         running = await client.chat.completions.create(**ask, max_tokens=100_000, stream=True)
         await anext(aiter(running))
         waiting = [
@@ -449,22 +423,21 @@ async def test_a_full_queue_is_a_429_with_advice(tight_stack: Stack) -> None:
     assert sum(task.exception() is None for task in waiting) == 1
 
 
-def test_without_a_replica_it_is_a_503_with_advice(tight_stack: Stack) -> None:
+def test_without_a_replica_it_is_a_503_with_advice(policies_stack: Stack) -> None:
     with pytest.raises(openai.InternalServerError) as caught:
-        tight_stack.openai().chat.completions.create(model="empty", messages=HI)
+        policies_stack.openai().chat.completions.create(model="empty", messages=HI)
     assert caught.value.status_code == 503
     assert caught.value.code == "no_replica"
     assert int(caught.value.response.headers["retry-after"]) >= 1
 
 
-def test_readiness_tells_the_pools_apart(tight_stack: Stack) -> None:
-    with tight_stack.http(key=None) as client:
+def test_readiness_tells_the_pools_apart(policies_stack: Stack) -> None:
+    with policies_stack.http(key=None) as client:
         answer = client.get("/ready")
     assert answer.status_code == 200
-    assert answer.json()["pools"] == {
-        "empty": {"ready": False, "replicas": 0},
-        "tight": {"ready": True, "replicas": 1},
-    }
+    pools = answer.json()["pools"]
+    assert pools["empty"] == {"ready": False, "replicas": 0, "asleep": True}
+    assert pools["tight"] == {"ready": True, "replicas": 1}
 
 
 # What the client library makes of it
@@ -508,11 +481,5 @@ async def test_a_thousand_bad_requests_leave_nothing_behind(sim_stack: Stack) ->
             *(client.post(CHAT, content=bodies[number % len(bodies)]) for number in range(1000))
         )
     assert {answer.status_code for answer in answers} == {400, 404}
-    until(
-        lambda: (
-            sim_stack.metric("headrace_in_flight") == 0
-            and sim_stack.metric("headrace_engine_running") == 0
-        ),
-        "an empty stack",
-    )
+    until(lambda: is_idle(sim_stack), "an empty stack")
     still_serves(sim_stack)

@@ -11,40 +11,34 @@ import shutil
 import signal
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import yaml
 from sqlalchemy import create_engine, text
 
+from tests.e2e import fleet, policies
+from tests.e2e.fleet import ENGINES
+from tests.e2e.traffic import Load, wait_s
 from tests.e2e.waiting import until
-from tests.postgres import fresh_database, running_postgres
+from tests.postgres import Server, fresh_database, running_server
 from tests.stack import ROOT, Stack, running_stack
 
 PRICES = "currency: USD\ncards:\n  all: {input: 1, cached_input: 0.1, output: 10, request: 0.001}\n"
 REQUEST, INPUT, CACHED, OUTPUT = 1_000_000, 1000, 100, 10_000
-QUESTION = {"model": "sim", "messages": [{"role": "user", "content": "tell me a story"}]}
-
-
-def document() -> dict[str, Any]:
-    """Two routers and two engines that take a few milliseconds a token."""
-    found: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "sim.yaml").read_text())
-    _, pool, gateway = found["applications"]
-    pool["args"]["engine"] |= {"weights_s": 0.005, "max_num_seqs": 64}
-    pool["args"]["replicas"] |= {"num_replicas": 2, "health_check_period_s": 1}
-    gateway["args"]["replicas"] |= {"num_replicas": 2, "health_check_period_s": 1}
-    gateway["deployments"][0]["user_config"]["pools"]["sim"] |= {"queue_timeout_s": 60}
-    return found
+KILL_EVERY_S = 8
+QUESTION = {"model": "quick", "messages": [{"role": "user", "content": "tell me a story"}]}
 
 
 @pytest.fixture(scope="module")
-def stack() -> Iterator[Stack]:
-    with running_stack(document()) as running:
-        yield running
+def stack(fleet_stack: Stack) -> Stack:
+    return fleet_stack
 
 
 def config(stack: Stack) -> Path:
@@ -152,25 +146,33 @@ def test_who_leaves_pays_for_what_was_generated_and_the_report_shows_the_waste(
     assert (wasted, price) == (generated - delivered, wasted * OUTPUT)
     assert amount >= REQUEST + generated * OUTPUT
     answer = stack.http().get("/admin/usage", params={"by": "tenant,model"})
-    [row] = answer.raise_for_status().json()["data"]
-    assert (row["tenant"], row["model"]) == ("default", "sim")
+    rows_by_name = {
+        (each["tenant"], each["model"]): each for each in answer.raise_for_status().json()["data"]
+    }
+    row = rows_by_name["default", "quick"]
     assert row["wasted_tokens"] >= wasted
     shown = stack.headrace("usage", "--by", "tenant,model", "--config", config(stack))
     assert row["amount_usd"] in shown.stdout
 
 
-async def completed_under(stack: Stack, lasting_s: float, seed: int, kill: Any) -> set[str]:
-    """Ask for ``lasting_s`` while ``kill`` does its work; return who got a whole answer."""
+async def completed_under(
+    stack: Stack, lasting_s: float, seed: int, kill: Any, model: str = "quick", kills: int = 1
+) -> set[str]:
+    """Ask for ``lasting_s`` while ``kill`` does its work; return who got a whole answer.
+
+    Every request ends, well or badly, before its client's patience does (httpx.ReadTimeout).
+    """
     chance = random.Random(seed)
     whole: set[str] = set()
-    ends_at_s = time.monotonic() + lasting_s
+    begun_at_s = time.monotonic()
+    ends_at_s = begun_at_s + lasting_s
 
     async def client(http: httpx.AsyncClient, streamed: bool) -> None:
         while time.monotonic() < ends_at_s:
-            body = {**QUESTION, "max_tokens": chance.randint(1, 30), "stream": streamed}
+            asked = {"model": model, "max_tokens": chance.randint(1, 30), "stream": streamed}
             try:
-                answer = await http.post("/v1/chat/completions", json=body)
-            except httpx.HTTPError:
+                answer = await http.post("/v1/chat/completions", json=QUESTION | asked)
+            except (httpx.NetworkError, httpx.ProtocolError):
                 await asyncio.sleep(0.05)
                 continue
             ended = answer.text.endswith("data: [DONE]\n\n") if streamed else _is_whole(answer)
@@ -186,8 +188,11 @@ async def completed_under(stack: Stack, lasting_s: float, seed: int, kill: Any) 
     ):
         for index in range(16):
             group.create_task(client(http, streamed=index % 2 == 0))
-        await asyncio.sleep(chance.uniform(0.3, 0.7) * lasting_s)
-        await asyncio.to_thread(kill)
+        # Once: in the middle, so that there are answers before and after it.
+        first, last = (0.3, 0.7) if kills == 1 else (0.0, 1.0)
+        for after_s in sorted(chance.uniform(first, last) * lasting_s for _ in range(kills)):
+            await asyncio.sleep(begun_at_s + after_s - time.monotonic())
+            await asyncio.to_thread(kill)
     return whole
 
 
@@ -201,7 +206,9 @@ def _is_whole(answer: httpx.Response) -> bool:
 def is_ready(stack: Stack) -> bool:
     try:
         ready = stack.http(key=None).get("/ready").json()
-        return bool(ready["pools"]["sim"]["replicas"] == 2) and not ready.get("control_away")
+        return bool(ready["pools"]["quick"]["replicas"] == ENGINES) and not ready.get(
+            "control_away"
+        )
     except (httpx.HTTPError, KeyError, ValueError):
         return False
 
@@ -225,7 +232,7 @@ def kill_routers_with_their_disk(stack: Stack) -> None:
 
 KILLS = {
     "router": kill_one("gateway", "Router"),
-    "engine": kill_one("pool-sim", "Engine"),
+    "engine": kill_one("pool-quick", "Engine"),
     "control": kill_one("control", "Control"),
     "routers with their disk": kill_routers_with_their_disk,
 }
@@ -249,35 +256,70 @@ def test_every_completed_response_is_in_the_ledger_once_whoever_is_killed(
         assert len(whole) > 20
         # The engine's account of a request may die with it; the router's is durable before
         # its response ends, and lost only with its disk.
-        witness = "engine" if "disk" in victim else "router"
-        expected = {(each, witness) for each in whole}
-
-        def missing(expected: set[tuple[str, str]] = expected) -> set[tuple[str, str]]:
-            return expected - set(rows(stack, "SELECT request_id, witness FROM usage_event"))
-
-        until(lambda: not missing(), "every completed response in the ledger")
-        twice = rows(
-            stack,
-            "SELECT request_id FROM usage_event GROUP BY request_id "
-            "HAVING SUM(CASE WHEN witness = 'router' THEN 1 ELSE 0 END) > 1 "
-            "OR SUM(billed_requests) > 1 OR SUM(requests) <> 1",
+        are_billed_once(
+            functools.partial(rows, stack), whole, "engine" if "disk" in victim else "router"
         )
-        assert twice == []
-        unbilled = [
-            request_id
-            for request_id, times in rows(
-                stack, "SELECT request_id, SUM(billed_requests) FROM usage_event GROUP BY 1"
-            )
-            if request_id in whole and times != 1
-        ]
-        assert unbilled == []
+    adds_up(stack)
+
+
+def are_billed_once(ask: Callable[[str], Iterable[Any]], whole: set[str], witness: str) -> None:
+    """Wait until ``witness`` has told the ledger of all these; nothing is in there twice.
+
+    ``ask`` puts a query to the ledger.
+    """
+    expected = {(each, witness) for each in whole}
+
+    def missing() -> set[tuple[str, str]]:
+        return expected - {(*row,) for row in ask("SELECT request_id, witness FROM usage_event")}
+
+    until(lambda: not missing(), "every completed response in the ledger")
+    twice = ask(
+        "SELECT request_id FROM usage_event GROUP BY request_id "
+        "HAVING SUM(CASE WHEN witness = 'router' THEN 1 ELSE 0 END) > 1 "
+        "OR SUM(billed_requests) > 1 OR SUM(requests) <> 1",
+    )
+    assert list(twice) == []
+    query = "SELECT request_id, SUM(billed_requests) FROM usage_event GROUP BY 1"
+    billed = dict(ask(query))
+    assert [each for each in whole if billed[each] != 1] == []
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize(
+    "lasting_s",
+    [
+        pytest.param(60, id="1 minute"),
+        pytest.param(900, id="15 minutes", marks=pytest.mark.timeout(1800)),
+    ],
+)
+def test_whoever_is_killed_at_random_no_request_hangs_and_the_books_add_up(
+    stack: Stack, lasting_s: int
+) -> None:
+    """A router, an engine or Control, every eight seconds or so."""
+    chance = random.Random(lasting_s)
+    killed: Counter[str] = Counter()
+
+    def kill() -> None:
+        role = chance.choice(["router", "engine", "control"])
+        # What is being replaced may not be there to be killed.
+        with contextlib.suppress(IndexError, psutil.NoSuchProcess):
+            KILLS[role](stack)
+            killed[role] += 1
+
+    whole = asyncio.run(
+        completed_under(stack, lasting_s, lasting_s, kill, kills=lasting_s // KILL_EVERY_S)
+    )
+    print(f"{len(whole)} whole answers; killed: {dict(killed)}")
+    assert len(whole) > lasting_s
+    fleet.settle(stack)
+    are_billed_once(functools.partial(rows, stack), whole, "router")
     adds_up(stack)
 
 
 @pytest.mark.proof
 def test_a_ledger_that_is_away_for_long_stops_admission_and_loses_nothing() -> None:
     """The journal at its bound stands for a full disk: nothing unbilled is served."""
-    found = document()
+    found = fleet.document()
     for application in found["applications"]:
         application["args"]["journal"] = {"segment_bytes": 65_536, "segments": 2}
     with running_stack(found) as stack:
@@ -313,27 +355,89 @@ def test_a_ledger_that_is_away_for_long_stops_admission_and_loses_nothing() -> N
 _IDS = "SELECT request_id FROM usage_event WHERE witness = 'router'"
 
 
-def test_a_whole_stack_keeps_its_books_in_postgresql() -> None:
-    """Keys, prices, usage and reports, with a router killed on the way."""
-    found = document()
-    with running_postgres() as cluster, fresh_database(cluster) as url:
+def test_a_whole_stack_keeps_its_books_in_postgresql(policies_stack: Stack) -> None:
+    """Keys, prices, usage and reports, with the router killed on the way."""
+    stack = policies_stack
+    import_prices(stack)
+    kill = functools.partial(KILLS["router"], stack)
+    whole = asyncio.run(completed_under(stack, 4.0, 21, kill, model="chat"))
+    assert len(whole) > 20
+    until(lambda: policies.is_whole(stack), "every pool's replicas known to the new router")
+    with postgresql(stack) as ask:
+        are_billed_once(ask, whole, "router")
+    assert "no differences" in adds_up(stack)
+    report = stack.http().get("/admin/usage", params={"by": "key"}).json()
+    assert "bootstrap" in {row["key"] for row in report["data"]}
+    assert report["total"]["requests"] >= len(whole)
+    assert report["total"]["amount_nanousd"] > 0
+
+
+@contextlib.contextmanager
+def postgresql(stack: Stack) -> Iterator[Callable[[str], Iterable[Any]]]:
+    """Yield what puts a query to the stack's PostgreSQL."""
+    url = yaml.safe_load(config(stack).read_text())["applications"][0]["args"]["database"]
+    assert url.startswith("postgresql")
+    engine = create_engine(url)
+
+    def ask(query: str) -> Iterable[Any]:
+        with engine.connect() as connection:
+            return connection.execute(text(query)).all()
+
+    try:
+        yield ask
+    finally:
+        engine.dispose()
+
+
+@pytest.fixture
+def postgres() -> Iterator[Server]:
+    with running_server(durable=True) as server:
+        yield server
+
+
+@pytest.fixture
+def stack_on(postgres: Server) -> Iterator[Stack]:
+    """The simulated engines of configs/sim.yaml, their books in a PostgreSQL of their own."""
+    found = yaml.safe_load((ROOT / "configs" / "sim.yaml").read_text())
+    with fresh_database(postgres.url) as url:
         found["applications"][0]["args"]["database"] = url
-        with running_stack(found) as stack:
-            import_prices(stack)
-            kill = functools.partial(KILLS["router"], stack)
-            whole = asyncio.run(completed_under(stack, 4.0, 21, kill))
-            assert len(whole) > 20
-            engine = create_engine(url)
+        with running_stack(found, ready_timeout_s=480) as stack:
+            yield stack
 
-            def missing() -> set[str]:
-                query = text("SELECT request_id FROM usage_event WHERE witness = 'router'")
-                with engine.connect() as connection:
-                    return whole - set(connection.execute(query).scalars())
 
-            until(lambda: not missing(), "every completed response in the ledger")
-            engine.dispose()
-            assert "no differences" in adds_up(stack)
-            report = stack.http().get("/admin/usage", params={"by": "key"}).json()
-            assert report["data"][0]["key"] == "bootstrap"
-            assert report["total"]["requests"] >= len(whole)
-            assert report["total"]["amount_nanousd"] > 0
+@pytest.mark.proof
+async def test_the_ledgers_database_killed_under_load_fails_and_loses_nothing(
+    postgres: Server, stack_on: Stack
+) -> None:
+    """Every process of it; the second time Control too, which cannot begin without it."""
+    stack = stack_on
+    import_prices(stack)
+    load = Load(stack, "sim", words=10, rate_per_s=4)
+    async with load.running():
+        await wait_s(4)
+        for victims in ([], stack.processes("control", "Control")):
+            await asyncio.to_thread(postgres.kill)
+            for victim in victims:
+                victim.kill()
+            await wait_s(10)
+            assert await asyncio.to_thread(status, stack, "/ready") == 200
+            assert await asyncio.to_thread(status, stack, "/admin/keys") == 503
+            postgres.start()
+            await asyncio.to_thread(postgres.wait)
+            begun_s = time.monotonic()
+            await asyncio.to_thread(
+                until, lambda: status(stack, "/admin/keys") == 200, "Control is whole"
+            )
+            print(f"keys are listed {time.monotonic() - begun_s:.1f} s after the database")
+    print(f"{len(load.answers)} requests")
+    assert load.failures() == []
+    whole = {answer.request_id for answer in load.answers if answer.request_id}
+    assert len(whole) == len(load.answers) > 80, "the load was really sent"
+    with postgresql(stack) as ask:
+        await asyncio.to_thread(are_billed_once, ask, whole, "router")
+    assert "no differences" in await asyncio.to_thread(adds_up, stack)
+
+
+def status(stack: Stack, path: str) -> int:
+    """Ask for a path; return the answer's status."""
+    return stack.http().get(path).status_code

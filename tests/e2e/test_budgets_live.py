@@ -6,63 +6,33 @@ import asyncio
 import contextlib
 import signal
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import yaml
 
+from tests.e2e.keys import make_key
 from tests.e2e.waiting import until
-from tests.stack import ROOT, Stack, running_stack
+from tests.stack import Stack
 
 PRICES = "currency: USD\ncards:\n  all: {input: 1, cached_input: 0.1, output: 10, request: 0.001}\n"
-ROUTERS = 3
 NANO = 10**9
 
 
-def document() -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "sim.yaml").read_text())
-    _, pool, gateway = found["applications"]
-    pool["args"]["engine"] |= {"weights_s": 0.005}
-    gateway["args"]["replicas"]["num_replicas"] = ROUTERS
-    rules = gateway["deployments"][0]["user_config"]
-    rules["pools"]["sim"] |= {"queue_timeout_s": 60}
-    rules["tenants"] = {"quiet": {"limits": {"concurrent": 5000}}}
-    return found
-
-
 @pytest.fixture(scope="module")
-def stack() -> Iterator[Stack]:
-    with running_stack(document()) as running:
-        file = running.folder / "prices.yaml"
-        file.write_text(PRICES)
-        headrace(running, "prices", "import", file)
-        until(lambda: running.metric("headrace_control_processes", role="router") == ROUTERS, "3")
-        yield running
+def stack(fleet_stack: Stack) -> Stack:
+    file = fleet_stack.folder / "prices.yaml"
+    file.write_text(PRICES)
+    headrace(fleet_stack, "prices", "import", file)
+    return fleet_stack
 
 
 def headrace(stack: Stack, *words: str | Path) -> str:
     done = stack.headrace(*words, "--config", stack.folder / "stack.yaml")
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def make_key(stack: Stack, tenant: str) -> str:
-    with stack.http() as admin:
-        created = admin.post("/admin/keys", json={"name": "test", "tenant": tenant})
-    secret = str(created.json()["key"])
-    known: list[bool] = []
-
-    def by_all() -> bool:
-        with stack.http(secret) as client:
-            known.append(client.get("/v1/models").status_code == 200)
-        return known[-20:] == [True] * 20
-
-    until(by_all, "the key is known to every router, and so is the budget made before it")
-    return secret
 
 
 def spent(stack: Stack, tenant: str) -> int:
@@ -75,7 +45,7 @@ def spent(stack: Stack, tenant: str) -> int:
 
 async def spend(stack: Stack, key: str, clients: int, **fields: Any) -> list[dict[str, Any]]:
     """Ask from many clients at once until the budget is spent; return the last refusals."""
-    body = {"model": "sim", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8}
+    body = {"model": "quick", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 8}
     headers = {"authorization": f"Bearer {key}"}
 
     async def one() -> dict[str, Any]:
@@ -108,7 +78,7 @@ def settled(stack: Stack, tenant: str) -> bool:
 
 async def test_a_budget_is_spent_nearly_whole_and_never_over(stack: Stack) -> None:
     headrace(stack, "budgets", "set", "tenant", "acme", "0.3", "--window", "month")
-    key = make_key(stack, "acme")
+    key = make_key(stack, tenant="acme")
     errors = await spend(stack, key, 48)
     assert {error["type"] for error in errors} == {"insufficient_quota"}
     until(lambda: settled(stack, "acme"), "the ledger has everything")
@@ -116,14 +86,14 @@ async def test_a_budget_is_spent_nearly_whole_and_never_over(stack: Stack) -> No
     stack.headrace("usage", "--verify", "--config", stack.folder / "stack.yaml")
 
     with pytest.raises(openai.RateLimitError) as refused:
-        stack.openai(api_key=key, max_retries=3).completions.create(model="sim", prompt="x")
+        stack.openai(api_key=key, max_retries=3).completions.create(model="quick", prompt="x")
     assert refused.value.code == "insufficient_quota"
 
     headrace(stack, "budgets", "add", "tenant", "acme", "0.1")
 
     def served() -> bool:
         with stack.http(key) as client:
-            body = {"model": "sim", "prompt": "x", "max_tokens": 1}
+            body = {"model": "quick", "prompt": "x", "max_tokens": 1}
             return client.post("/v1/completions", json=body).status_code == 200
 
     until(served, "what was added can be spent")
@@ -131,7 +101,7 @@ async def test_a_budget_is_spent_nearly_whole_and_never_over(stack: Stack) -> No
 
 async def test_control_that_is_killed_again_and_again_lends_nothing_twice(stack: Stack) -> None:
     headrace(stack, "budgets", "set", "tenant", "storm", "0.2")
-    key = make_key(stack, "storm")
+    key = make_key(stack, tenant="storm")
     spending = asyncio.create_task(spend(stack, key, 24))
     for _ in range(2):
         await asyncio.sleep(2.0)
@@ -147,9 +117,9 @@ async def test_control_that_is_killed_again_and_again_lends_nothing_twice(stack:
 
 def test_an_answer_is_no_longer_than_its_budget_pays_for(stack: Stack) -> None:
     headrace(stack, "budgets", "set", "tenant", "small", "0.002")
-    key = make_key(stack, "small")
+    key = make_key(stack, tenant="small")
     with stack.http(key) as client:
-        body = {"model": "sim", "prompt": "x", "max_tokens": 5000}
+        body = {"model": "quick", "prompt": "x", "max_tokens": 5000}
         answer = client.post("/v1/completions", json=body)
     assert answer.status_code == 200, answer.text
     assert answer.headers["x-headrace-budget"].startswith("max_tokens=")
@@ -162,15 +132,15 @@ def test_an_answer_is_no_longer_than_its_budget_pays_for(stack: Stack) -> None:
 
 def test_a_stream_goes_on_as_long_as_there_is_budget_and_lets_others_in(stack: Stack) -> None:
     headrace(stack, "budgets", "set", "tenant", "long", "0.012")
-    key = make_key(stack, "long")
+    key = make_key(stack, tenant="long")
     client = stack.openai(api_key=key, max_retries=0).completions
     told = {"include_usage": True}
     with client.create(
-        model="sim", prompt="x", max_tokens=5000, stream=True, stream_options=told
+        model="quick", prompt="x", max_tokens=5000, stream=True, stream_options=told
     ) as stream:
         first = next(iter(stream))
         # It asked for four times the budget; a short answer is paid for beside it.
-        client.create(model="sim", prompt="x", max_tokens=8)
+        client.create(model="quick", prompt="x", max_tokens=8)
         chunks = [first, *stream]
     usage = chunks[-1].usage
     reasons = [choice.finish_reason for each in chunks for choice in each.choices]
@@ -183,11 +153,12 @@ def test_a_stream_goes_on_as_long_as_there_is_budget_and_lets_others_in(stack: S
 
 def test_prices_corrections_and_who_changed_what_are_had_over_http(stack: Stack) -> None:
     with stack.http() as admin:
-        [book] = admin.get("/admin/prices").json()["data"]
-        assert (book["version"], book["in_force"]) == (1, True)
+        *_, book = admin.get("/admin/prices").json()["data"]
+        assert book["version"] >= 1
+        assert book["in_force"]
         headrace(stack, "budgets", "set", "tenant", "taken", "1")
-        body = {"model": "sim", "prompt": "x", "max_tokens": 4}
-        with stack.http(make_key(stack, "taken")) as client:
+        body = {"model": "quick", "prompt": "x", "max_tokens": 4}
+        with stack.http(make_key(stack, tenant="taken")) as client:
             served = client.post("/v1/completions", json=body)
         where = f"/admin/usage/{served.headers['x-headrace-request-id']}/reversal"
         reason = {"reason": "a test"}
@@ -200,7 +171,7 @@ def test_prices_corrections_and_who_changed_what_are_had_over_http(stack: Stack)
             found = admin.get("/admin/audit", params={"subject": subject}).json()["data"]
             return found
 
-        [imported] = told("prices")
+        [imported, *_] = told("prices")
         assert (imported["action"], imported["via"]) == ("prices.import", "command")
         [reversal, *_] = told("request")
         assert (reversal["actor"], reversal["note"]) == ("key bootstrap", "a test")
@@ -208,6 +179,6 @@ def test_prices_corrections_and_who_changed_what_are_had_over_http(stack: Stack)
         assert (key["action"], key["via"]) == ("key.create", "http")
         [limits] = told("limits")
         assert limits["via"] == "configuration"
-        assert limits["after"] == {"tenants.quiet.limits.concurrent": 5000}
+        assert limits["after"]["tenants.quiet.limits.concurrent"] == 5000
     verified = stack.headrace("usage", "--verify", "--config", stack.folder / "stack.yaml")
     assert verified.returncode == 0, verified.stdout

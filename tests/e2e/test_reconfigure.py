@@ -1,8 +1,11 @@
-"""A changed configuration on a running stack: `serve deploy`, and no router restarts."""
+"""A changed configuration on a running stack, `serve deploy`; in the end, its end."""
 
 from __future__ import annotations
 
+import asyncio
 import copy
+import signal
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,15 +14,21 @@ import openai
 import pytest
 import yaml
 
+from tests.e2e.traffic import Load
 from tests.e2e.waiting import until
 from tests.stack import ROOT, Stack, running_stack
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
-LONG_TOKENS = 4000
+STEP_S = 0.05
+LONG_TOKENS = 400
+ROUTERS = 2
+WORDS = 10
+# With one engine of plenty of places a request takes half a second: six at a time.
+RATE_PER_S = 12.0
 
 
-def document(pools: list[str], aliases: dict[str, str]) -> dict[str, Any]:
-    """Return simulated pools of these names, one engine each, behind two routers."""
+def document(pools: list[str], aliases: dict[str, str], routers: int = ROUTERS) -> dict[str, Any]:
+    """Return simulated pools of these names, one engine each with a token every 50 ms."""
     found: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "sim.yaml").read_text())
     control, template, gateway = found["applications"]
     applications = [control]
@@ -27,9 +36,10 @@ def document(pools: list[str], aliases: dict[str, str]) -> dict[str, Any]:
         pool = copy.deepcopy(template)
         pool["name"] = f"pool-{name}"
         pool["args"]["name"] = name
+        pool["args"]["engine"]["weights_s"] = STEP_S
         pool["args"]["replicas"] = {"num_replicas": 1, "num_cpus": 0.1}
         applications.append(pool)
-    gateway["args"]["replicas"] = {"num_replicas": 2, "num_cpus": 0.1}
+    gateway["args"]["replicas"] = {"num_replicas": routers, "num_cpus": 0.1}
     gateway["deployments"][0]["user_config"] = {
         "pools": {name: {"stale_after_s": 10.0} for name in pools},
         "aliases": aliases,
@@ -42,12 +52,12 @@ def document(pools: list[str], aliases: dict[str, str]) -> dict[str, Any]:
 def stack() -> Iterator[Stack]:
     with running_stack(document(["old"], {"old": "old"})) as running:
         # One router makes a stack ready; the other may take longer.
-        until(lambda: len(router_pids(running)) == 2, "both routers")
+        until(lambda: len(router_pids(running)) == ROUTERS, "both routers")
         yield running
 
 
-def deploy(stack: Stack, pools: list[str], aliases: dict[str, str]) -> None:
-    done = stack.deploy(document(pools, aliases))
+def deploy(stack: Stack, pools: list[str], aliases: dict[str, str], routers: int = ROUTERS) -> None:
+    done = stack.deploy(document(pools, aliases, routers))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -132,3 +142,66 @@ def test_a_configuration_that_cannot_be_served_changes_nothing(stack: Stack) -> 
     until(lambda: "pools are: new" in stack.ray_logs(), "the refusal, with what to do, in a log")
     assert everywhere(stack, before)
     assert router_pids(stack) == routers
+
+
+def routers_known(stack: Stack) -> int:
+    """Return how many routers report to Control; -1 while the one that was asked is leaving."""
+    try:
+        return int(stack.metric("headrace_control_processes", role="router"))
+    except httpx.HTTPError:
+        return -1
+
+
+@pytest.mark.parametrize(
+    "lasting_s",
+    [pytest.param(60, id="a minute"), pytest.param(150, id="150 s", marks=pytest.mark.proof)],
+)
+async def test_routers_come_and_go_and_neither_a_stream_nor_a_request_fails(
+    stack: Stack, lasting_s: float
+) -> None:
+    """150 s is longer than an HAProxy that was replaced keeps its streams by default."""
+    pools, aliases = ["new"], {"new": "new"}
+    tokens = int(lasting_s / STEP_S)
+
+    async def long_stream() -> list[str]:
+        events = await stack.async_openai(timeout=400).chat.completions.create(
+            model="new", messages=HELLO, max_tokens=tokens, stream=True
+        )
+        return [c.delta.content async for e in events for c in e.choices if c.delta.content]
+
+    started_at_s = time.monotonic()
+    story = asyncio.create_task(long_stream())
+    load = Load(stack, "new", WORDS, RATE_PER_S)
+    async with load.running():
+        await asyncio.to_thread(
+            until, lambda: stack.metric("headrace_engine_running") > 0, "the stream running"
+        )
+        # A router that holds a stream lives on beside those that are wanted.
+        for count, at_most in ((3, 3), (1, 2)):
+            await asyncio.to_thread(deploy, stack, pools, aliases, count)
+            await asyncio.to_thread(
+                until,
+                lambda least=count, most=at_most: least <= routers_known(stack) <= most,
+                f"a change to {count} routers",
+            )
+    assert load.failures() == []
+    assert len("".join(await story).split()) == tokens
+    assert time.monotonic() - started_at_s > lasting_s, "it lasted as long as it should"
+    until(lambda: stack.metric("headrace_engine_running") == 0, "no slot leaked")
+
+
+def test_a_signal_ends_it_quietly_though_a_stream_is_open(stack: Stack) -> None:
+    """The last test of this stack."""
+    chunks = iter(
+        stack.openai().chat.completions.create(
+            model="new", messages=HELLO, max_tokens=50_000, stream=True
+        )
+    )
+    next(chunks)
+    [up] = [each for each in stack.processes("serve_app.cli", "up") if each.name() != "bash"]
+
+    up.send_signal(signal.SIGTERM)
+
+    # Ray's own handler would print a trace and abort.
+    assert stack.root.wait(timeout=60) == 0
+    assert stack.output().rstrip().endswith("stopping"), stack.output()

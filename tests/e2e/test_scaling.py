@@ -3,52 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
-import yaml
 
+from tests.e2e.fleet import MOST
 from tests.e2e.waiting import until
-from tests.stack import ROOT, Stack, running_stack
+from tests.stack import Stack
 
-MOST = 3
-BODY = {"model": "sim", "messages": [{"role": "user", "content": "hi"}]}
+BODY = {"model": "elastic", "messages": [{"role": "user", "content": "hi"}]}
 CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
-def stack() -> Iterator[Stack]:
-    """One pool of nought to three replicas that take two seconds to start."""
-    document: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "sim.yaml").read_text())
-    _, pool, gateway = document["applications"]
-    pool["args"]["engine"] |= {"start_delay_s": 2.0}
-    pool["args"]["replicas"] = {
-        "num_replicas": 0,
-        "autoscale": {"min_replicas": 0, "max_replicas": MOST},
-    }
-    settings = gateway["deployments"][0]["user_config"]["pools"]["sim"]
-    settings |= {
-        "max_concurrency_per_replica": 8,
-        "hold_without_replica_s": 60,
-        "queue_timeout_s": 120,
-        "early_rejection": False,
-        "scaling": {
-            "to_zero": True,
-            "cold_start_s": 2,
-            "fast_s": 2,
-            "slow_s": 4,
-            "down_after_s": 5,
-            "idle_s": 8,
-        },
-    }
-    with running_stack(document) as running:
-        yield running
+def stack(fleet_stack: Stack) -> Stack:
+    return fleet_stack
 
 
 def replicas(stack: Stack) -> int:
-    return len(stack.processes("pool-sim", "Engine"))
+    return len(stack.processes("pool-elastic", "Engine"))
 
 
 async def ask(stack: Stack, count: int, **fields: Any) -> list[httpx.Response]:
@@ -60,6 +34,7 @@ async def ask(stack: Stack, count: int, **fields: Any) -> list[httpx.Response]:
         return await asyncio.gather(*(client.post(CHAT, json=BODY | fields) for _ in range(count)))
 
 
+@pytest.mark.proof
 async def test_from_nothing_to_many_and_back_with_no_held_request_lost(stack: Stack) -> None:
     assert replicas(stack) == 0
     held = await ask(stack, 20, max_tokens=20)
@@ -76,8 +51,8 @@ async def test_from_nothing_to_many_and_back_with_no_held_request_lost(stack: St
     clients = [asyncio.create_task(client()) for _ in range(24)]
 
     def grown() -> bool:
-        wanted = stack.metric("headrace_pool_replicas_wanted", pool="sim")
-        return wanted == MOST == stack.metric("headrace_replicas", pool="sim")
+        wanted = stack.metric("headrace_pool_replicas_wanted", pool="elastic")
+        return wanted == MOST == stack.metric("headrace_replicas", pool="elastic")
 
     await asyncio.to_thread(until, grown, "it has grown")
     stop.set()
@@ -85,7 +60,7 @@ async def test_from_nothing_to_many_and_back_with_no_held_request_lost(stack: St
     assert set(codes) == {200}
 
     until(lambda: replicas(stack) == 0, "it has gone")
-    assert stack.metric("headrace_pool_replicas_wanted", pool="sim") == 0
+    assert stack.metric("headrace_pool_replicas_wanted", pool="elastic") == 0
     [again] = await ask(stack, 1, max_tokens=5)
     assert again.status_code == 200
 

@@ -5,78 +5,30 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
-import yaml
 
-from serve_app.ledger.database import Database
-from serve_app.ledger.grants import GrantStore
+from tests.e2e import keys
+from tests.e2e.fleet import A_MINUTE, TOKENS_A_MINUTE
+from tests.e2e.fleet import CONCURRENT as SLOTS
 from tests.e2e.waiting import until
-from tests.stack import ROOT, Stack, running_stack
+from tests.stack import Stack
 
-ROUTERS = 3
-A_MINUTE = 400
-SLOTS = 12
 ASKS = 10
 
 
-def document() -> dict[str, Any]:
-    """Return configs/sim.yaml with three routers, limits and engines that answer at once."""
-    found: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "sim.yaml").read_text())
-    _, pool, gateway = found["applications"]
-    pool["args"]["replicas"]["num_replicas"] = 1
-    pool["args"]["engine"] |= {"weights_s": 0.02}
-    gateway["args"]["replicas"]["num_replicas"] = ROUTERS
-    gateway["args"]["control"] = {"metrics_period_s": 0.5}
-    config = gateway["deployments"][0]["user_config"]
-    config["pools"]["sim"] |= {"queue_capacity": 1024, "queue_timeout_s": 60}
-    config["tenants"] = {
-        "counted": {"each_key": {"requests_per_min": A_MINUTE}},
-        "metered": {"limits": {"tokens_per_min": 20_000}},
-        "slotted": {"limits": {"concurrent": SLOTS}},
-    }
-    return found
-
-
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """A stack whose database knows a router that ended with the machine it ran on."""
-    url = f"sqlite:///{tmp_path_factory.mktemp('books')}/books.db"
-    database = Database(url)
-    grants = GrantStore(database, lambda: time.time() - 3600)
-    grants.add("of-yesterday", grants.begin().epoch)
-    database.close()
-    config = document()
-    config["applications"][0]["args"] |= {"database": url}
-    with running_stack(config) as running:
-        until(lambda: running.metric("headrace_control_processes", role="router") == ROUTERS, "3")
-        yield running
+def stack(fleet_stack: Stack) -> Stack:
+    return fleet_stack
 
 
 @pytest.fixture(scope="module")
 def make_key(stack: Stack) -> Callable[[str], str]:
     """A function that makes a tenant's key which every router knows."""
-
-    def make(tenant: str) -> str:
-        with stack.http() as admin:
-            created = admin.post("/admin/keys", json={"name": "test", "tenant": tenant})
-        assert created.status_code == 201, created.text
-        secret = str(created.json()["key"])
-        known: list[bool] = []
-
-        def by_all() -> bool:
-            # Connections of their own, so that every router is met.
-            with stack.http(secret) as client:
-                known.append(client.get("/v1/models").status_code == 200)
-            return known[-20:] == [True] * 20
-
-        until(by_all, "the key is known to every router")
-        return secret
-
-    return make
+    return lambda tenant: keys.make_key(stack, tenant=tenant)
 
 
 async def burst(
@@ -87,7 +39,7 @@ async def burst(
     A patient client asks again while its limits cannot be looked up, as it is told to.
     """
     gate = asyncio.Semaphore(together)
-    body = {"model": "sim", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+    body = {"model": "wide", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
 
     async def one() -> httpx.Response:
         async with gate, httpx.AsyncClient(base_url=stack.url, timeout=120) as client:
@@ -136,10 +88,10 @@ async def test_tokens_per_minute_are_granted_in_full_and_no_more(
     answers = await burst(stack, key, 160, messages=[{"role": "user", "content": "word " * 150}])
     granted = [each.json()["usage"]["total_tokens"] for each in answers if each.status_code == 200]
     counted(answers)
-    drained = 20_000 * (time.monotonic() - began_at_s) / 60
-    assert sum(granted) <= 20_000 + drained
+    drained = TOKENS_A_MINUTE * (time.monotonic() - began_at_s) / 60
+    assert sum(granted) <= TOKENS_A_MINUTE + drained
     # What does not fit is less than one more request's upper bound.
-    assert sum(granted) >= 20_000 * 0.95 - 2 * max(granted)
+    assert sum(granted) >= TOKENS_A_MINUTE * 0.95 - 2 * max(granted)
 
 
 async def test_slots_are_one_number_for_all_routers(
@@ -202,7 +154,7 @@ def served_by_somebody(stack: Stack, key: str) -> bool:
 
 
 def ask_once(stack: Stack, key: str) -> int:
-    body = {"model": "sim", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+    body = {"model": "wide", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
     with stack.http(key) as client:
         return client.post("/v1/chat/completions", json=body).status_code
 

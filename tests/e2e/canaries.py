@@ -1,0 +1,29 @@
+"""Words that must be found nowhere, and where to look for them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.stack import Stack
+
+
+def request_lines(stack: Stack) -> list[dict[str, Any]]:
+    """Return the request lines in the routers' logs."""
+    logs = (stack.folder / "r").glob("ray/session_2*/logs/worker-*.err")
+    lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()]
+    return [json.loads(line) for line in lines if '"event":"request"' in line]
+
+
+def files_with(folder: Path, *words: str) -> list[str]:
+    """Return what files under ``folder`` contain any of these words.
+
+    Everything a stack writes lies there: logs of its own and of Ray, journals, the database.
+    """
+    found = []
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            content = path.read_bytes()
+            found += [str(path) for word in words if word.encode() in content]
+    return found

@@ -1,0 +1,156 @@
+"""The stack that most tests of several routers share: three of them before four pools.
+
+A stack takes most of a minute of two cores to start. Tests that kill or fill something use
+a pool with the properties they need; `settle` has everything as it was before the next one.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from serve_app.ledger.database import Database
+from serve_app.ledger.grants import GrantStore
+from tests.e2e.waiting import is_idle, until
+from tests.stack import ROOT, Stack, running_stack
+
+ROUTERS = 3
+ENGINES = 2
+FORGET_S = 10.0
+# small: few places, a token every 20 ms.
+SLOTS = 8
+STEP_S = 0.02
+# elastic: nought to three replicas that take two seconds to start.
+MOST = 3
+# Limits of tenants, small enough to reach.
+A_MINUTE = 400
+TOKENS_A_MINUTE = 20_000
+CONCURRENT = 12
+
+# Nobody is turned away because a busy machine would serve late: that is not what is tested.
+PATIENT: dict[str, Any] = {
+    "queue_capacity": 1024,
+    "queue_timeout_s": 60,
+    "stale_after_s": 5.0,
+    **{name: {"ttft_slo_s": 60} for name in ("critical", "standard", "sheddable")},
+}
+POOLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "small": (
+        {"weights_s": STEP_S, "max_num_seqs": SLOTS},
+        {**PATIENT, "max_concurrency_per_replica": SLOTS, "stale_after_s": 1.0},
+    ),
+    # Of 96 places each keeps 28 for Critical, so that a hundred Standard streams find room.
+    "wide": (
+        {"weights_s": STEP_S, "max_num_seqs": 96},
+        {**PATIENT, "max_concurrency_per_replica": 128},
+    ),
+    "quick": (
+        {"weights_s": 0.005, "max_num_seqs": 64},
+        {**PATIENT, "max_concurrency_per_replica": 128},
+    ),
+    "elastic": (
+        {"start_delay_s": 2.0},
+        {
+            "max_concurrency_per_replica": 8,
+            "stale_after_s": 1.0,
+            "hold_without_replica_s": 60,
+            "queue_timeout_s": 120,
+            "early_rejection": False,
+            "scaling": {
+                "to_zero": True,
+                "cold_start_s": 2,
+                "fast_s": 2,
+                "slow_s": 4,
+                "down_after_s": 5,
+                "idle_s": 8,
+            },
+        },
+    ),
+}
+
+
+def document() -> dict[str, Any]:
+    """Return the fleet's configuration, made from configs/sim.yaml."""
+    found: dict[str, Any] = yaml.safe_load((ROOT / "configs" / "sim.yaml").read_text())
+    control, template, gateway = found["applications"]
+    # What is waited for after every kill. Thirty seconds are more than a busy machine needs.
+    control["args"]["forget_after_s"] = FORGET_S
+    pools = []
+    for name, (engine, _) in POOLS.items():
+        pool = copy.deepcopy(template)
+        pool["name"] = f"pool-{name}"
+        pool["args"]["name"] = name
+        pool["args"]["engine"] |= engine
+        pool["args"]["replicas"] |= {"num_replicas": ENGINES, "health_check_period_s": 1}
+        pools.append(pool)
+    pools[-1]["args"]["replicas"] |= {
+        "num_replicas": 0,
+        "autoscale": {"min_replicas": 0, "max_replicas": MOST},
+    }
+    gateway["args"]["replicas"] |= {"num_replicas": ROUTERS, "health_check_period_s": 1}
+    for application in (*pools, gateway):
+        application["args"]["control"] = {"metrics_period_s": 0.5}
+    gateway["deployments"][0]["user_config"] = {
+        "pools": {name: policy for name, (_, policy) in POOLS.items()},
+        "aliases": {name: name for name in POOLS},
+        "tenants": {
+            "counted": {"each_key": {"requests_per_min": A_MINUTE}},
+            "metered": {"limits": {"tokens_per_min": TOKENS_A_MINUTE}},
+            "slotted": {"limits": {"concurrent": CONCURRENT}},
+            "quiet": {"limits": {"concurrent": 5000}},
+        },
+    }
+    found["applications"] = [control, *pools, gateway]
+    return found
+
+
+@contextmanager
+def running() -> Iterator[Stack]:
+    """Start the fleet. Its database knows a router that ended with the machine it ran on."""
+    with running_stack(document(), prepare=_remember_a_router_of_yesterday) as stack:
+        settle(stack)
+        yield stack
+
+
+def _remember_a_router_of_yesterday(folder: Path) -> None:
+    (folder / ".headrace").mkdir()
+    database = Database(f"sqlite:///{folder}/.headrace/sim.db")
+    grants = GrantStore(database, lambda: time.time() - 3600)
+    grants.add("of-yesterday", grants.begin().epoch)
+    database.close()
+
+
+def settle(stack: Stack) -> None:
+    """Wait until nothing runs any more and everything is there that there was."""
+    until(lambda: they_know_each_other(stack), "the routers know each other")
+    until(lambda: is_idle(stack), "no slot held")
+    until(
+        lambda: all(replicas_ready(stack, pool) == ENGINES for pool in ("small", "wide", "quick")),
+        "every engine there",
+    )
+
+
+def they_know_each_other(stack: Stack) -> bool:
+    """Tell whether Control knows all routers, and each of them the others."""
+    try:
+        routers = stack.metric("headrace_control_processes", role="router")
+        peers = stack.metric("headrace_router_peers")
+    except httpx.HTTPError:
+        return False
+    return routers == ROUTERS and peers == ROUTERS * (ROUTERS - 1)
+
+
+def replicas_ready(stack: Stack, pool: str) -> int:
+    """Return how many of a pool's replicas the router that is asked sends to."""
+    try:
+        found: int = stack.http(key=None).get("/ready").json()["pools"][pool]["replicas"]
+    except (httpx.HTTPError, KeyError, ValueError):
+        return 0
+    return found
