@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,12 @@ def files_with(folder: Path, *words: str) -> list[str]:
     Everything a stack writes lies there: logs of its own and of Ray, journals, the database.
     """
     found = []
-    for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            content = path.read_bytes()
-            found += [str(path) for word in words if word.encode() in content]
+    # What a process clears away meanwhile, its journal for one, is passed over.
+    for place, _, names in os.walk(folder):
+        for path in (Path(place, name) for name in names):
+            if path.is_symlink() or not path.is_file():
+                continue
+            with suppress(FileNotFoundError):
+                content = path.read_bytes()
+                found += [str(path) for word in words if word.encode() in content]
     return found
