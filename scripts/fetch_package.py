@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -80,6 +81,23 @@ def kept(name: str, fetch: Callable[[Path], Path], unpack: Callable[[Path, Path]
                 unpack(fetch(Path(folder)), unpacked)
                 unpacked.replace(target)
         return target
+
+
+def given(variable: str, *names: str) -> Path | None:
+    """Return the program that an environment variable names, else what is on the PATH."""
+    installed = (shutil.which(name) for name in names)
+    found = os.environ.get(variable) or next(filter(None, installed), None)
+    return Path(found) if found else None
+
+
+def show(find: Callable[[], Path], what: str, mend: str) -> int:
+    """Print what is found, or else why there is none and how to ``mend`` it; return the status."""
+    try:
+        print(find())
+    except NotFetched as error:
+        print(f"no {what}: {error}; {mend}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def wheel(requirement: str, sha256: str) -> Callable[[Path], Path]:

