@@ -32,6 +32,7 @@ class NotContinued(StrEnum):
     ENDED = "ended"
     REFUSED = "refused"
     NO_REPLICA = "no_replica"
+    FAILED = "failed"
 
 
 class Continuation:

@@ -87,6 +87,7 @@ class Lease:
         """
         self.dispatch = self._gate.fail(self.ticket.request_id, self.replica, busy=busy)
         self.replica = self.dispatch.replicas[0]
+        self.outcome = Outcome.CANCELLED
         self._begun = False
 
 

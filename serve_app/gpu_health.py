@@ -27,7 +27,7 @@ from serve_app.core.gpu_faults import (
 )
 from serve_app.gpu_engines import EngineNotFound, Engines
 from serve_app.gpu_sources import FaultSource, SourceFailed
-from serve_app.kubernetes import CLAIM, Kubernetes, KubernetesFailed, Node
+from serve_app.kubernetes import Kubernetes, KubernetesFailed, Node
 from serve_app.ray_nodes import RayFailed
 
 logger = logging.getLogger("headrace.gpu")
@@ -180,7 +180,7 @@ class GpuWatch:
             logger.warning("gpu node not read", extra={"reason": str(error)})
             return
         if not node.unschedulable:
-            self._is_returned()
+            await self._is_returned()
 
     async def _read_record(self, kubernetes: Kubernetes) -> None:
         """Go on from what an earlier watcher wrote of the node, and finish what it began."""
@@ -188,17 +188,29 @@ class GpuWatch:
         out = Action.NOTHING
         if node.unschedulable and node.fault is not None:
             out = _TAKEN_OUT.get(node.fault, Action.NOTHING)
-        elif node.fault == CLAIM and not self._steps and not self._settings.dry_run:
+        elif node.fault is not None and not self._steps and not self._settings.dry_run:
+            # A claim that came to nothing, or what a node was taken out for and is no more.
             await kubernetes.claim(self._settings.node, None)
         self._judge.learn(node.resets, out)
         self._record_read = True
         if out in (Action.DRAIN, Action.REPLACE) and not self._steps and not self._settings.dry_run:
             self._plan_drain(f"taken out earlier ({node.fault})", hurry=out is Action.REPLACE)
 
-    def _is_returned(self) -> None:
+    async def _is_returned(self) -> bool:
+        """Take the node for healthy again; return whether Kubernetes could be told.
+
+        Its label goes first: who cordons it next may have other reasons than its GPUs.
+        """
+        if self._kubernetes is not None:
+            try:
+                await self._kubernetes.claim(self._settings.node, None)
+            except KubernetesFailed as error:
+                logger.warning("gpu node not returned yet", extra={"reason": str(error)})
+                return False
         self._steps.clear()
         self._judge.returned()
         logger.info("gpu node returned", extra={"node": self._settings.node})
+        return True
 
     async def _look(self) -> list[Fault]:
         try:
@@ -254,8 +266,15 @@ class GpuWatch:
     def _plan_drain(self, why: str, *, hurry: bool) -> None:
         now_s, settings = self._clock(), self._settings
         notice_s = settings.replace_notice_s if hurry else settings.drain_notice_s
-        drain = _Step("drain", lambda: self._drain(why, notice_s), now_s)
-        self._steps += [drain, _Step("evict", self._evict, now_s + notice_s)]
+        evict = _Step("evict", self._evict, now_s + notice_s)
+
+        async def drain() -> str:
+            done = await self._drain(why, notice_s)
+            # There may have been no room for long: the notice counts from when it is given.
+            evict.due_s = self._clock() + notice_s
+            return done
+
+        self._steps += [_Step("drain", drain, now_s), evict]
 
     async def _go_on(self) -> None:
         """Try every restart, and the node's steps in their order until one fails."""
@@ -275,8 +294,7 @@ class GpuWatch:
         try:
             done = await step.run()
         except _Returned:
-            self._is_returned()
-            return True
+            return await self._is_returned()
         except Exception as error:  # noqa: BLE001  # one that nobody foresaw stops no watcher
             step.failures += 1
             wait_s = min(RETRY_MAX_S, RETRY_S * 2 ** (step.failures - 1))
@@ -354,7 +372,9 @@ class GpuWatch:
         names = set(self._settings.host_names)
         if self._kubernetes is not None:
             pods = await self._kubernetes.ray_pods(self._settings.node)
-            names = {name for pod in pods for name in (pod.name, pod.address) if name}
+            # Without the head there is no cluster: it is not evicted, and takes on what comes.
+            workers = [pod for pod in pods if not pod.head]
+            names = {name for pod in workers for name in (pod.name, pod.address) if name}
         ids = await self._ray.drain(names, notice_s, why)
         return f"draining Ray nodes {ids}"
 

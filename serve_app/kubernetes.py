@@ -49,7 +49,7 @@ class Pod:
 class Node:
     """A node's schedulability; ``fault`` says what it was taken out for its GPUs for, or None.
 
-    It stays when the node is returned; or is CLAIM before the node is taken out.
+    The watcher takes it away when the node is returned. It is CLAIM before the node is taken out.
     """
 
     name: str
@@ -170,7 +170,8 @@ def in_cluster(environment: Mapping[str, str], account: Path = SERVICE_ACCOUNT) 
             f"no service account in {account}: {error}; set automountServiceAccountToken"
         ) from error
     where = f"[{host}]" if ":" in host else host
-    client = httpx.AsyncClient(base_url=f"https://{where}:{port}", verify=context)
+    # No proxy of the environment stands between a pod and its API server.
+    client = httpx.AsyncClient(base_url=f"https://{where}:{port}", verify=context, trust_env=False)
     return Kubernetes(client, namespace, account / "token")
 
 

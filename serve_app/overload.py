@@ -47,7 +47,7 @@ class Overload:
     """
 
     def __init__(self, loop_lag_s: float, descriptors: Callable[[], tuple[int, int]]) -> None:
-        """``descriptors`` returns how many are open, and how many may be."""
+        """``descriptors`` returns how many are open and may be; OSError where none is left."""
         self._bounds_s = (loop_lag_s, CRITICAL_TIMES * loop_lag_s)
         self._late_probes = [0, 0]
         self._descriptors = descriptors
@@ -60,7 +60,11 @@ class Overload:
             self._late_probes[which] = self._late_probes[which] + 1 if lag_s >= bound_s else 0
         self._probes += 1
         if self._probes % PROBES_PER_COUNT == 0:
-            self.open_descriptors, self._descriptors_max = self._descriptors()
+            try:
+                self.open_descriptors, self._descriptors_max = self._descriptors()
+            except OSError:
+                # Counting takes a descriptor, too: there is none left.
+                self.open_descriptors = self._descriptors_max
 
     def check(self, ceiling: PriorityClass) -> None:
         """Let a request of a key with this ceiling in.

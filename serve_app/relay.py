@@ -23,6 +23,7 @@ from serve_app.engine.api import (
     Final,
     Frame,
     GenerateCall,
+    GenerationFailed,
     ReaderTooSlow,
     Refusal,
 )
@@ -173,6 +174,8 @@ class Relay:
             EngineFailed: it cannot go on.
         """
         bar = NotContinued.OFF if self.continuation is None else self.continuation.bar()
+        if isinstance(error, GenerationFailed):
+            bar = NotContinued.FAILED
         if bar is None:
             try:
                 lease.move(busy=isinstance(error, EngineBusy))
@@ -273,9 +276,14 @@ class Relay:
 
 
 def _whole(usage: Usage, call: GenerateCall) -> Usage:
-    """Return the use of a whole response from that of the replica which brought its end."""
+    """Return the use of a whole response from that of the replica which brought its end.
+
+    What the others measured went with them: a part of the time would be taken for all of it.
+    """
     resumed = len(call.resume_token_ids)
-    return replace(usage, completion_tokens=usage.completion_tokens + resumed)
+    if not resumed:
+        return usage
+    return replace(usage, completion_tokens=usage.completion_tokens + resumed, engine_s=0.0)
 
 
 def _too_slow() -> RequestTimeout:

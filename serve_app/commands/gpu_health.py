@@ -182,7 +182,7 @@ def _source(name: str) -> FaultSource:
     if name.startswith("file:"):
         return file_source(Path(name.removeprefix("file:")))
     if name.startswith(("http://", "https://")):
-        return dcgm_source(name, httpx.AsyncClient())
+        return dcgm_source(name, httpx.AsyncClient(trust_env=False))
     if name != "nvml":
         raise CommandFailed(f"--source must be a URL, nvml or file:PATH; got {name!r:.80}")
     try:

@@ -26,6 +26,7 @@ class Holder:
         self._in_flight: Message | None = None
         self._registered = False
         self._returns: dict[SliceKey, Moved] = {}
+        self._spent: set[SliceKey] = set()
         self._waiting: dict[RequestId, tuple[Lack, ...]] = {}
         self._asking: set[SliceKey] = set()
         self._pending: set[SliceKey] = set()
@@ -72,7 +73,10 @@ class Holder:
         if not self._registered or (self._in_flight and self._in_flight.claims is not None):
             return
         for recall in bell.recalls:
-            self._give(self._limiter.give(recall.key, recall.parts, recall.need, now_s))
+            moved = self._limiter.give(recall.key, recall.parts, recall.need, now_s)
+            if moved.parts - moved.fill < recall.need:
+                self._spent.add(recall.key)
+            self._give(moved)
         ready = self._pending.intersection(bell.ready)
         self._pending -= ready
         self._asking |= ready
@@ -95,6 +99,7 @@ class Holder:
             return self._in_flight
         if not self._registered:
             self._returns.clear()
+            self._spent.clear()
             self._limiter.dropped.clear()
             self._ask_all()
             claims = tuple(self._limiter.holdings(now_s))
@@ -107,8 +112,11 @@ class Holder:
         keys = list(self._returns)[:RETURNED_AT_ONCE]
         returned = tuple(self._returns.pop(key) for key in keys)
         last = self._leaving and not self._returns
+        spent = frozenset(self._spent.intersection(keys))
+        self._spent -= spent
+        sequence = self._next()
         return self._send(
-            Message(self._router, self.epoch, self._next(), returned, wants, leaving=last)
+            Message(self._router, self.epoch, sequence, returned, wants, leaving=last, spent=spent)
         )
 
     def accept(self, reply: Reply, now_s: float) -> bool:
@@ -126,6 +134,7 @@ class Holder:
             self._limiter.cut(cut.key, cut.parts, now_s)
         for moved in reply.granted:
             self._limiter.receive(moved, now_s)
+            self._spent.discard(moved.key)
         for key in reply.denied:
             self._limiter.deny(key, self._least_missing(key, now_s), now_s)
         self._unsure_until_s = dict.fromkeys(reply.unsure, now_s + UNSURE_S)

@@ -115,10 +115,14 @@ def retry_after_s(pool: Pool, entry: Entry, reason: RejectReason, now_s: float) 
 
 
 def refuse(pool: Pool, entry: Entry, reason: RejectReason, now_s: float) -> Reject:
-    """Return the refusal of a request and hold its client to the advice in it."""
+    """Return the refusal of a request and hold its client to the advice in it.
+
+    A client that has a part of its answer gets no advice: it is too late for a header.
+    """
     retry_s = retry_after_s(pool, entry, reason, now_s)
     ticket = entry.ticket
-    if retry_s is not None and reason is not RejectReason.CLIENT_THROTTLED:
+    heeds = not entry.tokens and reason is not RejectReason.CLIENT_THROTTLED
+    if retry_s is not None and heeds:
         pool.throttle.refused(ticket.key, entry.rank, retry_s, now_s)
     detail = ""
     if reason is RejectReason.KV_BUDGET and retry_s is None:

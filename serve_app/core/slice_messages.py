@@ -30,7 +30,8 @@ class Recall:
 class Message:
     """What a router says. ``sequence`` grows by one with each message of its life.
 
-    ``returned`` holds every recall's answer, of no parts if nothing was free. ``claims``
+    ``returned`` holds every recall's answer, of no parts if nothing was free; of ``spent``
+    ones nothing free is left, all grants so far counted. ``claims``
     makes it a registration: all that the router holds. ``leaving`` ends its membership.
     """
 
@@ -41,6 +42,7 @@ class Message:
     wants: tuple[Want, ...] = ()
     claims: tuple[Moved, ...] | None = None
     leaving: bool = False
+    spent: frozenset[SliceKey] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ class Holding:
 
     parts: int = 0
     asked_ns: int | None = None
-    asked_need: int = 0
     empty_ns: int | None = None
 
 

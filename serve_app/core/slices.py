@@ -129,7 +129,7 @@ class Granter:
         if len(self._sequences) > ROUTERS_REMEMBERED:
             self._sequences.popitem(last=False)
         for moved in message.returned:
-            self._take_back(message.router, moved, now_ns)
+            self._take_back(message.router, moved, moved.key in message.spent, now_ns)
         if message.leaving:
             self._forget(message.router, now_ns)
         else:
@@ -260,7 +260,7 @@ class Granter:
 
     # What moves
 
-    def _take_back(self, router: RouterId, moved: Moved, now_ns: int) -> None:
+    def _take_back(self, router: RouterId, moved: Moved, spent: bool, now_ns: int) -> None:
         """Put what a router gave back into the rest; tell those who want it."""
         rest = self._rests.get(moved.key)
         account = None if rest is None else rest.accounts.get(router)
@@ -269,10 +269,8 @@ class Granter:
         parts = min(moved.parts, account.parts)
         account.parts -= parts
         rest.put(parts, moved.fill, now_ns)
-        if account.asked_ns is not None:
-            if parts - moved.fill < account.asked_need:
-                account.empty_ns = now_ns
-            account.asked_ns = None
+        account.empty_ns = now_ns if spent else None
+        account.asked_ns = None
         if not account.parts:
             del rest.accounts[router]
         self._tell_wanting(moved.key, rest)
@@ -321,6 +319,8 @@ class Granter:
             rest.fill -= fill
             account = rest.accounts.setdefault(router, Holding())
             account.parts += granted
+            if granted - fill > want.need:
+                account.empty_ns = None
             outcome.granted.append(Moved(key, granted, fill))
         left = want.need - (granted - fill)
         if left <= 0:
@@ -383,7 +383,7 @@ class Granter:
                 continue
             parts = recall.parts * account.parts // total
             self._ask(name, Recall(recall.key, parts, recall.need))
-            account.asked_ns, account.asked_need = now_ns, recall.need
+            account.asked_ns = now_ns
             waiting = True
         return waiting, unsure
 

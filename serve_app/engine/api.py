@@ -140,6 +140,10 @@ class EngineDead(RuntimeError):
     """The engine can no longer generate; its replica must be replaced."""
 
 
+class GenerationFailed(EngineDead):
+    """The engine failed at this one generation, which another would do as well, and lives."""
+
+
 class EngineBusy(EngineDead):
     """The replica took no more just now: for this request as good as dead, and healthy."""
 

@@ -34,13 +34,17 @@ Record = tuple[int, int, bytes, tuple[int, ...]]
 
 
 class End(msgspec.Struct, array_like=True, frozen=True):
-    """How a stream ended: the engine's account, its refusal, or what went wrong there."""
+    """How a stream ended: the engine's account, its refusal, or what went wrong there.
+
+    ``own``: it went wrong with this generation, and the engine can serve others.
+    """
 
     stream: int
     final: Final | None = None
     refusal: Refusal | None = None
     error: str | None = None
     busy: bool = False
+    own: bool = False
 
 
 class Batch(msgspec.Struct, array_like=True, tag=0, frozen=True):

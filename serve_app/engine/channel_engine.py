@@ -9,7 +9,14 @@ from contextlib import aclosing, contextmanager
 
 from serve_app.core.types import ReplicaId, ReplicaView, RequestId
 from serve_app.engine.address import Address, ReplyTo
-from serve_app.engine.api import EngineDead, Final, Frame, GenerateCall, GenerateItem
+from serve_app.engine.api import (
+    EngineDead,
+    Final,
+    Frame,
+    GenerateCall,
+    GenerateItem,
+    GenerationFailed,
+)
 from serve_app.engine.channel import Call, Cancel, End, Extend, Hello, Load, Message, pack
 from serve_app.engine.channel_inlet import Inlet
 from serve_app.engine.channel_outlet import Outlet, StreamLost
@@ -113,7 +120,8 @@ class EngineChannel:
         except StreamLost as error:
             logger.info("a stream's router is gone: %s", error)
         except EngineDead as error:
-            outlet.end(End(reply.stream, error=str(error)))
+            own = isinstance(error, GenerationFailed)
+            outlet.end(End(reply.stream, error=str(error), own=own))
         except Exception as error:
             logger.exception("a generation failed")
             told = f"{type(error).__name__}: {str(error).splitlines()[0]:.200}"

@@ -9,7 +9,7 @@ from dataclasses import replace
 from serve_app.core.exchange import Digest
 from serve_app.core.types import ReplicaId, RequestId
 from serve_app.engine.address import Address, ReplyTo
-from serve_app.engine.api import EngineBusy, EngineDead, GenerateCall
+from serve_app.engine.api import EngineBusy, EngineDead, GenerateCall, GenerationFailed
 from serve_app.engine.channel import (
     Batch,
     Call,
@@ -149,7 +149,7 @@ def _end(inflow: Inflow, end: End) -> None:
     if result is not None:
         inflow.end(result)
     else:
-        kind = EngineBusy if end.busy else EngineDead
+        kind = EngineBusy if end.busy else GenerationFailed if end.own else EngineDead
         inflow.fail(kind(end.error or "the engine ended a generation without a word"))
 
 

@@ -167,23 +167,28 @@ class AwsNotices:
 
     async def look(self) -> EvictionNotice | None:
         """See EvictionSource."""
-        if self._token is None:
-            ttl = {"x-aws-ec2-metadata-token-ttl-seconds": str(_TOKEN_S)}
-            answer = await self._client.request("PUT", self._url + "/api/token", headers=ttl)
-            _must_be(answer, 200)
-            self._token = answer.text
-        answer = await self._client.request(
-            "GET",
-            self._url + "/meta-data/spot/instance-action",
-            headers={"x-aws-ec2-metadata-token": self._token},
-        )
+        answer = await self._ask(self._token or await self._renewed())
         if answer.status_code == 401:  # the token's time is over
-            self._token = None
+            answer = await self._ask(await self._renewed())
         if answer.status_code == 404:
             return None
         _must_be(answer, 200)
         action = msgspec.json.decode(answer.text, type=_Action)
         return EvictionNotice(action.time.timestamp(), "aws")
+
+    async def _ask(self, token: str) -> MetadataAnswer:
+        return await self._client.request(
+            "GET",
+            self._url + "/meta-data/spot/instance-action",
+            headers={"x-aws-ec2-metadata-token": token},
+        )
+
+    async def _renewed(self) -> str:
+        ttl = {"x-aws-ec2-metadata-token-ttl-seconds": str(_TOKEN_S)}
+        answer = await self._client.request("PUT", self._url + "/api/token", headers=ttl)
+        _must_be(answer, 200)
+        self._token = answer.text
+        return answer.text
 
 
 def sources_of(spot: SpotSettings, wall_clock: Callable[[], float]) -> list[EvictionSource]:

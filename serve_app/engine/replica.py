@@ -6,6 +6,7 @@ heartbeats.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import platform
@@ -54,6 +55,8 @@ logger = logging.getLogger("headrace.engine")
 
 NODE_VARIABLE = "HEADRACE_NODE"
 NODE_POLL_S = 1.0
+TELL_RAY_TRIES = 5
+TELL_RAY_AGAIN_S = 1.0
 
 
 def build_engine(args: PoolArgs, replica: ReplicaId) -> Engine:
@@ -223,10 +226,14 @@ class EngineReplica:
         await self._load.tell()
         if source == self._node.name:
             return
-        try:
-            await self._node.drain(notice_s, f"evicted, says {source}")
-        except Exception as error:  # noqa: BLE001  # what runs here is drained all the same
-            logger.warning("Ray was not told of the eviction: %.200s", error)
+        for left in reversed(range(TELL_RAY_TRIES)):
+            try:
+                await self._node.drain(notice_s, f"evicted, says {source}")
+                return
+            except Exception as error:  # noqa: BLE001  # what runs here is drained all the same
+                logger.warning("Ray was not told of the eviction: %.200s", error)
+            if left:
+                await asyncio.sleep(TELL_RAY_AGAIN_S)
 
     async def _settle(self, timeout_s: float) -> int:
         """Have what is known of requests and of this replica's time in the ledger."""

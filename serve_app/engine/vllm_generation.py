@@ -29,10 +29,6 @@ _ERROR = 'data: {"error":'
 _CREATED = re.compile(r'"created":\d+')
 
 
-class GenerationFailed(RuntimeError):
-    """This generation failed inside the engine, which can still generate others."""
-
-
 @dataclass(slots=True)
 class Generation:
     """State of one request between vLLM's OpenAI layer and the reader of its frames.

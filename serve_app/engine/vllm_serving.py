@@ -27,9 +27,9 @@ from vllm.entrypoints.serve.exception_handling.utils import sanitize_message
 from vllm.exceptions import VLLMClientError
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from serve_app.engine.api import Endpoint, EngineDead, GenerateCall
+from serve_app.engine.api import Endpoint, EngineDead, GenerateCall, GenerationFailed
 from serve_app.engine.vllm_core import MeteredAsyncLLM
-from serve_app.engine.vllm_generation import Generation, GenerationFailed, stream_error
+from serve_app.engine.vllm_generation import Generation, stream_error
 from serve_app.engine.vllm_wire import refusal, request_body, validation_error
 
 CLOSE_TIMEOUT_S = 5.0
@@ -98,7 +98,7 @@ class OpenAILayer:
             else:
                 generation.finish_reason = result.choices[0].finish_reason
                 generation.write(result.model_dump_json())
-        except (EngineDead, GenerationFailed):
+        except EngineDead:
             raise
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False, include_input=False)[0]

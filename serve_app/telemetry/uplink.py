@@ -137,8 +137,13 @@ class Uplink:
             await asyncio.sleep(LOOP_PROBE_S)
             lag_s = max(0.0, self._clock() - due_s)
             self._metrics.event_loop_lag_seconds.observe(lag_s)
-            if self._on_lag is not None:
+            if self._on_lag is None:
+                continue
+            try:
                 self._on_lag(lag_s)
+            except Exception:
+                # Without the probe nobody would know of a late loop any more.
+                logger.exception("what is done about a late loop failed")
 
     async def _every(self, period_s: float, exchange: Callable[[], Awaitable[None]]) -> None:
         while True:

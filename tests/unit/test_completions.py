@@ -35,6 +35,7 @@ from serve_app.engine.api import (
     Frame,
     GenerateCall,
     GenerateItem,
+    GenerationFailed,
     WatchCall,
 )
 from serve_app.errors import JournalUnavailable
@@ -75,6 +76,7 @@ class Engines:
         self.called = asyncio.Event()
         self.held: asyncio.Event | None = None
         self.dies = self.dies_once = False
+        self.error = EngineDead("gone")
 
     async def generate(
         self, call: GenerateCall, on_overflow: Callable[[], None]
@@ -86,10 +88,11 @@ class Engines:
         if self.dies or self.dies_once:
             self.dies_once = False
             yield Frame(0, b'data: {"id":"x"}\n\n', (7,))
-            raise EngineDead("gone")
+            raise self.error
         data = b'data: {"id":"x"}\n\ndata: [DONE]\n\n' if call.stream else b'{"id":"x"}'
         yield Frame(0, data, (7,))
-        yield Final(Usage(40, 0, 1), EngineTimings(), frames=1, finish_reason="stop")
+        usage = Usage(40, 0, 1, engine_s=0.5)
+        yield Final(usage, EngineTimings(), frames=1, finish_reason="stop")
 
     def watch(self, call: WatchCall) -> AsyncGenerator[ReplicaView, None]:
         raise AssertionError("nothing is watched here")
@@ -505,11 +508,25 @@ async def test_a_continued_response_is_one_response_in_books_audit_and_limits() 
     assert (record.attempt, record.outcome, record.billable) == (2, "completed", True)
     assert (record.prompt_tokens, record.output_tokens) == (40, 2)
     assert record.replica == second.target
+    # What the lost replica measured went with it: a part is not taken for the whole.
+    assert record.engine_ns == 0
     [audit] = site.audits
     line = request_line(audit, 0.0)
     assert (line.attempts, line.continuations, line.not_continued) == (2, 1, None)
     assert (line.output_tokens, line.replica) == (2, second.target)
     assert site.gate.open_requests() == 0
+
+
+async def test_a_generation_that_fails_by_itself_is_tried_on_no_other_engine() -> None:
+    site = Site()
+    engines = site.engines[PoolName("big")]
+    site.load("big", 0.0, replica="big-2")
+    engines.dies_once, engines.error = True, GenerationFailed("its tool call cannot be parsed")
+    answer = await site.ask(question(stream=True, seed=3))
+    assert b"engine_error" in answer.body
+    assert len(engines.calls) == 1
+    [audit] = site.audits
+    assert request_line(audit, 0.0).not_continued == "failed"
 
 
 async def test_a_tag_is_in_the_books_and_one_that_is_no_name_is_refused() -> None:

@@ -337,9 +337,41 @@ async def test_no_more_nodes_are_taken_out_than_may_be(
     assert "unschedulable" not in cluster.machines.get(NODE)["spec"]
     assert tested.ray.drained == []
     assert "2 nodes are out already (gpu-2, gpu-3)" in told(caplog, "gpu step failed")[0].reason
+    await tested.wait(1000)
     cluster.machines.patch("gpu-3", {"spec": {"unschedulable": False}})
-    await tested.wait(5)
+    await tested.wait(60)
     assert cluster.machines.get(NODE)["spec"]["unschedulable"] is True
+    assert leaving(cluster) == set(), "the notice counts from when it is given"
+    [(_, notice_s, _)] = tested.ray.drained
+    await tested.wait(notice_s)
+    assert leaving(cluster) == {"worker-a", "worker-bb"}
+
+
+async def test_a_node_that_was_returned_may_be_cordoned_for_other_reasons(
+    tmp_path: Path, cluster: Cluster
+) -> None:
+    tested = bench(tmp_path, cluster.connect())
+    await tested.see(0)
+    await tested.see(48)
+    cluster.machines.patch(NODE, {"spec": {"unschedulable": False}})
+    cluster.api.fail_next("PATCH", "nodes", 500)
+    await tested.wait(600)
+    assert tested.metric("node_out") == 1, "not before its label is away"
+    await tested.wait(31)
+    assert tested.metric("node_out") == 0
+    cluster.machines.patch(NODE, {"spec": {"unschedulable": True}})
+    another = bench(tmp_path, cluster.connect())
+    await another.see(0)
+    assert another.ray.drained == []
+    assert not another.watch.busy
+
+
+async def test_a_label_that_was_left_on_a_node_in_service_is_taken_away(
+    tmp_path: Path, cluster: Cluster
+) -> None:
+    cluster.machines.patch(NODE, {"metadata": {"labels": {FAULT_LABEL: "drain"}}})
+    await bench(tmp_path, cluster.connect()).see(0)
+    assert FAULT_LABEL not in cluster.machines.get(NODE)["metadata"]["labels"]
 
 
 async def test_a_node_that_is_returned_is_watched_again_and_its_resets_are_remembered(
@@ -457,6 +489,7 @@ async def test_a_pod_that_cannot_be_evicted_holds_up_no_other_and_the_head_stays
     cluster.api.fail_next("POST", "pods", 429)
     await tested.see(0)
     await tested.see(79)
+    assert tested.ray.drained[0][0] == {"worker-a", "worker-bb", "10.0.0.8", "10.0.0.9"}
     await tested.wait(30)
     assert len(leaving(cluster)) == 1
     await tested.wait(5)

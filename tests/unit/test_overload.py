@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
@@ -88,6 +89,24 @@ def test_descriptors_are_counted_again_as_probes_come() -> None:
         guard.note_lag(0)
         seen.append(refused(guard))
     assert seen == ["overloaded_descriptors"] * 7 + [None]
+
+
+def test_where_no_descriptor_is_left_to_count_with_it_refuses_until_there_are() -> None:
+    """Counting opens one: at the limit it fails, and must not end the probes."""
+    counts: list[int | None] = [10, None, 10]
+
+    def count() -> tuple[int, int]:
+        now = counts.pop(0)
+        if now is None:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return now, 1000
+
+    guard = overload(count)
+    seen = []
+    for _ in range(8):
+        guard.note_lag(0)
+        seen.append(refused(guard))
+    assert seen == [None] * 3 + ["overloaded_descriptors"] * 4 + [None]
 
 
 def test_a_refused_clients_connection_is_closed() -> None:

@@ -228,6 +228,20 @@ def test_a_request_cut_after_tokens_goes_on_past_queue_and_retry_budget() -> Non
     assert (replica.own_prompt_tokens, core.open_requests()) == (0, 0)
 
 
+def test_a_client_whose_stream_was_cut_has_ignored_no_advice() -> None:
+    """It was told by an event in its stream, which says nothing of when to come again."""
+    core = controller(PoolPolicy(), "r1")
+    core.offer(ticket("a"), 0.0)
+    core.progress(ReplicaId("r1"), [(RequestId("a"), 40)], 0.1)
+    core.forget(ReplicaId("r1"), 0.2)
+    assert rejected(core.fail(RequestId("a"), ReplicaId("r1"), 0.2)) == [
+        ("a", RejectReason.NO_REPLICA)
+    ]
+    core.observe(view("r2", 1), 0.3)
+    again = [core.offer(ticket(f"again-{number}"), 0.4) for number in range(20)]
+    assert [rejected(effects) for effects in again] == [[]] * 20
+
+
 def test_before_its_first_token_a_failed_request_still_takes_from_the_retry_budget() -> None:
     policy = PoolPolicy(breaker=BreakerPolicy(retry_reserve=0.0))
     core = controller(policy, "r1", "r2")

@@ -27,6 +27,7 @@ from serve_app.core.types import RequestId
 
 A, B, C = (RouterId(name) for name in "abc")
 RATE = SliceKey(ScopeKind.KEY, "k", LimitKind.REQUESTS)
+SPENT = frozenset({RATE})
 SLOTS = SliceKey(ScopeKind.KEY, "k", LimitKind.CONCURRENT)
 
 
@@ -128,10 +129,39 @@ def test_nothing_free_anywhere_is_a_denial_and_no_answer_is_not() -> None:
     assert desk.want(B, 7).pending
     desk.now_s = 0.25
     assert desk.want(B, 7).unsure == (RATE,)
-    desk.send(A, returned=(Moved(RATE, 0, 0),))
+    desk.send(A, returned=(Moved(RATE, 0, 0),), spent=SPENT)
     assert desk.want(B, 7).denied == (RATE,)
     desk.now_s = 2.0
     assert desk.want(B, 7).pending == (RATE,), "it is asked for again later"
+
+
+def test_a_late_answer_to_less_is_no_answer_to_more() -> None:
+    """Who gave all that was asked at first may have more, however much is asked since."""
+    desk = Desk(A, B)
+    half = WHOLE // 2
+    desk.want(A, 1)
+    desk.want(B, half)
+    assert desk.want(B, 7, half).pending == (RATE,)
+    desk.now_s = 1.0
+    assert desk.want(B, 700, half).pending == (RATE,), "asked for again"
+    desk.send(A, returned=(Moved(RATE, 7, 0),))
+    assert desk.want(B, 700, half).pending == (RATE,)
+    assert desk.granter.rung() == {A, B}
+
+
+def test_who_was_empty_and_got_more_than_it_needs_is_asked_again() -> None:
+    desk = Desk(A, B, C)
+    third = WHOLE // 3
+    for router in (A, B, C):
+        desk.want(router, third)
+    desk.want(B, 7, third)
+    for router in (A, C):
+        desk.send(router, returned=(Moved(RATE, 0, 0),), spent=SPENT)
+    assert desk.want(B, 7, third).denied == (RATE,)
+    desk.send(C, returned=(Moved(RATE, third, 0),), leaving=True)
+    [(parts, _)] = desk.parts(desk.want(A, 1, third))
+    assert parts > 1000
+    assert desk.want(B, third, third).pending == (RATE,)
 
 
 def test_a_router_that_gave_what_was_asked_may_be_asked_for_more_at_once() -> None:
@@ -166,7 +196,7 @@ def test_of_two_who_need_what_the_other_has_the_first_gets_it() -> None:
 
     assert desk.granter.bell(B, 0.0).ready == (RATE,), "now it is the other's turn"
     assert desk.want(B, half, half // 2).pending == (RATE,)
-    desk.send(A, returned=(Moved(RATE, 0, 0),))
+    desk.send(A, returned=(Moved(RATE, 0, 0),), spent=SPENT)
     assert desk.want(B, half, half // 2).denied == (RATE,)
 
 
@@ -335,6 +365,22 @@ def test_a_message_is_repeated_until_its_own_answer_comes() -> None:
     assert router.answer(Reply(1, sent.sequence, (Moved(RATE, 5, 0),)))
     assert not router.answer(Reply(1, sent.sequence, (Moved(RATE, 5, 0),)))
     assert router.limiter.held(RATE) == 5
+
+
+def test_a_router_says_that_nothing_is_left_unless_a_grant_has_come_since() -> None:
+    router = Router()
+    bell = Bell(1, recalls=(Recall(RATE, 0, 5),))
+    router.holder.rung(bell, 0.0)
+    told = router.message()
+    assert (told.returned, told.spent) == ((Moved(RATE, 0, 0),), SPENT)
+    router.answer(Reply(1, told.sequence))
+    # The hint overtakes an answer with a grant in it.
+    assert isinstance(router.take(), Short)
+    asked = router.message()
+    router.holder.rung(bell, 0.0)
+    router.answer(Reply(1, asked.sequence, (Moved(RATE, WHOLE // 2, 0),)))
+    told = router.message()
+    assert (told.returned, told.spent) == ((Moved(RATE, 0, 0),), frozenset())
 
 
 def test_what_is_recalled_is_given_back_and_cannot_be_used() -> None:

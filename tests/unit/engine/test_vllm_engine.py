@@ -20,6 +20,7 @@ from serve_app.engine.api import (
     Frame,
     GenerateCall,
     GenerateItem,
+    GenerationFailed,
     Metered,
     Refusal,
 )
@@ -31,7 +32,7 @@ from serve_app.engine.vllm_args import (
     prepare_environment,
     served_name,
 )
-from serve_app.engine.vllm_generation import Generation, GenerationFailed
+from serve_app.engine.vllm_generation import Generation
 from tests.generate_calls import generate_call
 
 Script = Callable[[Generation], Awaitable[None]]
