@@ -48,9 +48,8 @@ class Peers:
     async def _exchange(self) -> None:
         while True:
             await asyncio.sleep(EXCHANGE_PERIOD_S)
-            if not self._others:
-                continue
             try:
+                # Nobody to tell, too: who fell silent is forgotten as this router looks.
                 digest = self._gate.digest()
                 for router in self._others:
                     self._channel.tell(router, digest)

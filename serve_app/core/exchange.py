@@ -3,7 +3,8 @@
 Every ``EXCHANGE_PERIOD_S`` each router sends the others a Digest: per pool what it holds
 by class, whose Critical requests wait for room, what each tenant was served since the
 last time and what it has waiting. Between two exchanges a router works on what it heard
-last; one not heard of for ``PEER_LOST_S`` is taken for dead, and its part is shared out.
+last; one not heard of for ``PEER_LOST_S`` is taken for dead, and its part is shared out. The
+time in which a router itself stood still does not count: it could hear nobody.
 
 What a router does with the others' digests:
 
@@ -39,6 +40,8 @@ RouterId = NewType("RouterId", str)
 
 EXCHANGE_PERIOD_S = 0.25
 PEER_LOST_S = 3 * EXCHANGE_PERIOD_S
+# A router looks at its peers every period at least, unless it stands still.
+STOOD_STILL_S = 2 * EXCHANGE_PERIOD_S
 EVEN_RATIO = 0.25
 PREFILL_KEEP = 0.75
 TENANTS_TOLD_MAX = 1024
@@ -145,13 +148,14 @@ class Held:
 class Peers:
     """The other routers of one pool, as last heard of. Mutated by the controller only."""
 
-    __slots__ = ("_digests", "_heard_s", "_own", "_prefill", "_router", "part")
+    __slots__ = ("_awake_s", "_digests", "_heard_s", "_own", "_prefill", "_router", "part")
 
     def __init__(self, router: RouterId) -> None:
         self._router = router
         self._own = PoolDigest()
         self._digests: dict[RouterId, PoolDigest] = {}
         self._heard_s: dict[RouterId, float] = {}
+        self._awake_s = -inf
         self._prefill: dict[RouterId, Sequence[float]] = {}
         self.part = ALONE
 
@@ -165,6 +169,7 @@ class Peers:
 
     def hear(self, router: RouterId, digest: PoolDigest, now_s: float) -> None:
         """Keep another router's digest in place of its last one."""
+        self._wake(now_s)
         before = self._prefill.get(router, digest.prefill)
         self._prefill[router] = [
             each + PREFILL_KEEP * (last - each)
@@ -175,7 +180,8 @@ class Peers:
         self._divide()
 
     def expire(self, now_s: float) -> bool:
-        """Forget routers long unheard of; return whether there were any."""
+        """Forget routers long unheard of; return whether there were any. Look every period."""
+        self._wake(now_s)
         lost = [each for each, at_s in self._heard_s.items() if now_s - at_s >= PEER_LOST_S]
         for router in lost:
             del self._digests[router], self._heard_s[router], self._prefill[router]
@@ -221,6 +227,13 @@ class Peers:
                 requests, tokens = held.get(each.tenant, (0, 0))
                 held[each.tenant] = (requests + each.requests, tokens + each.tokens)
         return held
+
+    def _wake(self, now_s: float) -> None:
+        """Give the others the time in which this router stood still."""
+        slept_s, self._awake_s = now_s - self._awake_s, now_s
+        if slept_s > STOOD_STILL_S:
+            for router in self._heard_s:
+                self._heard_s[router] += slept_s
 
     def _divide(self) -> None:
         """Lay the routers' parts side by side, in the order of their ids."""

@@ -34,6 +34,7 @@ from serve_app.engine.vllm_resume import replay, sampling_problem
 from serve_app.engine.vllm_scheduler import recording_scheduler
 
 SHUTDOWN_TIMEOUT_S = 10.0
+REPLAYED_AT_ONCE = 32
 
 
 class Load(StatLoggerBase):  # type: ignore[misc]  # vLLM is untyped here
@@ -280,8 +281,11 @@ async def _metered(
         async for output in stream:
             if generation.replayed:
                 generation.mute()
-                for replayed in _take_replayed(generation, output):
+                for number, replayed in enumerate(_take_replayed(generation, output), 1):
                     yield replayed
+                    if number % REPLAYED_AT_ONCE == 0:
+                        # Thousands of tokens in one go would hold up every other stream here.
+                        await asyncio.sleep(0)
                 generation.unmute()
             token_ids = _observe(output, generation, prompt)
             yield output

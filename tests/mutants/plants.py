@@ -308,7 +308,28 @@ MUTANTS: Sequence[Mutant] = (
         "if now_s < at_s]",
         ("exchange",),
     ),
+    Mutant(
+        "a router that stood still takes the others for dead",
+        "exchange.py",
+        "        if slept_s > STOOD_STILL_S:\n",
+        "        if False:\n",
+        ("exchange",),
+    ),
     # Shared limits and budgets
+    Mutant(
+        "whoever answered a recall has nothing left",
+        "slices.py",
+        "account.empty_ns = now_ns if spent else None",
+        "account.empty_ns = now_ns",
+        ("slices",),
+    ),
+    Mutant(
+        "what was granted since does not count",
+        "holder.py",
+        "            self._spent.discard(moved.key)\n",
+        "",
+        ("slices",),
+    ),
     Mutant(
         "parts come back without the fill that lies on them",
         "slices.py",

@@ -118,6 +118,14 @@ async def test_a_router_that_ends_is_forgotten_and_its_part_shared_out(
     await until_they_know(routers[:2], peers=1)
 
 
+async def test_the_last_router_of_several_has_everything(routers: list[Router]) -> None:
+    await until_they_know(routers, peers=2)
+    for other in routers[1:]:
+        await other.peers.stop()
+    routers[0].peers.know({"a": routers[0].address})
+    await until_they_know(routers[:1], peers=0)
+
+
 async def test_a_router_that_fails_to_tell_goes_on_hearing_and_tells_again(
     routers: list[Router], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -191,10 +191,26 @@ def test_a_silent_router_is_taken_for_dead_and_its_part_shared_out() -> None:
     peers = Peers(ROUTERS[0])
     peers.hear(ROUTERS[1], PoolDigest(requests=(0, 5, 0)), 1.0)
     assert peers.part.width == pytest.approx(0.5)
-    assert not peers.expire(1.0 + PEER_LOST_S - 0.01)
+    for silent_s in (0.25, 0.5, PEER_LOST_S - 0.01):
+        assert not peers.expire(1.0 + silent_s)
     assert peers.expire(1.0 + PEER_LOST_S)
     assert peers.part is ALONE
     assert peers.held().requests == (0, 0, 0)
+
+
+def test_a_router_that_stood_still_takes_nobody_for_dead() -> None:
+    """Busy for two seconds it would find itself alone, and take what all others hold."""
+    peers = Peers(ROUTERS[0])
+    for router in ROUTERS[1:3]:
+        peers.hear(router, PoolDigest(), 1.0)
+    assert not peers.expire(3.0)
+    peers.hear(ROUTERS[1], PoolDigest(), 3.1)
+    assert peers.part.width == pytest.approx(1 / 3)
+    for at_s in (3.35, 3.6):
+        peers.hear(ROUTERS[1], PoolDigest(), at_s)
+        assert not peers.expire(at_s)
+    assert peers.expire(3.0 + PEER_LOST_S)
+    assert peers.part.width == pytest.approx(1 / 2)
 
 
 def test_routers_on_the_same_digests_never_overfill_a_replica() -> None:
@@ -258,7 +274,8 @@ def test_a_replica_shown_full_is_never_overfilled_by_routers_that_disagree() -> 
         fleet.offer(0, 0.0)
     fleet.snapshot(0.1)
     # Router 1 hears that router 0 died; the replica's snapshot still shows what it holds.
-    fleet.cores[1].advance(PEER_LOST_S)
+    for at_s in (0.25, 0.5, PEER_LOST_S):
+        fleet.cores[1].advance(at_s)
     for _ in range(8):
         fleet.offer(1, PEER_LOST_S)
     assert fleet.held() == 4
@@ -361,7 +378,8 @@ def test_sheddable_held_for_a_router_that_died_wakes_up() -> None:
     assert sheddable not in fleet.running
     due_s = fleet.cores[1].next_wakeup_s()
     assert due_s == pytest.approx(EXCHANGE_PERIOD_S + PEER_LOST_S)
-    fleet.take(1, fleet.cores[1].advance(due_s))
+    for at_s in (0.5, 0.75, due_s):
+        fleet.take(1, fleet.cores[1].advance(at_s))
     fleet.snapshot(due_s + 0.01)
     assert sheddable in fleet.running
 

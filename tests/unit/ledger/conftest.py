@@ -50,7 +50,7 @@ _SERVERS = {"postgresql": "postgres", "postgresql with fsync": "durable_postgres
 @pytest.fixture(
     params=[
         "sqlite",
-        "postgresql",
+        pytest.param("postgresql", marks=pytest.mark.slow),
         pytest.param("postgresql with fsync", marks=pytest.mark.proof),
     ]
 )
