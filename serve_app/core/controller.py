@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import inf
 
 from serve_app.core.entry import Entry
-from serve_app.core.exchange import Digest, RouterId
+from serve_app.core.exchange import STOOD_STILL_S, Digest, RouterId
 from serve_app.core.figures import PoolFigures, noisiest_tenants, pool_figures
 from serve_app.core.load import RoutingPolicy
 from serve_app.core.policy import PoolPolicy
@@ -383,8 +383,12 @@ class Controller:
 
     def _begin(self, now_s: float) -> tuple[float, list[Effect]]:
         """Start an event: clamp time and refuse whatever is past its deadline."""
-        if now_s > self._now_s:
+        slept_s = now_s - self._now_s
+        if slept_s > 0.0:
             self._now_s = now_s
+        if slept_s > STOOD_STILL_S:
+            for pool in self._pools.values():
+                pool.peers.stood_still(slept_s)
         effects: list[Effect] = []
         deadlines = self._deadlines
         while deadlines and deadlines[0][0] <= self._now_s:

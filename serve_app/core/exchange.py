@@ -40,7 +40,7 @@ RouterId = NewType("RouterId", str)
 
 EXCHANGE_PERIOD_S = 0.25
 PEER_LOST_S = 3 * EXCHANGE_PERIOD_S
-# A router looks at its peers every period at least, unless it stands still.
+# Something happens in a router every period at least, its own digest, unless it stands still.
 STOOD_STILL_S = 2 * EXCHANGE_PERIOD_S
 EVEN_RATIO = 0.25
 PREFILL_KEEP = 0.75
@@ -148,14 +148,13 @@ class Held:
 class Peers:
     """The other routers of one pool, as last heard of. Mutated by the controller only."""
 
-    __slots__ = ("_awake_s", "_digests", "_heard_s", "_own", "_prefill", "_router", "part")
+    __slots__ = ("_digests", "_heard_s", "_own", "_prefill", "_router", "part")
 
     def __init__(self, router: RouterId) -> None:
         self._router = router
         self._own = PoolDigest()
         self._digests: dict[RouterId, PoolDigest] = {}
         self._heard_s: dict[RouterId, float] = {}
-        self._awake_s = -inf
         self._prefill: dict[RouterId, Sequence[float]] = {}
         self.part = ALONE
 
@@ -169,7 +168,6 @@ class Peers:
 
     def hear(self, router: RouterId, digest: PoolDigest, now_s: float) -> None:
         """Keep another router's digest in place of its last one."""
-        self._wake(now_s)
         before = self._prefill.get(router, digest.prefill)
         self._prefill[router] = [
             each + PREFILL_KEEP * (last - each)
@@ -180,14 +178,18 @@ class Peers:
         self._divide()
 
     def expire(self, now_s: float) -> bool:
-        """Forget routers long unheard of; return whether there were any. Look every period."""
-        self._wake(now_s)
+        """Forget routers long unheard of; return whether there were any."""
         lost = [each for each, at_s in self._heard_s.items() if now_s - at_s >= PEER_LOST_S]
         for router in lost:
             del self._digests[router], self._heard_s[router], self._prefill[router]
         if lost:
             self._divide()
         return bool(lost)
+
+    def stood_still(self, seconds: float) -> None:
+        """Give the others the time in which this router could hear nobody."""
+        for router in self._heard_s:
+            self._heard_s[router] += seconds
 
     def expires_s(self) -> float:
         """When the router longest unheard of is taken for dead; inf without any."""
@@ -227,13 +229,6 @@ class Peers:
                 requests, tokens = held.get(each.tenant, (0, 0))
                 held[each.tenant] = (requests + each.requests, tokens + each.tokens)
         return held
-
-    def _wake(self, now_s: float) -> None:
-        """Give the others the time in which this router stood still."""
-        slept_s, self._awake_s = now_s - self._awake_s, now_s
-        if slept_s > STOOD_STILL_S:
-            for router in self._heard_s:
-                self._heard_s[router] += slept_s
 
     def _divide(self) -> None:
         """Lay the routers' parts side by side, in the order of their ids."""

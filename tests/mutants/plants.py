@@ -310,7 +310,7 @@ MUTANTS: Sequence[Mutant] = (
     ),
     Mutant(
         "a router that stood still takes the others for dead",
-        "exchange.py",
+        "controller.py",
         "        if slept_s > STOOD_STILL_S:\n",
         "        if False:\n",
         ("exchange",),

@@ -191,8 +191,7 @@ def test_a_silent_router_is_taken_for_dead_and_its_part_shared_out() -> None:
     peers = Peers(ROUTERS[0])
     peers.hear(ROUTERS[1], PoolDigest(requests=(0, 5, 0)), 1.0)
     assert peers.part.width == pytest.approx(0.5)
-    for silent_s in (0.25, 0.5, PEER_LOST_S - 0.01):
-        assert not peers.expire(1.0 + silent_s)
+    assert not peers.expire(1.0 + PEER_LOST_S - 0.01)
     assert peers.expire(1.0 + PEER_LOST_S)
     assert peers.part is ALONE
     assert peers.held().requests == (0, 0, 0)
@@ -200,17 +199,19 @@ def test_a_silent_router_is_taken_for_dead_and_its_part_shared_out() -> None:
 
 def test_a_router_that_stood_still_takes_nobody_for_dead() -> None:
     """Busy for two seconds it would find itself alone, and take what all others hold."""
-    peers = Peers(ROUTERS[0])
-    for router in ROUTERS[1:3]:
-        peers.hear(router, PoolDigest(), 1.0)
-    assert not peers.expire(3.0)
-    peers.hear(ROUTERS[1], PoolDigest(), 3.1)
+    fleet = Fleet(patient(9), routers=3)
+    first, second, _ = fleet.cores
+    peers = first._pools[POOL].peers
+    fleet.exchange(0.25)
+    first.advance(2.25)
     assert peers.part.width == pytest.approx(1 / 3)
-    for at_s in (3.35, 3.6):
-        peers.hear(ROUTERS[1], PoolDigest(), at_s)
-        assert not peers.expire(at_s)
-    assert peers.expire(3.0 + PEER_LOST_S)
-    assert peers.part.width == pytest.approx(1 / 2)
+    for at_s in (2.5, 2.75):
+        first.hear(second.digest(at_s), at_s)
+        first.advance(at_s)
+        assert peers.part.width == pytest.approx(1 / 3)
+    first.hear(second.digest(3.0), 3.0)
+    first.advance(0.25 + 2.0 + PEER_LOST_S)
+    assert peers.part.width == pytest.approx(1 / 2), "the third has been silent, asleep or not"
 
 
 def test_routers_on_the_same_digests_never_overfill_a_replica() -> None:
