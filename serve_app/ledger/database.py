@@ -8,6 +8,8 @@ database is opened, by whichever process comes first.
 from __future__ import annotations
 
 import os
+import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,7 @@ from serve_app.errors import ConfigError, StoreUnavailable
 from serve_app.ledger.schema import META, REVISION
 
 _BUSY_TIMEOUT_S = 10.0
+_BUSY_PAUSE_S = 0.02
 # A server whose machine went says nothing: without these a connection to it is waited for two
 # minutes, and an answer on one that was open a quarter of an hour. What the URL says holds.
 _POSTGRESQL: Final = {
@@ -194,6 +197,15 @@ def _engine(url: URL) -> Engine:
 
 def _durable_sqlite(connection: Any, _record: object) -> None:
     cursor = connection.cursor()
-    cursor.execute("PRAGMA journal_mode=WAL")
+    give_up_at_s = time.monotonic() + _BUSY_TIMEOUT_S
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+            break
+        except sqlite3.OperationalError:
+            # SQLite does not wait where two begin to write the log of a new file at once.
+            if time.monotonic() > give_up_at_s:
+                raise
+            time.sleep(_BUSY_PAUSE_S)
     cursor.execute("PRAGMA synchronous=FULL")
     cursor.close()
