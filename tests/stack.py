@@ -141,6 +141,11 @@ class Stack:
         """Return what `headrace up` has printed so far."""
         return (self.folder / "up.log").read_text(errors="replace")
 
+    def worker_lines(self) -> list[str]:
+        """Return the lines that our processes under Ray have logged."""
+        logs = (self.folder / "r").glob("ray/session_2*/logs/worker-*.err")
+        return [line for log in logs for line in log.read_text(errors="replace").splitlines()]
+
     def ray_logs(self) -> str:
         """Return the end of every log file of Ray and Serve that is not empty."""
         logs = sorted((self.folder / "r").glob("ray/session_2*/logs/**/*.*"))

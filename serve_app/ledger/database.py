@@ -202,9 +202,10 @@ def _durable_sqlite(connection: Any, _record: object) -> None:
         try:
             cursor.execute("PRAGMA journal_mode=WAL")
             break
-        except sqlite3.OperationalError:
+        except sqlite3.OperationalError as error:
             # SQLite does not wait where two begin to write the log of a new file at once.
-            if time.monotonic() > give_up_at_s:
+            is_busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+            if not is_busy or time.monotonic() > give_up_at_s:
                 raise
             time.sleep(_BUSY_PAUSE_S)
     cursor.execute("PRAGMA synchronous=FULL")

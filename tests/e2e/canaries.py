@@ -13,9 +13,7 @@ from tests.stack import Stack
 
 def request_lines(stack: Stack) -> list[dict[str, Any]]:
     """Return the request lines in the routers' logs."""
-    logs = (stack.folder / "r").glob("ray/session_2*/logs/worker-*.err")
-    lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()]
-    return [json.loads(line) for line in lines if '"event":"request"' in line]
+    return [json.loads(line) for line in stack.worker_lines() if '"event":"request"' in line]
 
 
 def files_with(folder: Path, *words: str) -> list[str]:

@@ -43,8 +43,7 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
 
 def log_events(stack: Stack) -> list[dict[str, Any]]:
     """Return the events in the processes' logs."""
-    logs = (stack.folder / "r").glob("ray/session_2*/logs/worker-*.err")
-    lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()]
+    lines = stack.worker_lines()
     return [json.loads(line) for line in lines if line.startswith("{") and '"event":' in line]
 
 

@@ -163,9 +163,7 @@ def until_nothing_is_doubted(stack: Stack) -> None:
 def what_was_said_of_limits(stack: Stack) -> str:
     """Return the log's lines of Controls that begin, and of routers that are lost or alone."""
     words = ("headrace.granter", "headrace.slices")
-    logs = (stack.folder / "r").glob("ray/session_2*/logs/worker-*.err")
-    lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()]
-    said = [line for line in lines if any(word in line for word in words)]
+    said = [line for line in stack.worker_lines() if any(word in line for word in words)]
     return f"now {time.time():.1f}\n" + "\n".join(said[-40:])
 
 

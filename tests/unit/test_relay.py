@@ -194,6 +194,13 @@ async def test_before_the_first_byte_a_lost_replica_costs_another_try_only() -> 
     assert (case.client.body, case.client.ends) == (FIRST.data + LAST.data, 1)
 
 
+def test_what_a_replica_refused_is_not_held_against_the_next_one() -> None:
+    case = Case(Script(), "r1", "r2")
+    case.lease.fail()
+    case.lease.move(busy=True)
+    assert case.lease.outcome is Outcome.CANCELLED
+
+
 async def test_without_another_replica_nothing_is_sent() -> None:
     case = Case(Script(r1=[EngineDead("gone")]), "r1")
     with pytest.raises(Refused):

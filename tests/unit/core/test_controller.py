@@ -230,16 +230,14 @@ def test_a_request_cut_after_tokens_goes_on_past_queue_and_retry_budget() -> Non
 
 def test_a_client_whose_stream_was_cut_has_ignored_no_advice() -> None:
     """It was told by an event in its stream, which says nothing of when to come again."""
-    core = controller(PoolPolicy(), "r1")
-    core.offer(ticket("a"), 0.0)
-    core.progress(ReplicaId("r1"), [(RequestId("a"), 40)], 0.1)
+    core = controller(PoolPolicy(hold_without_replica_s=60.0), "r1")
+    core.offer(ticket("cut"), 0.0)
+    core.progress(ReplicaId("r1"), [(RequestId("cut"), 40)], 0.1)
     core.forget(ReplicaId("r1"), 0.2)
-    assert rejected(core.fail(RequestId("a"), ReplicaId("r1"), 0.2)) == [
-        ("a", RejectReason.NO_REPLICA)
-    ]
-    core.observe(view("r2", 1), 0.3)
+    effects = core.fail(RequestId("cut"), ReplicaId("r1"), 0.2)
+    assert rejected(effects) == [("cut", RejectReason.NO_REPLICA)]
     again = [core.offer(ticket(f"again-{number}"), 0.4) for number in range(20)]
-    assert [rejected(effects) for effects in again] == [[]] * 20
+    assert [rejected(effects) for effects in again] == [[]] * 20, "they wait for a replica"
 
 
 def test_before_its_first_token_a_failed_request_still_takes_from_the_retry_budget() -> None:

@@ -34,14 +34,16 @@ def test_a_server_that_has_gone_is_not_waited_for_without_end(query: str, waits_
 class BusyCursor:
     """SQLite's answer to the second of two who begin a file's log at once, for a while."""
 
-    def __init__(self, refusals: int) -> None:
+    def __init__(self, refusals: int, code: int = sqlite3.SQLITE_BUSY) -> None:
         self.refusals = refusals
+        self.error = sqlite3.OperationalError("no")
+        self.error.sqlite_errorcode = code
         self.done: list[str] = []
 
     def execute(self, statement: str) -> None:
         if "journal_mode" in statement and self.refusals:
             self.refusals -= 1
-            raise sqlite3.OperationalError("database is locked")
+            raise self.error
         self.done.append(statement)
 
     def close(self) -> None:
@@ -57,6 +59,8 @@ def test_two_who_begin_a_new_file_at_once_wait_for_each_other(
     connection = BusyCursor(3)
     database._durable_sqlite(connection, None)
     assert connection.done == ["PRAGMA journal_mode=WAL", "PRAGMA synchronous=FULL", "closed"]
+    with pytest.raises(sqlite3.OperationalError):
+        database._durable_sqlite(BusyCursor(1, sqlite3.SQLITE_READONLY), None)
     monkeypatch.setattr(database, "_BUSY_TIMEOUT_S", -1.0)
     with pytest.raises(sqlite3.OperationalError):
         database._durable_sqlite(BusyCursor(1), None)
