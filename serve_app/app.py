@@ -3,6 +3,8 @@
 configs/*.yaml name these as ``import_path``; Ray Serve calls each with its ``args``.
 This module must not postpone the evaluation of annotations: Serve reads the builders'
 argument types to validate ``args``, and a string there turns validation off silently.
+
+Serve calls each builder in a process of its own, so each imports its own deployment only.
 """
 
 from typing import Any
@@ -19,9 +21,6 @@ from serve_app.config import (
     PoolArgs,
     ReplicaSettings,
 )
-from serve_app.control import Control
-from serve_app.engine.replica import EngineReplica, Pool
-from serve_app.router import Router
 
 # Requests have a line of our own. Serve's would log every heartbeat and scrape beside them.
 LOGGING = LoggingConfig(enable_access_log=False)
@@ -29,6 +28,8 @@ LOGGING = LoggingConfig(enable_access_log=False)
 
 def control(args: ControlArgs) -> serve.Application:
     """Build the control application: one replica on a CPU node."""
+    from serve_app.control import Control
+
     deployment = serve.deployment(
         Control,
         name="Control",
@@ -44,6 +45,8 @@ def control(args: ControlArgs) -> serve.Application:
 
 def pool(args: PoolArgs) -> serve.Application:
     """Build one model pool: engine replicas behind an ingress that serves nothing."""
+    from serve_app.engine.replica import EngineReplica, Pool
+
     engine = serve.deployment(
         EngineReplica,
         name="Engine",
@@ -65,6 +68,8 @@ def pool(args: PoolArgs) -> serve.Application:
 
 def gateway(args: GatewayArgs) -> serve.Application:
     """Build the gateway: the routers."""
+    from serve_app.router import Router
+
     router = serve.deployment(
         serve.ingress()(Router),
         name="Router",

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 
-import ray
 from prometheus_client import CollectorRegistry
 
 from serve_app import __version__
@@ -172,4 +172,4 @@ def request_line(audit: Audit, ended_wall_s: float) -> RequestLine:
 
 def describe_build(metrics: ProcessMetrics, role: str) -> None:
     """Set the build information of a process."""
-    metrics.build_info.labels(__version__, ray.__version__, role).set(1)
+    metrics.build_info.labels(__version__, version("ray"), role).set(1)

@@ -15,7 +15,7 @@ import openai
 import psutil
 import pytest
 
-from tests.e2e.fleet import ENGINES, ROUTERS, is_idle, replicas_ready
+from tests.e2e.fleet import ENGINES, ROUTERS, SLOTS, STEP_S, is_idle, replicas_ready
 from tests.e2e.traffic import Load, wait_s
 from tests.e2e.waiting import until
 from tests.stack import Stack
@@ -212,6 +212,45 @@ async def test_routers_killed_with_a_hundred_open_streams_leave_no_slot_held(
         lambda: stack.metric("headrace_engine_tokens_total", kind="wasted") > wasted,
         "what was generated for them counted",
     )
+
+
+@pytest.mark.proof
+async def test_after_an_engines_death_at_three_quarters_load_goodput_comes_back(
+    stack: Stack,
+) -> None:
+    """One engine of two cannot do it alone: what comes meanwhile waits, and nothing is lost."""
+    words = 25
+    load = Load(stack, "small", words, 0.75 * ENGINES * SLOTS / (words * STEP_S))
+    async with load.running():
+        await wait_s(3)
+        killed_at_s = time.monotonic()
+        stack.processes("pool-small", "Engine")[0].send_signal(signal.SIGKILL)
+        await asyncio.to_thread(
+            until, lambda: replicas_ready(stack, "small") < ENGINES, "it is missed"
+        )
+        await asyncio.to_thread(
+            until, lambda: replicas_ready(stack, "small") == ENGINES, "another one"
+        )
+        ready_at_s = time.monotonic()
+        await wait_s(10)
+    assert load.failures() == []
+
+    def ended_per_s(from_s: float) -> int:
+        ends_s = [each.ended_at_s for each in load.answers if each.ended_at_s is not None]
+        return sum(from_s <= at_s < from_s + 1 for at_s in ends_s)
+
+    before = ended_per_s(killed_at_s - 1)
+    steps_s = [killed_at_s + step / 4 for step in range(4 * 120)]
+    lowest, lowest_at_s = min((ended_per_s(at_s), at_s) for at_s in steps_s if at_s < ready_at_s)
+    back_at_s = next(
+        at_s
+        for at_s in steps_s
+        if at_s > lowest_at_s and ended_per_s(at_s) >= 0.95 * load.rate_per_s
+    )
+    print(f"{before} answers/s before, {lowest} at least while it was away")
+    print(f"another one {ready_at_s - killed_at_s:.1f} s after the death; ", end="")
+    print(f"goodput is back {back_at_s - ready_at_s:+.2f} s from then")
+    assert lowest < 0.9 * load.rate_per_s, "one alone cannot do it"
 
 
 @pytest.mark.proof

@@ -1,4 +1,4 @@
-"""The Ray head dies, and its state is in a Redis: others serve on.
+"""The Ray head dies, or the Redis that its state is in: others serve on.
 
 The chart's RayService for kind, its worker pods as they are; the only HAProxy is the head's here,
 so a router is asked at its own port while that is away.
@@ -70,6 +70,27 @@ async def test_without_the_head_others_serve_on_and_nothing_starts_anew(cluster:
         since_s = time.monotonic()
         await eventually(lambda: is_ready(cluster) is True, "the front port serves again")
         print(f"served again {time.monotonic() - since_s:.1f} s after the head's start")
+        assert await stream == WORDS
+    await is_as_before(cluster, before)
+
+
+async def test_without_redis_others_serve_on_and_nothing_starts_anew(
+    cluster: Cluster, redis: Redis
+) -> None:
+    """Ray's GCS ends with its Redis, and the head with that; no other starts before it is back."""
+    before, heads = cluster.replicas(), cluster.heads()
+    async with asking(cluster) as router:
+        stream = asyncio.create_task(to_its_end(router))
+        await eventually(lambda: cluster.stack.metric("headrace_engine_running") == 1, "it runs")
+        redis.kill()
+        try:
+            await serves(router)
+            print(f"the head without Redis: {[each.is_running() for each in heads]}")
+        finally:
+            redis.start()
+        since_s = time.monotonic()
+        await eventually(lambda: is_ready(cluster) is True, "the front port serves again")
+        print(f"served again {time.monotonic() - since_s:.1f} s after Redis was back")
         assert await stream == WORDS
     await is_as_before(cluster, before)
 

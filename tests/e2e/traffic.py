@@ -15,9 +15,10 @@ from tests.stack import Stack
 
 @dataclass
 class Answer:
-    """How one request ended. ``error`` is what the client saw of a failure."""
+    """How one request ended, and when. ``error`` is what the client saw of a failure."""
 
     sent_at_s: float
+    ended_at_s: float | None = None
     status: int | None = None
     words: int = 0
     error: str | None = None
@@ -77,6 +78,8 @@ class Load:
         except httpx.HTTPError as error:
             answer.error = f"{type(error).__name__}: {error}"
             return
+        finally:
+            answer.ended_at_s = time.monotonic()
         answer.status = response.status_code
         if response.status_code == 200:
             answer.words = response.json()["usage"]["completion_tokens"]

@@ -396,7 +396,7 @@ async def test_an_engine_core_that_hangs_is_found_by_its_steps(engine: VllmEngin
     """Its process lives and its sockets are open: only its progress tells."""
     seconds = itertools.count()
     health = EngineHealth(engine, 8.0, lambda: float(next(seconds)))
-    stream = engine.generate(chat(LONG, stream=True))
+    stream = engine.generate(chat(LONG | {"max_tokens": 100}, stream=True))
     await anext(stream)
     await health.check()
     core = engine.processes[0]

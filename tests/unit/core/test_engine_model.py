@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
-from reference_engine import ReferenceEngine
 
 from serve_app.core.engine_model import EngineModel, EngineParams, EventKind, StepRun
 from serve_app.core.types import PriorityClass
 from tests.properties import examples
+from tests.unit.core.reference_engine import ReferenceEngine
 
 FIRST, FINISHED, PREEMPTED = EventKind.FIRST_TOKEN, EventKind.FINISHED, EventKind.PREEMPTED
 
