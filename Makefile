@@ -50,8 +50,8 @@ test-fast: setup ## Run the tests that need neither Ray nor torch nor many secon
 proof: model ## Run the long forms: properties, chaos, soak (about an hour)
 	@HEADRACE_EXAMPLES_TIMES=20 $(STEP) "properties, twenty times as many new cases" \
 	  $(PYTHON) -m pytest -m "hypothesis and not proof" --ignore=tests/e2e --timeout 3600 tests
-	@# They have no network to fetch one by.
-	@$(PYTHON) scripts/find_redis.py >/dev/null || true
+	@# They have no network to fetch these by.
+	@for tool in redis helm; do $(PYTHON) scripts/find_$$tool.py >/dev/null || true; done
 	@$(STEP) "proofs" scripts/isolated $(PYTHON) -m pytest -m proof tests
 
 .PHONY: drills

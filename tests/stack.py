@@ -280,7 +280,10 @@ def _write_config(folder: Path, config: Path | Mapping[str, Any]) -> Path:
 
 
 def _private_paths(folder: Path) -> dict[str, str]:
-    """Return the environment that keeps a stack's files in its folder; models are shared."""
+    """Return the environment that keeps a stack's files in its folder.
+
+    Models are shared, and what vLLM has found out about their classes, in twenty seconds.
+    """
     paths = {name: folder / name for name in ("r", "t", "h", "p")}
     for path in paths.values():
         path.mkdir()
@@ -290,6 +293,8 @@ def _private_paths(folder: Path) -> dict[str, str]:
         "TMPDIR": str(paths["t"]),
         "HOME": str(paths["h"]),
         "HEADRACE_HOME": models,
+        "VLLM_CACHE_ROOT": os.environ.get("VLLM_CACHE_ROOT")
+        or str(Path.home() / ".cache" / "vllm"),
         **_haproxy_paths(paths["p"]),
     }
 

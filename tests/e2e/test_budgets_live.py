@@ -83,7 +83,7 @@ async def test_a_budget_is_spent_nearly_whole_and_never_over(stack: Stack) -> No
     assert {error["type"] for error in errors} == {"insufficient_quota"}
     until(lambda: settled(stack, "acme"), "the ledger has everything")
     assert 0.99 * 0.3 * NANO <= spent(stack, "acme") <= 0.3 * NANO
-    stack.headrace("usage", "--verify", "--config", stack.folder / "stack.yaml")
+    headrace(stack, "usage", "--verify")
 
     with pytest.raises(openai.RateLimitError) as refused:
         stack.openai(api_key=key, max_retries=3).completions.create(model="quick", prompt="x")

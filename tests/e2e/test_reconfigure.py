@@ -154,7 +154,7 @@ def routers_known(stack: Stack) -> int:
 
 @pytest.mark.parametrize(
     "lasting_s",
-    [pytest.param(60, id="a minute"), pytest.param(150, id="150 s", marks=pytest.mark.proof)],
+    [pytest.param(30, id="30 s"), pytest.param(150, id="150 s", marks=pytest.mark.proof)],
 )
 async def test_routers_come_and_go_and_neither_a_stream_nor_a_request_fails(
     stack: Stack, lasting_s: float

@@ -70,21 +70,32 @@ def whole_answers(tally: Tally) -> int:
 
 
 def descriptors(stack: Stack) -> int:
+    """Count routers' and engines', but for the connections that HAProxy keeps for its next request.
+
+    One that only the router still holds is counted: it is not established any more.
+    """
     routers, engines = (stack.processes(*ROLES[role]) for role in ("router", "engine"))
-    return sum(process.num_fds() for process in (*routers, *engines))
+    held = sum(process.num_fds() for process in (*routers, *engines))
+    return held - len(from_haproxy(stack))
+
+
+def from_haproxy(stack: Stack) -> list[Any]:
+    """Return the open connections to the router's own port."""
+    first = int(stack.environment["RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"])
+    return [
+        connection
+        for router in stack.processes(*ROLES["router"])
+        for connection in router.net_connections()
+        if connection.status == psutil.CONN_ESTABLISHED
+        and connection.laddr.port in range(first, first + ROUTER_PORTS)
+    ]
 
 
 def goes_straight_to_the_router(stack: Stack) -> bool:
     """Whether HAProxy knows the router: before, Serve's own proxy stands in and buffers all."""
-    first = int(stack.environment["RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"])
     with stack.http() as client:
         client.get("/v1/models").raise_for_status()
-        return any(
-            connection.status == psutil.CONN_ESTABLISHED
-            and connection.laddr.port in range(first, first + ROUTER_PORTS)
-            for router in stack.processes(*ROLES["router"])
-            for connection in router.net_connections()
-        )
+        return bool(from_haproxy(stack))
 
 
 async def test_a_client_that_reads_a_byte_at_a_time_is_cut_off_and_nobody_else_notices(
