@@ -57,6 +57,13 @@ class Memory:
         """Return what each process grew by after it settled."""
         return {name: round(self._growth_bytes(name) / MIB, 1) for name in self.samples}
 
+    def course_mib(self) -> dict[str, list[float]]:
+        """Return what each process had at every tenth of the time: whether it levels off."""
+        return {
+            name: [round(found[(len(found) - 1) * tenth // 10][1] / MIB, 1) for tenth in range(11)]
+            for name, found in self.samples.items()
+        }
+
     def grown(self) -> dict[str, float]:
         """Return those that grew by more than allocators do."""
         return {name: grown for name, grown in self.growth_mib().items() if grown > GROWN_MIB}

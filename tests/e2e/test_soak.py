@@ -157,7 +157,7 @@ async def test_steady_load_leaks_no_memory_stream_slot_or_socket(
         )
     came = sum(len(tally.latencies_s) for tally in tallies)
     print(f"{came} of {plain_per_s:.0f} + {streams_per_s:.0f}/s in {duration_s} s")
-    print(f"growth in MiB: {memory.growth_mib()}")
+    print(f"growth in MiB: {memory.growth_mib()}; at each tenth: {memory.course_mib()}")
     answers = sum(whole_answers(tally) for tally in tallies)
     assert answers >= 0.99 * (plain_per_s + streams_per_s) * duration_s
     assert memory.grown() == {}
