@@ -89,6 +89,10 @@ class Continuation:
             return NotContinued.NO_TOKENS
         return NotContinued.LIMIT if self._begun >= self._most else None
 
+    def passed_over(self) -> None:
+        """The replica that ``resume`` was for took no more: it did not go on there."""
+        self._begun -= 1
+
     def resume(self, call: GenerateCall) -> GenerateCall:
         """Return ``call`` as one that goes on after what the client has."""
         self._begun += 1

@@ -23,6 +23,7 @@ from serve_app.core.policy import PoolPolicy
 from serve_app.core.types import (
     Dispatch,
     Effect,
+    Failure,
     Notice,
     Outcome,
     PoolName,
@@ -75,17 +76,15 @@ class Lease:
         """Record that the replica failed it for good."""
         self.outcome = Outcome.FAILED
 
-    def move(self, *, busy: bool = False) -> None:
+    def move(self, why: Failure = Failure.LOST) -> None:
         """Place the request on another replica; its present one could not serve it.
-
-        ``busy``: that one only had no place, and is no worse for it.
 
         It keeps its place: nothing is charged again, and it does not wait.
 
         Raises:
             Refused: there is no other replica.
         """
-        self.dispatch = self._gate.fail(self.ticket.request_id, self.replica, busy=busy)
+        self.dispatch = self._gate.fail(self.ticket.request_id, self.replica, why)
         self.replica = self.dispatch.replicas[0]
         self.outcome = Outcome.CANCELLED
         self._begun = False
@@ -139,11 +138,11 @@ class Gate:
         if effects or first:
             self._apply(effects)
 
-    def fail(self, request_id: RequestId, replica: ReplicaId, *, busy: bool = False) -> Dispatch:
+    def fail(self, request_id: RequestId, replica: ReplicaId, why: Failure) -> Dispatch:
         """Ask the core for another replica; see Lease.move."""
         own: Effect | None = None
         others: list[Effect] = []
-        for effect in self._core.fail(request_id, replica, self._clock(), busy=busy):
+        for effect in self._core.fail(request_id, replica, self._clock(), why):
             if not isinstance(effect, Notice) and effect.request_id == request_id:
                 own = effect
             else:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from starlette.types import Send
 
 from serve_app.continuation import Continuation, NotContinued, refused_by_core
-from serve_app.core.types import Dispatch, PriorityClass, Usage
+from serve_app.core.types import Dispatch, Failure, PriorityClass, Usage
 from serve_app.engine.api import (
     STREAM_END,
     EngineBusy,
@@ -42,6 +42,8 @@ from serve_app.gateway.http import StreamSender, send_json
 Headers = list[tuple[bytes, bytes]]
 
 ERROR_WRITE_S = 1.0
+# A request that kills engines is begun on so many at the most.
+ENGINES_MAX = 3
 
 _NO_TIER = b',"service_tier":null'
 _TIER_OF_CLASS = {
@@ -97,6 +99,7 @@ class Relay:
         self.before_end: Callable[[], Awaitable[None]] | None = None
         self._answered = False
         self._overflowed = False
+        self._lost = 0
         self._tier: bytes | None = None
         self.cap: Cap | None = None
         self.continuation: Continuation | None = None
@@ -160,12 +163,27 @@ class Relay:
                 raise _too_slow() from None
             except EngineDead as error:
                 if self.delivery.first_byte_at_s is None:
-                    lease.move(busy=isinstance(error, EngineBusy))
+                    self._begin_again(lease, error)
                 else:
                     self._go_on(lease, error)
             except ReaderTooSlow as error:
                 task.uncancel()
                 raise _too_slow() from error
+
+    def _begin_again(self, lease: Lease, error: EngineDead) -> None:
+        """Place a request of which the client has nothing on another replica.
+
+        Raises:
+            EngineFailed: it was lost with ``ENGINES_MAX`` of them, and may be why.
+        """
+        self._lost += not isinstance(error, EngineBusy)
+        if self._lost == ENGINES_MAX:
+            lease.fail()
+            raise EngineFailed(
+                f"{ENGINES_MAX} engines failed one after the other before the first token.",
+                should_retry=False,
+            ) from error
+        lease.move(_failure_of(error))
 
     def _go_on(self, lease: Lease, error: EngineDead) -> None:
         """Place a stream that was cut on another replica.
@@ -173,12 +191,14 @@ class Relay:
         Raises:
             EngineFailed: it cannot go on.
         """
+        if isinstance(error, EngineBusy) and self.continuation is not None:
+            self.continuation.passed_over()
         bar = NotContinued.OFF if self.continuation is None else self.continuation.bar()
         if isinstance(error, GenerationFailed):
             bar = NotContinued.FAILED
         if bar is None:
             try:
-                lease.move(busy=isinstance(error, EngineBusy))
+                lease.move(_failure_of(error))
             except Refused as refused:
                 bar = refused_by_core(refused.reject.reason)
         if bar is not None:
@@ -201,12 +221,10 @@ class Relay:
         return self.continuation.resume(call)
 
     def _refused(self, refusal: Refusal, *, resumed: bool) -> Exception:
-        """Return what to raise: one that cannot go on now is as good as lost."""
-        if not resumed:
-            return error_of(refusal)
+        """Return what to raise: for a replica that is leaving or full there are others."""
         if refusal.status == 503:
             return EngineBusy(refusal.message)
-        return self._cut(NotContinued.REFUSED)
+        return self._cut(NotContinued.REFUSED) if resumed else error_of(refusal)
 
     async def _attempt(
         self,
@@ -284,6 +302,13 @@ def _whole(usage: Usage, call: GenerateCall) -> Usage:
     if not resumed:
         return usage
     return replace(usage, completion_tokens=usage.completion_tokens + resumed, engine_s=0.0)
+
+
+def _failure_of(error: EngineDead) -> Failure:
+    """Return what an error of an engine says of its replica."""
+    if isinstance(error, EngineBusy):
+        return Failure.BUSY
+    return Failure.REQUEST if isinstance(error, GenerationFailed) else Failure.LOST
 
 
 def _too_slow() -> RequestTimeout:

@@ -217,7 +217,9 @@ class Tickets:
         """Return the most tokens of an answer, and the cap to hand to the engine."""
         most = terms.max_output_tokens
         if parsed.max_tokens is None:
-            return (self._limits.max_output_tokens, None) if most is None else (most, most)
+            # What is reserved for is what it can become: without the cap, the context's rest.
+            bound = self._limits.max_output_tokens if most is None else most
+            return bound, bound
         if most is not None and parsed.max_tokens > most:
             raise InvalidRequest(
                 f"Invalid value for 'max_tokens': at most {most} are allowed for this key and "

@@ -118,6 +118,7 @@ class Treasury:
         self._missed_at_s: dict[str, float] = {}
         self._told: dict[tuple[BudgetKey, int], int] = {}
         self._alerts_at_s = clock()
+        self._budgets: Mapping[BudgetKey, Budget] = {}
         self.list = BudgetList()
 
     async def lend(self, router: str, accounts: list[Account]) -> list[Line]:
@@ -158,6 +159,7 @@ class Treasury:
         if version != self.list.version:
             budgets = await asyncio.to_thread(self._record.every)
             self.list = BudgetList(version, frozenset(each.key for each in budgets if each.hard))
+            self._recall_what_changed({each.key: each for each in budgets})
         if self._clock() - self._alerts_at_s >= ALERTS_PERIOD_S:
             self._alerts_at_s = self._clock()
             self._tell_alerts(await asyncio.to_thread(self._record.balances))
@@ -181,6 +183,15 @@ class Treasury:
         removed = await asyncio.to_thread(self._record.remove, key, by)
         await self.follow()
         return removed
+
+    def _recall_what_changed(self, budgets: Mapping[BudgetKey, Budget]) -> None:
+        """Have routers let go of what they were lent of budgets that are less, or other, now."""
+        for key, before in self._budgets.items():
+            now = budgets.get(key, before)
+            if now.amount_nanousd < before.amount_nanousd or now.window is not before.window:
+                for name in self._routers():
+                    self._ring(name, recalled=key)
+        self._budgets = budgets
 
     def _recalling(
         self, router: str, line: Line, holders: Mapping[BudgetKey, Collection[str]]

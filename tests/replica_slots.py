@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from serve_app.core.types import (
     Dispatch,
+    Failure,
     PoolName,
     Reject,
     RejectReason,
@@ -26,6 +27,7 @@ class ReplicaSlots:
     ) -> None:
         self.left = [ReplicaId(name) for name in replicas]
         self.failed: list[str] = []
+        self.reasons: list[Failure] = []
         self.tokens = 0
         self.firsts = 0
         self._pool = pool
@@ -40,8 +42,9 @@ class ReplicaSlots:
         self.tokens += tokens
         self.firsts += first
 
-    def fail(self, request_id: RequestId, replica: ReplicaId, *, busy: bool = False) -> Dispatch:
+    def fail(self, request_id: RequestId, replica: ReplicaId, why: Failure) -> Dispatch:
         self.failed.append(replica)
+        self.reasons.append(why)
         self.left.remove(replica)
         if not self.left:
             raise Refused(Reject(request_id, self._reason, 1.0))

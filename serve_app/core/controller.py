@@ -30,6 +30,7 @@ from serve_app.core.refusals import refusal_at_offer, refusal_to_wait, refuse, s
 from serve_app.core.saturation import Replica
 from serve_app.core.types import (
     Effect,
+    Failure,
     Notice,
     Outcome,
     PoolName,
@@ -198,16 +199,19 @@ class Controller:
         return self._end(request_id, Usage(), Outcome.CANCELLED, now_s)
 
     def fail(
-        self, request_id: RequestId, replica: ReplicaId, now_s: float, *, busy: bool = False
+        self,
+        request_id: RequestId,
+        replica: ReplicaId,
+        now_s: float,
+        why: Failure = Failure.LOST,
     ) -> list[Effect]:
         """Move a dispatched request that ``replica`` could not serve to another one.
 
         Replicas that failed it are not tried again. Prefers replicas with room; otherwise
-        any live one, since the request was admitted once and must not wait twice. One of
-        which tokens were delivered is continued there: it takes nothing from the retry
-        budget, since a whole replica's streams are cut at once and the caller bounds how
-        often each goes on. One that was only ``busy`` has not failed as far as its breaker
-        goes. Returns Dispatch, or Reject(NO_REPLICA or RETRY_BUDGET), which
+        any live one, since the request was admitted once and must not wait twice. With a
+        replica all that it holds is lost at once: that takes nothing from the retry budget,
+        and the caller bounds how often one request goes on. A request that failed by itself
+        takes from it. Returns Dispatch, or Reject(NO_REPLICA or RETRY_BUDGET), which
         ends it. Unknown or waiting ids: no effect of their own.
         """
         now_s, effects = self._begin(now_s)
@@ -218,7 +222,7 @@ class Controller:
         entry.excluded = (*entry.excluded, entry.replica.id, replica)
         failed = pool.load.lost(entry)
         judged = pool.load.replicas.get(replica, failed)
-        if busy:
+        if why is Failure.BUSY:
             judged.breaker.abandoned(now_s)
         else:
             self._failed(pool, judged, now_s, effects)
@@ -226,7 +230,7 @@ class Controller:
         reason = RejectReason.NO_REPLICA
         dispatch = None
         if pool.load.live:
-            if entry.tokens or pool.retries.spend():
+            if why is not Failure.REQUEST or pool.retries.spend():
                 dispatch = pool.move(entry, now_s)
             else:
                 reason = RejectReason.RETRY_BUDGET

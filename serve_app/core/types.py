@@ -34,6 +34,14 @@ class Outcome(StrEnum):
     FAILED = "failed"
 
 
+class Failure(StrEnum):
+    """Why a replica could not serve a request that it was sent."""
+
+    LOST = "lost"  # the replica, with all that it held
+    BUSY = "busy"  # it took no more just now, and is none the worse for it
+    REQUEST = "request"  # this one, which another replica may fail as well
+
+
 class RejectReason(StrEnum):
     """Why the core refused a request. The edge maps each to a status and a code."""
 

@@ -84,7 +84,8 @@ class OpenAILayer:
         self._engine.generation.set(generation)
         handler = self._handlers[generation.call.endpoint]
         try:
-            body = request_body(generation.call)
+            context_tokens = self._engine.model_config.max_model_len
+            body = request_body(generation.call, context_tokens)
             generation.model = str(body.get("model") or self._served_name)
             body["model"] = self._served_name
             request = handler.request_type.model_validate(body)

@@ -41,8 +41,10 @@ _CONTEXT_OVERFLOW = re.compile(r"maximum context length|cannot be greater than m
 _DEFAULT_COMPLETION_TOKENS = 16
 
 
-def request_body(call: GenerateCall) -> dict[str, Any]:
+def request_body(call: GenerateCall, context_tokens: int | None = None) -> dict[str, Any]:
     """Return the body for vLLM: the client's, less what steers the engine, plus what we set.
+
+    vLLM refuses a limit above ``context_tokens``; no limit of ours is.
 
     Raises:
         ValueError: the body is not a JSON object.
@@ -58,6 +60,8 @@ def request_body(call: GenerateCall) -> dict[str, Any]:
         body["cache_salt"] = call.cache_salt
     caps = [cap for cap in (call.max_tokens, call.paid_tokens) if cap is not None]
     if caps:
+        if context_tokens is not None:
+            caps.append(context_tokens)
         _cap_output(body, call.endpoint, min(caps))
     return body
 

@@ -5,6 +5,9 @@ off the cancellation of a request it abandoned, set Serve's timeout or pick a re
 end here. So does the client's ``x-request-id``: inside, every request bears an id of ours;
 the client's is a label, echoed if it is short and printable.
 
+A response that begins before the request's body is there ends the connection: a body that
+trickles in for ever would hold it, here and in HAProxy, though nobody waits for it.
+
 Serve applies this where RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH (configs/ray.env) names
 ``middlewares``.
 """
@@ -35,12 +38,13 @@ _SERVES_OWN = frozenset(
         b"x-request-id",
     }
 )
-_NAMES = frozenset({b"x-request-id", b"x-headrace-request-id"})
+_BODY = frozenset({b"content-length", b"transfer-encoding"})
+_CLOSE = (b"connection", b"close")
 _MULTIPLEX = b"serve_multiplexed_model_id"
 
 
 class EdgeHeaders:
-    """Removes Serve's control headers and names the request."""
+    """Removes Serve's control headers, names the request, waits for no body in vain."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -65,13 +69,26 @@ class EdgeHeaders:
             (b"x-headrace-request-id", request_id.encode()),
         ]
 
+        body_comes = any(
+            name.lower() in _BODY and value != b"0" for name, value in scope["headers"]
+        )
+
+        async def receive_noted() -> Message:
+            nonlocal body_comes
+            message = await receive()
+            if not message.get("more_body", False):
+                body_comes = False
+            return message
+
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                others = [h for h in message["headers"] if h[0].lower() not in _NAMES]
-                message = {**message, "headers": [*others, *names]}
+                ours = [*names, _CLOSE] if body_comes else names
+                dropped = {name for name, _ in ours}
+                others = [h for h in message["headers"] if h[0].lower() not in dropped]
+                message = {**message, "headers": [*others, *ours]}
             await send(message)
 
-        await self._app(inner, receive, send_named)
+        await self._app(inner, receive_noted if body_comes else receive, send_named)
 
 
 def middlewares() -> list[Middleware]:

@@ -346,6 +346,34 @@ def test_what_is_no_http_is_refused_at_the_door(sim_stack: Stack, request_bytes:
     still_serves(sim_stack)
 
 
+@pytest.mark.parametrize(
+    ("path", "key", "status"), [(CHAT, "", b"401"), ("/v1/nowhere", KEY, b"404")]
+)
+def test_who_is_refused_cannot_hold_a_connection_by_a_body_that_never_ends(
+    sim_stack: Stack, path: str, key: str, status: bytes
+) -> None:
+    address = httpx.URL(sim_stack.url)
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        f"authorization: Bearer {key}\r\ncontent-length: {LIMIT_BYTES}\r\n\r\n"
+    )
+    with socket.create_connection((address.host, address.port or 80), timeout=60) as connection:
+        connection.sendall(head.encode() + b"{")
+        assert connection.recv(65_536).startswith(b"HTTP/1.1 " + status)
+        connection.settimeout(0.1)
+
+        def closed() -> bool:
+            try:
+                connection.sendall(b" ")
+                return connection.recv(65_536) == b""
+            except TimeoutError:
+                return False
+            except OSError:
+                return True
+
+        until(closed, "the end of the connection")
+
+
 # Headers by which a client could steer Serve or an engine
 
 

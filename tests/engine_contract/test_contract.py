@@ -363,6 +363,15 @@ async def test_output_ends_with_the_context(engine: Engine) -> None:
     assert long.final.finish_reason == "length"
 
 
+async def test_a_cap_above_the_context_is_no_limit(engine: Engine) -> None:
+    call = make_call(text="boat " * 780, max_tokens=None, call_max_tokens=100 * CONTEXT_TOKENS)
+    answer = await collect(engine, call)
+    assert answer.final is not None
+    assert answer.final.usage.completion_tokens >= 1
+    used = answer.final.usage
+    assert used.prompt_tokens + used.completion_tokens <= CONTEXT_TOKENS
+
+
 async def test_timings_are_in_order(engine: Engine) -> None:
     answer = await collect(engine, make_call())
     assert answer.final is not None

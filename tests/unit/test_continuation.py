@@ -31,6 +31,7 @@ from serve_app.core.types import (
 from serve_app.engine.api import (
     STREAM_END,
     Endpoint,
+    EngineBusy,
     EngineDead,
     EngineTimings,
     Final,
@@ -231,6 +232,14 @@ async def test_an_engine_that_cannot_go_on_ends_the_stream() -> None:
     case = Case(r1=script(frame(b"a", 1), LOST), r2=script(unsupported), r3=script(DONE, final(1)))
     assert await case.cut() is NotContinued.REFUSED
     assert len(case.transport.calls) == 2
+
+
+async def test_replicas_without_a_place_do_not_count_as_having_gone_on_there() -> None:
+    full = script(EngineBusy("full"))
+    case = await Case(
+        r1=script(frame(b"a", 1), LOST), r2=full, r3=full, r4=full, r5=script(DONE, final(1))
+    ).run()
+    assert case.body == HEAD % b"a" + SAID % (1, b"greedy") + STREAM_END
 
 
 async def test_an_engine_that_is_leaving_is_passed_over() -> None:

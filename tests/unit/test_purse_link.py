@@ -245,6 +245,27 @@ async def test_a_router_that_stops_lets_go_of_what_it_has(tmp_path: Path) -> Non
         assert (await site.reserve(1, 1000))[1] == Reserved(1000)
 
 
+@pytest.mark.parametrize(
+    "less",
+    [Budget(ACME, 500, Window.NONE), Budget(ACME, 10**6, Window.MONTH)],
+    ids=["amount", "window"],
+)
+async def test_what_was_lent_of_a_budget_that_is_less_now_comes_back(
+    tmp_path: Path, less: Budget
+) -> None:
+    async with made(tmp_path, 2) as site:
+        site.budgets.put(Budget(ACME, 10**6, Window.NONE))
+        await site.line.treasury.follow()
+        await site.reserve(0, 1000)
+        purse = site.links[0].purses._purses[ACME]
+        assert purse.free > 0, "more was lent than one request needs"
+        site.budgets.put(less)
+        await site.line.treasury.follow()
+        async with asyncio.timeout(20):
+            while purse.free:  # noqa: ASYNC110  # another task's
+                await asyncio.sleep(0.01)
+
+
 async def test_thresholds_are_told_of_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 from serve_app import relay as relay_module
 from serve_app.core.types import (
     Dispatch,
+    Failure,
     KeyId,
     Outcome,
     PoolName,
@@ -24,12 +25,14 @@ from serve_app.core.types import (
 )
 from serve_app.engine.api import (
     Endpoint,
+    EngineBusy,
     EngineDead,
     EngineTimings,
     Final,
     Frame,
     GenerateCall,
     GenerateItem,
+    GenerationFailed,
     Refusal,
 )
 from serve_app.errors import (
@@ -194,10 +197,41 @@ async def test_before_the_first_byte_a_lost_replica_costs_another_try_only() -> 
     assert (case.client.body, case.client.ends) == (FIRST.data + LAST.data, 1)
 
 
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (EngineDead("gone"), Failure.LOST),
+        (EngineBusy("full"), Failure.BUSY),
+        (Refusal(503, "draining", code="unavailable"), Failure.BUSY),
+        (GenerationFailed("broken"), Failure.REQUEST),
+    ],
+)
+async def test_the_core_is_told_why_another_replica_is_wanted(
+    error: Refusal | Exception, why: Failure
+) -> None:
+    case = Case(Script(r1=[error], r2=[FIRST, LAST, FINAL]), "r1", "r2")
+    await case.run()
+    assert case.slots.reasons == [why]
+    assert case.client.ends == 1
+
+
+async def test_a_request_that_kills_engines_is_begun_on_three_of_them_at_most() -> None:
+    names = [f"r{number}" for number in range(9)]
+    full = [EngineBusy("full")]
+    scripts = {name: full if name in names[1:4] else [EngineDead("gone")] for name in names}
+    case = Case(Script(**scripts), *names)
+    with pytest.raises(EngineFailed) as caught:
+        await case.run()
+    assert not caught.value.should_retry
+    assert case.slots.reasons == [Failure.LOST] + [Failure.BUSY] * 3 + [Failure.LOST]
+    assert case.lease.outcome is Outcome.FAILED
+    assert case.client.sent == []
+
+
 def test_what_a_replica_refused_is_not_held_against_the_next_one() -> None:
     case = Case(Script(), "r1", "r2")
     case.lease.fail()
-    case.lease.move(busy=True)
+    case.lease.move(Failure.BUSY)
     assert case.lease.outcome is Outcome.CANCELLED
 
 

@@ -282,6 +282,11 @@ async def test_an_output_policy_refuses_more_and_caps_what_was_left_open() -> No
     assert cap(silent, 1000) == 50
 
 
+async def test_a_chat_without_a_limit_is_capped_by_what_is_reserved_for_it() -> None:
+    prepared = await Desk().prepare(chat("hello"))
+    assert prepared.output_cap == prepared.ticket.max_tokens == LIMITS.max_output_tokens
+
+
 async def test_an_answer_repeats_the_clients_name_of_the_model() -> None:
     prepared = await Desk().prepare(completion("x" * 20_000))
     placed = Dispatch(RequestId("q"), PoolName("long"), (ReplicaId("a"),), 0.0)

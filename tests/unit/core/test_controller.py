@@ -9,6 +9,7 @@ from serve_app.core.policy import BreakerPolicy, PoolPolicy
 from serve_app.core.types import (
     Dispatch,
     Effect,
+    Failure,
     KeyId,
     Outcome,
     PoolName,
@@ -240,12 +241,30 @@ def test_a_client_whose_stream_was_cut_has_ignored_no_advice() -> None:
     assert [rejected(effects) for effects in again] == [[]] * 20, "they wait for a replica"
 
 
-def test_before_its_first_token_a_failed_request_still_takes_from_the_retry_budget() -> None:
+def test_all_that_a_lost_replica_held_goes_on_elsewhere_however_much_it_was() -> None:
+    """Without a token too: answers that are not streamed have none before their end."""
+    policy = PoolPolicy(max_concurrency_per_replica=200, prefill_knee_tokens=10**6)
+    core = controller(policy, "r1", "r2")
+    held: dict[str, str] = {}
+    for number in range(200):
+        for effect in core.offer(ticket(f"q{number}"), 0.0):
+            if isinstance(effect, Dispatch):
+                held[effect.request_id] = effect.replicas[0]
+    lost = [name for name, replica in held.items() if replica == "r1"]
+    assert len(lost) > 2 * policy.breaker.retry_reserve
+    for name in lost:
+        [moved] = core.fail(RequestId(name), ReplicaId("r1"), 0.1)[-1:]
+        assert isinstance(moved, Dispatch)
+        assert (moved.request_id, moved.replicas) == (name, ("r2",))
+    assert core.open_requests() == len(held)
+
+
+def test_a_request_that_failed_by_itself_takes_from_the_retry_budget() -> None:
     policy = PoolPolicy(breaker=BreakerPolicy(retry_reserve=0.0))
     core = controller(policy, "r1", "r2")
     [first] = core.offer(ticket("a"), 0.0)
     assert isinstance(first, Dispatch)
-    effects = core.fail(RequestId("a"), first.replicas[0], 0.1)
+    effects = core.fail(RequestId("a"), first.replicas[0], 0.1, Failure.REQUEST)
     assert rejected(effects) == [("a", RejectReason.RETRY_BUDGET)]
 
 

@@ -11,6 +11,7 @@ from serve_app.core.policy import BreakerPolicy, FairnessPolicy, PoolPolicy
 from serve_app.core.types import (
     Dispatch,
     Effect,
+    Failure,
     KeyId,
     Notice,
     Outcome,
@@ -415,7 +416,7 @@ def test_a_replica_that_had_no_place_for_what_was_moved_has_not_failed() -> None
     bench = Bench(PoolPolicy(breaker=breaker, stale_after_s=60.0), replicas=2)
     for number in range(6):
         bench.offer(f"q{number}", 0.0)
-        effects = bench.core.fail(RequestId(f"q{number}"), ReplicaId("r0"), 0.0, busy=True)
+        effects = bench.core.fail(RequestId(f"q{number}"), ReplicaId("r0"), 0.0, Failure.BUSY)
         assert [type(effect) for effect in effects] == [Dispatch]
     chosen = [bench.offer(f"p{number}", 1.0)[0] for number in range(6)]
     assert "r0" in {each.replicas[0] for each in chosen if isinstance(each, Dispatch)}
@@ -446,7 +447,7 @@ def test_retries_stop_at_the_budget() -> None:
     for number in range(6):
         [first] = bench.offer(f"q{number}", 0.0)
         assert isinstance(first, Dispatch)
-        [effect] = bench.core.fail(RequestId(f"q{number}"), first.replicas[0], 0.0)
+        [effect] = bench.core.fail(RequestId(f"q{number}"), first.replicas[0], 0.0, Failure.REQUEST)
         outcomes.append(effect.reason if isinstance(effect, Reject) else "moved")
     assert outcomes == ["moved"] * 3 + [RejectReason.RETRY_BUDGET] * 3
     assert bench.core.open_requests() == 3

@@ -13,6 +13,7 @@ from serve_app.core.policy import BreakerPolicy, PoolPolicy
 from serve_app.core.types import (
     Dispatch,
     Effect,
+    Failure,
     KeyId,
     Notice,
     Outcome,
@@ -214,11 +215,11 @@ class FairMachine(RuleBasedStateMachine):
         self.take(self.core.cancel(request_id, self.now_s))
 
     @precondition(lambda self: self.running)
-    @rule(data=st.data())
-    def fail(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), why=st.sampled_from(Failure))
+    def fail(self, data: st.DataObject, why: Failure) -> None:
         request_id = data.draw(st.sampled_from(sorted(self.running)))
         _, before = self.running[request_id]
-        effects = self.core.fail(request_id, before, self.now_s)
+        effects = self.core.fail(request_id, before, self.now_s, why)
         mine = [e for e in effects if getattr(e, "request_id", None) == request_id]
         assert len(mine) == 1, "a failed request is moved or refused at once"
         self.take(effects, moving=request_id)

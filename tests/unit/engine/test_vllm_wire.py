@@ -83,6 +83,12 @@ def test_a_cap_above_the_completions_default_leaves_the_default() -> None:
     assert request_body(call)["max_tokens"] == 16
 
 
+def test_no_limit_of_ours_is_above_the_context() -> None:
+    call = _call({}, endpoint=Endpoint.CHAT, max_tokens=100_000)
+    assert request_body(call, context_tokens=2048)["max_tokens"] == 2048
+    assert "max_tokens" not in request_body(_call({}, endpoint=Endpoint.CHAT), context_tokens=2048)
+
+
 def test_context_overflow_has_openais_code_and_names_the_clients_field() -> None:
     message = "This model's maximum context length is 8 tokens. However, your prompt has 9"
     chat = refusal(Endpoint.CHAT, 400, message, "input_tokens")

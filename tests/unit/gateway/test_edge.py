@@ -127,6 +127,44 @@ async def test_the_callers_scope_is_not_changed() -> None:
     assert scope == {"type": "http", "headers": [(b"x-request-id", b"mine")]}
 
 
+@pytest.mark.parametrize(
+    ("header", "parts", "closes"),
+    [
+        ((b"accept", b"*/*"), [], False),
+        ((b"content-length", b"0"), [], False),
+        ((b"Content-Length", b"4"), [], True),
+        ((b"content-length", b"4"), [b"ab"], True),
+        ((b"content-length", b"4"), [b"ab", b"cd"], False),
+        ((b"transfer-encoding", b"chunked"), [b"ab"], True),
+    ],
+)
+async def test_a_response_before_the_whole_body_ends_the_connection(
+    header: tuple[bytes, bytes], parts: list[bytes], closes: bool
+) -> None:
+    sent: list[Any] = []
+    body = iter([(part, part != b"cd") for part in parts])
+
+    async def inside(scope: Any, receive: Any, send: Any) -> None:
+        for _ in parts:
+            await receive()
+        headers = [(b"Connection", b"keep-alive"), (b"x-own", b"1")]
+        await send({"type": "http.response.start", "status": 401, "headers": headers})
+
+    async def receive() -> Any:
+        part, more = next(body)
+        return {"type": "http.request", "body": part, "more_body": more}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "headers": [header], "path": "/"}
+    await EdgeHeaders(inside)(scope, receive, send)
+    found = sent[0]["headers"]
+    assert values(found, b"x-own") == [b"1"]
+    assert values(found, b"connection") == ([b"close"] if closes else [])
+    assert values(found, b"Connection") == ([] if closes else [b"keep-alive"])
+
+
 async def test_what_is_not_http_passes_unchanged() -> None:
     seen: list[Any] = []
 
