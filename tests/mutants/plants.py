@@ -120,7 +120,7 @@ MUTANTS: Sequence[Mutant] = (
     Mutant(
         "time runs backwards inside",
         "controller.py",
-        "        if now_s > self._now_s:\n            self._now_s = now_s\n",
+        "        if slept_s > 0.0:\n            self._now_s = now_s\n",
         "        self._now_s = now_s\n",
         ("controller",),
     ),
@@ -309,6 +309,20 @@ MUTANTS: Sequence[Mutant] = (
         ("exchange",),
     ),
     Mutant(
+        "what a lost replica held takes from the retry budget",
+        "controller.py",
+        "            if why is not Failure.REQUEST or pool.retries.spend():\n",
+        "            if pool.retries.spend():\n",
+        ("controller",),
+    ),
+    Mutant(
+        "retries of requests that fail by themselves are not bounded",
+        "controller.py",
+        "            if why is not Failure.REQUEST or pool.retries.spend():\n",
+        "            if True:\n",
+        ("controller", "controller_policies"),
+    ),
+    Mutant(
         "a router that stood still takes the others for dead",
         "controller.py",
         "        if slept_s > STOOD_STILL_S:\n",
@@ -461,15 +475,15 @@ MUTANTS: Sequence[Mutant] = (
     Mutant(
         "cost: anomalies by the mean, which one wild hour moves",
         "anomalies.py",
-        "    usual = median(before)\n",
-        "    usual = sum(before) / len(before)\n",
+        "max(0.0, median(values)), deviation(values))\n",
+        "max(0.0, sum(values) / len(values)), deviation(values))\n",
         ("anomalies",),
     ),
     Mutant(
         "cost: who was seen by night only is alarming by day",
         "anomalies.py",
-        "    if point.at_s - history[0].at_s < by.history_span_s:\n        return None\n",
-        "",
+        "usual.count >= by.history_min and at_s - usual.from_s >= by.history_span_s\n",
+        "usual.count >= by.history_min\n",
         ("anomalies",),
     ),
     Mutant(
