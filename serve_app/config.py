@@ -284,8 +284,8 @@ class PoolArgs(Strict):
 
     @property
     def calls_max(self) -> int:
-        """How many calls a replica takes at once."""
-        return self.engine.max_num_seqs + SPARE_CALLS
+        """How many calls a replica takes at once: with its own those of one that was lost."""
+        return 2 * self.engine.max_num_seqs + SPARE_CALLS
 
 
 class ControlArgs(Strict):

@@ -41,6 +41,7 @@ from serve_app.ledger.trail import Trail
 from serve_app.ledger.usage import UsageLedger
 from serve_app.ledger.writer import LedgerWriter
 from serve_app.observer import describe_build
+from serve_app.periodic import Periodic
 from serve_app.price_file import BookLine
 from serve_app.scaler import Scaler
 from serve_app.telemetry.bill_metrics import BillMetrics
@@ -101,6 +102,12 @@ class Control:
             BudgetStore(database), time.monotonic, granter.routers, lambda: granter.epoch
         )
         await self._treasury.follow()
+        # A look at every budget takes long where there are many; a revoked key does not wait.
+        failed = "budgets cannot be read; they stay as they are"
+        self._following = Periodic(
+            self._treasury.follow, self._args.follow_period_s, logger, failed
+        )
+        self._following.start()
         self._bills = self._read_bills()
         spending = SpendingMetrics(self._metrics.registry)
         self._costs = CostWatch(database, self._args.costs, spending, time.time)
@@ -306,7 +313,6 @@ class Control:
                 if await asyncio.to_thread(self._price_store.version) != self._prices.version:
                     self._prices = await asyncio.to_thread(self._price_store.current)
                 await self._grants.follow()
-                await self._treasury.follow()
             except asyncio.CancelledError:
                 raise
             except Exception:

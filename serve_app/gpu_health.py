@@ -27,7 +27,7 @@ from serve_app.core.gpu_faults import (
 )
 from serve_app.gpu_engines import EngineNotFound, Engines
 from serve_app.gpu_sources import FaultSource, SourceFailed
-from serve_app.kubernetes import Kubernetes, KubernetesFailed, Node
+from serve_app.kubernetes import CLAIM, Kubernetes, KubernetesFailed, Node
 from serve_app.ray_nodes import RayFailed
 
 logger = logging.getLogger("headrace.gpu")
@@ -188,8 +188,10 @@ class GpuWatch:
         out = Action.NOTHING
         if node.unschedulable and node.fault is not None:
             out = _TAKEN_OUT.get(node.fault, Action.NOTHING)
-        elif node.fault is not None and not self._steps and not self._settings.dry_run:
-            # A claim that came to nothing, or what a node was taken out for and is no more.
+        # A claim that came to nothing, whoever cordoned the node meanwhile, or what a node was
+        # taken out for and is no more.
+        stale = node.fault == CLAIM or (node.fault is not None and not node.unschedulable)
+        if stale and not self._steps and not self._settings.dry_run:
             await kubernetes.claim(self._settings.node, None)
         self._judge.learn(node.resets, out)
         self._record_read = True
@@ -201,7 +203,7 @@ class GpuWatch:
 
         Its label goes first: who cordons it next may have other reasons than its GPUs.
         """
-        if self._kubernetes is not None:
+        if self._kubernetes is not None and not self._settings.dry_run:
             try:
                 await self._kubernetes.claim(self._settings.node, None)
             except KubernetesFailed as error:
@@ -215,11 +217,13 @@ class GpuWatch:
     async def _look(self) -> list[Fault]:
         try:
             findings = await self._source.look()
-        except SourceFailed as error:
+        except Exception as error:  # what was decided before goes on without it
             self._metrics.source_up.set(0)
+            reason = str(error) or type(error).__name__
             if self._source_problem is None:
-                logger.error("gpu source failed", extra={"reason": str(error)})
-            self._source_problem = str(error)
+                unforeseen = None if isinstance(error, SourceFailed) else error
+                logger.error("gpu source failed", extra={"reason": reason}, exc_info=unforeseen)
+            self._source_problem = reason
             return []
         if self._source_problem is not None:
             logger.info("gpu source back")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import logging
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -58,15 +59,30 @@ def dcgm_source(url: str, client: httpx.AsyncClient) -> TextSource:
 
     async def read() -> str:
         try:
-            answer = await client.get(url, timeout=TIMEOUT_S)
-            answer.raise_for_status()
+            # httpx's own timeout is for each read: an answer in drops would never end.
+            async with asyncio.timeout(TIMEOUT_S):
+                return await _scrape(url, client)
+        except TimeoutError as error:
+            raise SourceFailed(f"{url}: no whole answer within {TIMEOUT_S:g} s") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise SourceFailed(f"{url}: {error or type(error).__name__}") from error
-        if len(answer.content) > TEXT_BYTES_MAX:
-            raise SourceFailed(f"{url}: more than {TEXT_BYTES_MAX} bytes of metrics")
-        return answer.text
 
     return TextSource(read)
+
+
+async def _scrape(url: str, client: httpx.AsyncClient) -> str:
+    text = bytearray()
+    # A few compressed bytes may be any number of others.
+    plain = {"accept-encoding": "identity"}
+    async with client.stream("GET", url, headers=plain, timeout=TIMEOUT_S) as answer:
+        answer.raise_for_status()
+        if answer.headers.get("content-encoding", "identity") != "identity":
+            raise SourceFailed(f"{url}: answers compressed, unasked")
+        async for part in answer.aiter_bytes():
+            text += part
+            if len(text) > TEXT_BYTES_MAX:
+                raise SourceFailed(f"{url}: more than {TEXT_BYTES_MAX} bytes of metrics")
+    return text.decode(errors="replace")
 
 
 def file_source(path: Path) -> TextSource:
@@ -74,11 +90,25 @@ def file_source(path: Path) -> TextSource:
 
     async def read() -> str:
         try:
-            return await asyncio.to_thread(path.read_text)
+            async with asyncio.timeout(TIMEOUT_S):
+                return await asyncio.to_thread(_read_file, path)
+        except TimeoutError as error:
+            raise SourceFailed(f"{path}: not read within {TIMEOUT_S:g} s") from error
         except (OSError, ValueError) as error:
             raise SourceFailed(f"{path}: {error}") from error
 
     return TextSource(read)
+
+
+def _read_file(path: Path) -> str:
+    # A pipe without a writer would hold this thread for ever.
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise SourceFailed(f"{path}: no regular file")
+    with path.open("rb") as file:
+        text = file.read(TEXT_BYTES_MAX + 1)
+    if len(text) > TEXT_BYTES_MAX:
+        raise SourceFailed(f"{path}: more than {TEXT_BYTES_MAX} bytes of metrics")
+    return text.decode()
 
 
 def samples(text: str) -> list[Sample]:

@@ -14,13 +14,13 @@ from serve_app.audit import Audit
 from serve_app.books import Books
 from serve_app.core.budget import BudgetKey, scopes_of
 from serve_app.core.pricing import FREE, Priced, Rates
-from serve_app.core.purses import Lacking, Overdrawn, Reserved
+from serve_app.core.purses import LINGER_S, Lacking, Overdrawn, Reserved
 from serve_app.core.types import RequestId, Usage
 from serve_app.engine.transport import Cap
 from serve_app.errors import ApiError, InsufficientQuota, RateLimited, Unavailable
 from serve_app.purse_link import Answer, PurseLink
 from serve_app.tickets import TEMPLATE_TOKENS, Prepared
-from serve_app.usage import UsageRecord, arrived_at_s, decode
+from serve_app.usage import UsageRecord, Witness, arrived_at_s, decode
 
 # What an answer must be able to have, for its request to be admitted.
 LEAST_OUTPUT_TOKENS = 16
@@ -161,12 +161,28 @@ class Money:
 
     def acknowledge(self, payloads: Sequence[bytes]) -> None:
         """Let go of what these records cost: the ledger has them."""
+        for request_id in self._told(payloads):
+            self._link.purses.acknowledge(request_id)
+
+    def lose(self, payloads: Sequence[bytes]) -> None:
+        """Let go, after a while, of what these records cost: no ledger will have them.
+
+        By then it has what the engines say of the same requests.
+        """
+        loop = asyncio.get_running_loop()
+        for request_id in self._told(payloads):
+            loop.call_later(LINGER_S, self._link.purses.acknowledge, request_id)
+
+    def _told(self, payloads: Sequence[bytes]) -> list[RequestId]:
+        """Return the requests that routers' records are of: an engine's tells of one attempt."""
         if not self._link.purses.unreleased:
-            return
-        for payload in payloads:
-            record = decode(payload)
-            if isinstance(record, UsageRecord):
-                self._link.purses.acknowledge(record.charge.request_id)
+            return []
+        records = [decode(payload) for payload in payloads]
+        return [
+            each.charge.request_id
+            for each in records
+            if isinstance(each, UsageRecord) and each.witness is Witness.ROUTER
+        ]
 
 
 class _Tranches:

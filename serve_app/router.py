@@ -12,7 +12,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -98,7 +98,12 @@ class Router:
             self._slices,
             self._observer.limit_fetched,
         )
-        self._usage = UsageLog(self._args.journal, f"router-{self._name}", self._record_usage)
+        self._usage = UsageLog(
+            self._args.journal,
+            f"router-{self._name}",
+            self._record_usage,
+            on_lost=self._usage_lost,
+        )
         self._books = Books(
             self._usage, time.monotonic, self._observer.metrics.usage_durable_seconds.observe
         )
@@ -224,6 +229,9 @@ class Router:
     async def _record_usage(self, payloads: list[bytes]) -> None:
         await self._control.record_usage(payloads)
         self._money.acknowledge(payloads)
+
+    def _usage_lost(self, payloads: Sequence[bytes]) -> None:
+        self._money.lose(payloads)
 
     def _connect(self, pool: PoolName) -> Transport:
         """Return a transport to a pool's engines, which need not be deployed yet."""

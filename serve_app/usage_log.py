@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -16,6 +18,8 @@ from serve_app.usage import LedgerRecord, UsageRecord, encode
 logger = logging.getLogger("headrace.usage")
 
 STOP_TIMEOUT_S: Final = 5.0
+# How long a response waits for the ledger where the disk takes nothing.
+LEDGER_TIMEOUT_S: Final = 5.0
 # Records that nobody waits for share a sync.
 NOTE_GATHER_S: Final = 0.02
 FLUSH_LOOK_S: Final = 0.05
@@ -43,8 +47,16 @@ def journal_folder(settings: Settings) -> Path:
 class UsageLog:
     """One per process that witnesses usage. On its event loop only."""
 
-    def __init__(self, settings: Settings, name: str, sink: Sink) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        name: str,
+        sink: Sink,
+        on_lost: Callable[[Sequence[bytes]], None] = lambda payloads: None,
+    ) -> None:
         """Keep a journal called ``name`` where it is set; ``sink`` commits to the ledger.
+
+        ``on_lost`` is told what was noted and could not be written.
 
         Raises:
             JournalUnavailable: no journal can be kept there.
@@ -53,6 +65,7 @@ class UsageLog:
         size = JournalSize(settings.segment_bytes, settings.segments)
         self._journal = Journal(root, name, size)
         self._sink = sink
+        self._on_lost = on_lost
         self._shipper = Shipper(self._journal, sink)
         self._sweeper = Sweeper(root, sink)
         self._noted: list[bytes] = []
@@ -104,16 +117,17 @@ class UsageLog:
         """Return when a record is durable: on this disk, or else in the ledger.
 
         Raises:
-            JournalUnavailable: it is neither.
+            JournalUnavailable: it is neither, or the ledger did not say so in five seconds.
         """
         payload = encode(record)
         try:
             await self._journal.append(payload)
         except JournalUnavailable:
             try:
-                await self._sink([payload])
+                async with asyncio.timeout(LEDGER_TIMEOUT_S):
+                    await self._sink([payload])
             except Exception as error:
-                raise JournalUnavailable(f"neither journal nor ledger: {error}") from error
+                raise JournalUnavailable(f"neither journal nor ledger: {error!r}") from error
 
     def note(self, record: LedgerRecord) -> None:
         """Have a record written soon; nobody waits for it."""
@@ -125,9 +139,9 @@ class UsageLog:
         noted, self._noted = self._noted, []
         for payload in noted:
             self._last = self._journal.submit(payload)
-            self._last.add_done_callback(_complain)
+            self._last.add_done_callback(partial(self._written, payload))
 
-
-def _complain(written: asyncio.Future[int]) -> None:
-    if not written.cancelled() and (error := written.exception()) is not None:
-        logger.error("a usage record is lost: %s", error)
+    def _written(self, payload: bytes, written: asyncio.Future[int]) -> None:
+        if not written.cancelled() and (error := written.exception()) is not None:
+            logger.error("a usage record is lost: %s", error)
+            self._on_lost([payload])

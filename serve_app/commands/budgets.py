@@ -97,8 +97,13 @@ def _set(args: argparse.Namespace) -> int:
 
 
 def _add(args: argparse.Namespace) -> int:
+    from serve_app.core.pricing import AmountTooLarge
+
     with _store(args.config) as store:
-        budget = store.add(_key(args), _amount(args.amount), actor())
+        try:
+            budget = store.add(_key(args), _amount(args.amount), actor())
+        except AmountTooLarge as error:
+            raise CommandFailed(str(error)) from error
     if budget is None:
         raise CommandFailed(f"there is no budget of {args.scope} {args.id!r}; set one first")
     out(_words(budget))
@@ -148,10 +153,10 @@ def _key(args: argparse.Namespace) -> BudgetKey:
 
 
 def _amount(text: str) -> int:
-    from serve_app.core.pricing import nanousd
+    from serve_app.core.pricing import amount_nanousd
 
     try:
-        return nanousd(text)
+        return amount_nanousd(text)
     except ValueError as error:
         raise ConfigError(f"the amount {error}") from error
 

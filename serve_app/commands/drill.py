@@ -6,11 +6,12 @@ import argparse
 import asyncio
 import logging
 import os
+import signal
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from serve_app.errors import ConfigError
 from serve_app.terminal import CommandFailed, Subparsers, command, note, out, out_json, table
@@ -18,6 +19,8 @@ from serve_app.terminal import CommandFailed, Subparsers, command, note, out, ou
 if TYPE_CHECKING:
     from serve_app.drills.frame import Verdict
     from serve_app.drills.target import Deployment, Names, Target
+
+Result = TypeVar("Result")
 
 CONNECTIONS_MAX: Final = 512
 _EXAMPLE: Final = """\
@@ -75,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: there is no such drill, or none was named.
         CommandFailed: the stack cannot be reached or started, or is not to be hurt.
+        KeyboardInterrupt: SIGINT, SIGTERM or SIGHUP; what was broken is put back.
     """
     from serve_app.drills.frame import DRILLS, summary
 
@@ -92,9 +96,13 @@ def run(args: argparse.Namespace) -> int:
     began_s = time.monotonic()
 
     def say(text: str) -> None:
-        note(f"[{time.monotonic() - began_s:6.1f} s] {text}")
+        # What was broken is put back although the terminal hung up.
+        with suppress(OSError):
+            note(f"[{time.monotonic() - began_s:6.1f} s] {text}")
 
-    verdicts = _with_stack(args, names, say)
+    ending = _Ending()
+    with ending.heeded():
+        verdicts = _with_stack(args, names, say, ending)
     passed = all(each.passed for each in verdicts)
     if args.json:
         took_s = round(time.monotonic() - began_s, 1)
@@ -105,8 +113,58 @@ def run(args: argparse.Namespace) -> int:
     return 0 if passed else 1
 
 
+class _Ending:
+    """SIGTERM and SIGHUP end drills as Ctrl-C does: what was broken is put back.
+
+    The first one interrupts the start of a stack, or cancels the drill that runs. Another one
+    changes nothing: it comes twice where a whole group is told, and would cut the rest short.
+    """
+
+    def __init__(self) -> None:
+        self._told = False
+        self._stop: Callable[[], object] = _interrupt
+
+    @contextmanager
+    def heeded(self) -> Iterator[None]:
+        """Have it so within; afterwards the handlers are those from before."""
+        # Under nohup SIGHUP is ignored, and stays so.
+        before = {
+            each: signal.signal(each, self._heed)
+            for each in (signal.SIGTERM, signal.SIGHUP)
+            if signal.getsignal(each) is not signal.SIG_IGN
+        }
+        try:
+            yield
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+        if self._told:
+            raise KeyboardInterrupt
+
+    async def cancels(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Return what ``work`` does; once it is over, what is left is ended in peace."""
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        self._stop = lambda: loop.call_soon_threadsafe(task.cancel)
+        try:
+            return await work
+        finally:
+            self._stop = lambda: None
+
+    def _heed(self, *_: object) -> None:
+        if not self._told:
+            self._told = True
+            self._stop()
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
 def _with_stack(
-    args: argparse.Namespace, names: list[str], say: Callable[[str], None]
+    args: argparse.Namespace, names: list[str], say: Callable[[str], None], ending: _Ending
 ) -> list[Verdict]:
     from serve_app.drills.stack import simulated_stack
     from serve_app.drills.target import Deployment
@@ -118,12 +176,12 @@ def _with_stack(
             raise ConfigError("give --admin-key or set HEADRACE_ADMIN_KEY")
         if not args.url.startswith(("http://", "https://")):
             raise ConfigError(f"--url must start with http:// or https://, not {args.url!r:.80}")
-        return asyncio.run(_perform(args, names, say, (args.url, key, args.root, None), chosen))
-    with ExitStack() as until_then:
-        stack = until_then.enter_context(simulated_stack(say))
+        work = _perform(args, names, say, (args.url, key, args.root, None), chosen)
+        return asyncio.run(ending.cancels(work))
+    with simulated_stack(say) as stack:
         deployment = Deployment(stack.dashboard, stack.document, stack.environment, stack.folder)
         where = (stack.url, stack.key, stack.root, deployment)
-        return asyncio.run(_perform(args, names, say, where, chosen))
+        return asyncio.run(ending.cancels(_perform(args, names, say, where, chosen)))
 
 
 async def _perform(
@@ -155,7 +213,16 @@ async def _perform(
                 verdict = Verdict(name, why=f"cannot be run here: {error}")
             say(f"{name}: {'PASSED' if verdict.passed else 'FAILED'} in {verdict.took_s:.1f} s")
             verdicts.append(verdict)
+            _end_if_cancelled(verdict, say)
     return verdicts
+
+
+def _end_if_cancelled(verdict: Verdict, say: Callable[[str], None]) -> None:
+    """Raise CancelledError if a drill was cancelled, which an error of its clean-up hides."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        say(f"{verdict.drill}: {verdict.why or 'came to its end'}")
+        raise asyncio.CancelledError
 
 
 async def _may_be_hurt(target: Target, url: str, *, meant: bool) -> None:

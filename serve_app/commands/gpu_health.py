@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     """Watch until SIGINT or SIGTERM. Returns 0.
 
     Raises:
-        CommandFailed: the source, the cluster or the lock's folder cannot be used.
+        CommandFailed: the source, the cluster or the lock cannot be used.
     """
     if args.print_rbac:
         import yaml
@@ -124,15 +124,17 @@ async def _watch(args: argparse.Namespace) -> None:
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
     watch = _build(args, metrics)
     note(f"watching the GPUs of {args.node} by {args.source}")
-    await _until(stop, watch, turn, args.period_s)
+    await _until(stop, watch, turn, args.lock, period_s=args.period_s)
 
 
-async def _until(stop: asyncio.Event, watch: GpuWatch, turn: Turn, period_s: float) -> None:
+async def _until(
+    stop: asyncio.Event, watch: GpuWatch, turn: Turn, lock: Path, *, period_s: float
+) -> None:
     import logging
 
     try:
         while not stop.is_set():
-            if turn.mine():
+            if _is_mine(turn, lock):
                 try:
                     await watch.tick()
                 except Exception:
@@ -141,6 +143,16 @@ async def _until(stop: asyncio.Event, watch: GpuWatch, turn: Turn, period_s: flo
                 await asyncio.wait_for(stop.wait(), period_s)
     finally:
         turn.over()
+
+
+def _is_mine(turn: Turn, lock: Path) -> bool:
+    try:
+        return turn.mine()
+    except OSError as error:
+        raise CommandFailed(
+            f"cannot lock {lock}: {error.strerror or error}; if another user left it there "
+            "remove it, or give --lock FILE"
+        ) from error
 
 
 def _build(args: argparse.Namespace, metrics: object) -> GpuWatch:

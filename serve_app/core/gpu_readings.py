@@ -18,6 +18,9 @@ ECC_DOUBLE_BIT: Final = "DCGM_FI_DEV_ECC_DBE_VOL_TOTAL"
 REMAP_FAILED: Final = "DCGM_FI_DEV_ROW_REMAP_FAILURE"
 SIGNALS: Final = frozenset({LAST_XID, XID_COUNT, ECC_DOUBLE_BIT, REMAP_FAILED})
 
+# Numbers that tell of all the time since the driver was loaded.
+_STANDING: Final = frozenset({LAST_XID, ECC_DOUBLE_BIT})
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -43,14 +46,16 @@ _Key = tuple[str, str, int | None]
 class ReadingHistory:
     """Compares each reading with the one before.
 
-    The first value of each number is where it stands, not news: a last XID stays in DCGM for
-    as long as the driver runs, and was some earlier watcher's. A counter that went back was
-    reset with its GPU, and counts from there; XID_COUNT covers a window, falls by
-    itself, and is gone when the window has passed.
+    What the first reading shows is where it stands, not news. So is each GPU's first last XID
+    and ECC count, whenever it comes: a last XID stays in DCGM for as long as the driver runs,
+    and was some earlier watcher's. A counter that went back was reset with its GPU, and counts
+    from there; XID_COUNT covers a window, falls by itself, and is gone when the window has
+    passed.
     """
 
     def __init__(self) -> None:
         self._last: dict[_Key, int] = {}
+        self._gpus: set[str] = set()
         self._read = False
 
     def look(self, samples: Iterable[Sample]) -> Findings:
@@ -67,7 +72,8 @@ class ReadingHistory:
                 continue
             before = self._last.get(key)
             self._last[key] = value
-            if before is None and (not self._read or sample.signal == ECC_DOUBLE_BIT):
+            self._gpus.add(sample.gpu)
+            if before is None and (not self._read or sample.signal in _STANDING):
                 continue
             before = before or 0
             if sample.signal == LAST_XID and value and value != before:
@@ -91,6 +97,8 @@ class ReadingHistory:
         gone = [key for key in self._last if key[1] == XID_COUNT and key not in seen]
         for key in gone:
             del self._last[key]
+        if gone:
+            self._gpus = {gpu for gpu, _, _ in self._last}
 
     def _look_at_ecc(self, gpu: str, before: int, value: int, found: Findings) -> None:
         if value < before:
@@ -100,8 +108,7 @@ class ReadingHistory:
             found.faults.append(Fault(gpu, what, xid_fault(gpu, ECC_XID).remedy))
 
     def _has_room(self, key: _Key, lies: list[str]) -> bool:
-        gpus = {gpu for gpu, _, _ in self._last}
-        if key[0] in gpus or len(gpus) < GPUS_MAX:
+        if key[0] in self._gpus or len(self._gpus) < GPUS_MAX:
             return True
         lies.append(f"more than {GPUS_MAX} GPUs on a node; {key[0]!r:.80} is left out")
         return False

@@ -26,8 +26,17 @@ CURRENCY: Final = "USD"
 # A thousand dollars a token: more is a slip, and the product with any token count that
 # fits a request stays far inside the 64 bits of a database's integers.
 RATE_NANOUSD_MAX: Final = 1000 * NANOUSD
+# A billion dollars: what budgets hold and what is spent of them fit 64 bits many times over.
+AMOUNT_NANOUSD_MAX: Final = 10**9 * NANOUSD
 
+# A number that takes long to read is none that anybody means.
+_CHARACTERS_MAX: Final = 100
+_EXPONENT_MAX: Final = 400
 _TOKENS_PRICED: Final = 10**6
+
+
+class AmountTooLarge(ValueError):
+    """Amounts of money add up to more than one may be; the message says how much that is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,12 +172,35 @@ def rate_nanousd_per_token(dollars_per_million: str) -> int:
 
 
 def nanousd(dollars: str) -> int:
-    """Return an amount in dollars as nano-dollars.
+    """Return a price in dollars, such as of a request, as nano-dollars.
 
     Raises:
         ValueError: it is no number, negative, too large, or finer than a nano-dollar.
     """
     return _whole(dollars, Fraction(NANOUSD), "0.000000001")
+
+
+def amount_nanousd(dollars: str) -> int:
+    """Return an amount of money in dollars, such as a budget's, as nano-dollars.
+
+    Raises:
+        ValueError: it is no number, negative, too large, or finer than a nano-dollar.
+    """
+    return _whole(dollars, Fraction(NANOUSD), "0.000000001", AMOUNT_NANOUSD_MAX)
+
+
+def amount_in_all(*amounts_nanousd: int) -> int:
+    """Return the sum of amounts of money.
+
+    Raises:
+        AmountTooLarge: it is more than an amount may be.
+    """
+    total = sum(amounts_nanousd)
+    if total > AMOUNT_NANOUSD_MAX:
+        raise AmountTooLarge(
+            f"{dollars(total)} dollars in all are too much; at most {dollars(AMOUNT_NANOUSD_MAX)}"
+        )
+    return total
 
 
 def dollars(amount_nanousd: int) -> str:
@@ -223,18 +255,28 @@ def _shape(key: _Key) -> tuple[bool, bool, bool, bool]:
     return (tenant is not None, model is not None, class_ is not None, batch is not None)
 
 
-def _whole(text: str, scale: Fraction, finest: str) -> int:
+def _number(text: str) -> Fraction:
+    exponent = text.lower().partition("e")[2]
     try:
-        value = Fraction(text)
+        short = len(text) <= _CHARACTERS_MAX and abs(int(exponent or 0)) <= _EXPONENT_MAX
+        value = Fraction(text) if short else None
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"must be a number of dollars; got {text!r:.40}") from None
+    if value is None:
+        raise ValueError(
+            f"must have at most {_CHARACTERS_MAX} characters and an exponent of at most "
+            f"{_EXPONENT_MAX}; got {text:.40}"
+        )
+    return value
+
+
+def _whole(text: str, scale: Fraction, finest: str, most: int = RATE_NANOUSD_MAX) -> int:
+    value = _number(text)
     if value < 0:
         raise ValueError(f"must not be negative; got {text:.40}")
     exact = value * scale
-    if exact > RATE_NANOUSD_MAX:
-        raise ValueError(
-            f"is too large; at most {dollars(int(RATE_NANOUSD_MAX / scale * NANOUSD))}"
-        )
+    if exact > most:
+        raise ValueError(f"is too large; at most {dollars(int(most / scale * NANOUSD))}")
     if exact.denominator != 1:
         lower = exact.numerator // exact.denominator
         below, above = (dollars(int(n / scale * NANOUSD)) for n in (lower, lower + 1))

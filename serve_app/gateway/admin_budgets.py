@@ -21,7 +21,7 @@ from starlette.types import Scope
 from serve_app.changes import Actor
 from serve_app.core.budget import Balance, Budget, BudgetKey, BudgetScope, Window
 from serve_app.core.calendar import HOUR_S
-from serve_app.core.pricing import dollars, nanousd
+from serve_app.core.pricing import AMOUNT_NANOUSD_MAX, AmountTooLarge, amount_nanousd, dollars
 from serve_app.errors import InvalidRequest, NotFound
 from serve_app.gateway.admin import actor, from_control, json_answer, read_fields, validated
 from serve_app.gateway.auth import require_admin
@@ -42,7 +42,7 @@ class BudgetAdmin(Protocol):
         """Set a budget."""
 
     async def add_credit(self, key: BudgetKey, amount_nanousd: int, by: Actor) -> Budget | None:
-        """Add to a budget's amount; None if there is none."""
+        """Add to a budget's amount; None if there is none. Raises AmountTooLarge."""
 
     async def remove_budget(self, key: BudgetKey, by: Actor) -> bool:
         """Remove a budget; tell whether there was one."""
@@ -124,7 +124,7 @@ class BudgetAdministration:
         require_admin(caller)
         key = _key(request)
         amount = _amount(validated(CreditRequest, await read_fields(request)).amount_usd)
-        budget = await from_control(self._budgets.add_credit(key, amount, actor(caller)))
+        budget = await from_control(self._add(key, amount, actor(caller)))
         if budget is None:
             raise _missing(key)
         logger.info("budget %s %s raised by key %s", key.scope.value, key.id, caller.key_id)
@@ -139,6 +139,16 @@ class BudgetAdministration:
             raise _missing(key)
         logger.info("budget %s %s removed by key %s", key.scope.value, key.id, caller.key_id)
         return json_answer({"object": "budget", "scope": key.scope, "id": key.id, "deleted": True})
+
+    async def _add(self, key: BudgetKey, amount: int, by: Actor) -> Budget | None:
+        try:
+            return await self._budgets.add_credit(key, amount, by)
+        except AmountTooLarge as error:
+            most = dollars(AMOUNT_NANOUSD_MAX)
+            raise InvalidRequest(
+                f"Invalid value for 'amount_usd': with it the budget is too large; at most {most}.",
+                param="amount_usd",
+            ) from error
 
     async def _all(self) -> list[dict[str, Any]]:
         balances = await from_control(self._budgets.list_budgets())
@@ -182,7 +192,7 @@ def _budget(key: BudgetKey, wanted: BudgetRequest) -> Budget:
 
 def _amount(text: str) -> int:
     try:
-        return nanousd(text)
+        return amount_nanousd(text)
     except ValueError as error:
         raise InvalidRequest(
             f"Invalid value for 'amount_usd': {error}.", param="amount_usd"

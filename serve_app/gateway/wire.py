@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
+from pydantic_core import PydanticCustomError
 
 from serve_app.config import LimitSettings
 from serve_app.errors import InvalidRequest
@@ -124,8 +132,15 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _without_nul(value: str) -> str:
+    """Refuse what the ledger cannot keep: it would book another user than the one checked."""
+    if "\0" in value:
+        raise PydanticCustomError("nul", "it must not contain the character NUL")
+    return value
+
+
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-EndUser = Annotated[str, Field(max_length=64)]
+EndUser = Annotated[str, Field(max_length=64), AfterValidator(_without_nul)]
 
 
 class _Wire(BaseModel):

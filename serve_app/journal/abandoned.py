@@ -1,4 +1,7 @@
-"""Journals whose process is gone: found by their free locks, read, and then deleted."""
+"""Journals whose process is gone: found by their free locks, read, and then deleted.
+
+A file that is damaged may have whole records behind the damage: it is kept beside the journals.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,14 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
-from serve_app.journal.folder import LockedFolder, take_over
+from serve_app.journal.folder import LockedFolder, sync_folder, take_over
 from serve_app.journal.frames import Entry, read_segment, segments
 
 logger = logging.getLogger("headrace.journal")
+
+DAMAGED_SUFFIX: Final = ".damaged"
 
 
 class Abandoned:
@@ -20,6 +26,7 @@ class Abandoned:
         self._folder = folder
         self.name = folder.path.name
         self.problems: list[str] = []
+        self._damaged: set[Path] = set()
 
     def batches(self) -> Iterator[list[Entry]]:
         """Yield the records of each segment, oldest first, whatever is wrong with its end.
@@ -31,6 +38,7 @@ class Abandoned:
             if segment.problem is not None:
                 problem = f"{path.name}: {segment.problem}"
                 self.problems.append(problem)
+                self._damaged.add(path)
                 logger.error(
                     "journal repaired",
                     extra={"journal": self.name, "problem": problem, "kept": len(segment.entries)},
@@ -39,8 +47,28 @@ class Abandoned:
                 yield list(segment.entries)
 
     def discard(self) -> None:
-        """Delete the journal: every record of it is in the ledger."""
+        """Delete the journal: every record that could be read is in the ledger.
+
+        Raises:
+            OSError: a damaged file cannot be kept; the journal stays as it is.
+        """
+        for path in sorted(self._damaged):
+            _keep_aside(path)
         self._folder.remove()
+
+
+def _keep_aside(path: Path) -> None:
+    """Move a segment out of its journal, to where nobody looks for journals."""
+    journal = path.parent
+    name = f"{journal.name}-{path.stem}"
+    aside = journal.with_name(name + DAMAGED_SUFFIX)
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = journal.with_name(f"{name}-{number}{DAMAGED_SUFFIX}")
+    path.rename(aside)
+    sync_folder(journal.parent)
+    logger.error("a damaged file of a journal is kept", extra={"file": str(aside)})
 
 
 @contextmanager

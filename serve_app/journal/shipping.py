@@ -97,14 +97,17 @@ class Sweeper:
     async def sweep(self) -> int:
         """Send every journal on that was left; return how many records there were.
 
-        Raises:
-            Exception: whatever the sink raises; the journal at hand stays as it is.
+        One that cannot be read or sent stays as it is, and the next one is sent.
         """
         total = 0
         for path in await asyncio.to_thread(journals, self._root):
-            with abandoned(path) as found:
-                if found is not None:
-                    total += await self._send(found)
+            try:
+                with abandoned(path) as found:
+                    if found is not None:
+                        total += await self._send(found)
+            except Exception as error:  # noqa: BLE001  # the next round tries again
+                why = f"{type(error).__name__}: {error}"
+                logger.warning("journal %s stays where it is: %.200s", path.name, why)
         return total
 
     async def _send(self, found: Abandoned) -> int:
@@ -128,5 +131,5 @@ class Sweeper:
             except asyncio.CancelledError:
                 raise
             except Exception as error:  # noqa: BLE001  # the next round tries again
-                logger.warning("journals left behind cannot be sent: %.200s", error)
+                logger.warning("journals left behind cannot be looked for: %.200s", error)
             await asyncio.sleep(self._period_s)

@@ -31,7 +31,7 @@ from serve_app.core.budget import (
     period_of,
 )
 from serve_app.core.calendar import HOUR_S
-from serve_app.core.pricing import dollars
+from serve_app.core.pricing import amount_in_all, dollars
 from serve_app.ledger.database import Database
 from serve_app.ledger.grants import fenced
 from serve_app.ledger.schema import API_KEY, BUDGET, BUDGET_GRANT, BUDGET_VERSION, META
@@ -73,14 +73,19 @@ class BudgetStore:
             self._note(connection, by, "budget.set", budget.key, before, budget)
 
     def add(self, key: BudgetKey, amount_nanousd: int, by: Actor = PROGRAM) -> Budget | None:
-        """Add to a budget's amount, as prepaid credits are bought; None if there is none."""
+        """Add to a budget's amount, as prepaid credits are bought; None if there is none.
+
+        Raises:
+            AmountTooLarge: together they are more than a budget may be.
+        """
         with self._database.change(BUDGET_VERSION) as connection:
             key = _account(connection, key)
             row = connection.execute(select(BUDGET).where(_is(key))).first()
             if row is None:
                 return None
             before = _budget(row)
-            after = replace(before, amount_nanousd=before.amount_nanousd + amount_nanousd)
+            total = amount_in_all(before.amount_nanousd, amount_nanousd)
+            after = replace(before, amount_nanousd=total)
             connection.execute(
                 update(BUDGET).where(_is(key)).values(amount_nanousd=after.amount_nanousd)
             )

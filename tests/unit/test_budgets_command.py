@@ -46,12 +46,25 @@ def test_a_budget_is_set_topped_up_listed_and_removed(
     assert "k1" not in run(capsys, config, "list")[1]
 
 
+def test_an_amount_may_be_large_and_together_with_more_has_a_bound(
+    capsys: pytest.CaptureFixture[str], config: Path
+) -> None:
+    words = ("tenant", "acme", "5000")
+    assert (
+        run(capsys, config, "set", *words)[1] == "the budget of tenant acme, 5000 dollars is set\n"
+    )
+    status, _, err = run(capsys, config, "add", "tenant", "acme", "1e9")
+    assert status == 1
+    assert "1000005000 dollars in all are too much; at most 1000000000" in err
+
+
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
         (("set", "tenant", "acme", "-1"), 2, ""),
         (("set", "tenant", "acme", "0.0000000001"), 2, "multiple of 0.000000001"),
         (("set", "tenant", "acme", "much"), 2, "must be a number of dollars"),
+        (("set", "tenant", "acme", "1e10"), 2, "is too large; at most 1000000000"),
         (("set", "tenant", "acme", "1", "--window", "year"), 2, "--window must be"),
         (("set", "tenant", "acme", "1", "--window", "rolling:0h"), 2, "--window must be"),
         (("set", "tenant", "acme", "1", "--alerts", "0"), 2, "--alerts must be"),

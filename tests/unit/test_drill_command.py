@@ -5,7 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -117,3 +121,103 @@ def test_the_stack_of_the_drills_has_what_they_use() -> None:
     assert {names.model, names.tight_model} <= file.router.aliases.keys()
     assert file.router.tenants[names.quota_tenant].limits.requests_per_min
     assert file.pools[names.tight].replicas.num_replicas == 1
+
+
+# A stack and drills that say on stdout what they do, and need a moment to put things back.
+ENDED = """
+import asyncio, contextlib, pathlib, sys, time, types
+from serve_app import cli
+from serve_app.commands import drill
+from serve_app.drills import frame, stack
+
+@contextlib.contextmanager
+def simulated_stack(say):
+    try:
+        if "starts" in sys.argv:
+            print("starting", flush=True)
+            time.sleep(60)
+        yield stack.SimulatedStack("http://x", "k", 1, "", {}, {}, pathlib.Path())
+    finally:
+        say("ending the stack")
+        if "ends" in sys.argv:
+            print("ending", flush=True)
+        time.sleep(1)
+        print("ended", flush=True)
+
+async def run(stage):
+    if "ends" in sys.argv:
+        return
+    print("broken", flush=True)
+    try:
+        await asyncio.sleep(60)
+    finally:
+        stage.say("back")
+        await asyncio.sleep(1)
+        print("back", flush=True)
+        if "fails" in sys.argv:
+            raise frame.DrillImpossible("not quite")
+
+async def may_be_hurt(*_, **__):
+    pass
+
+stack.simulated_stack, drill._may_be_hurt = simulated_stack, may_be_hurt
+frame.load = lambda _: types.SimpleNamespace(run=run)
+sys.exit(cli.main(["drill", "rollback", "brownout"]))
+"""
+
+
+def ended_while(
+    what: str, signum: int, stderr: int = subprocess.PIPE
+) -> tuple[list[str], str, int]:
+    """Have it told twice, as a group is; return what it printed and its status."""
+    command = [sys.executable, "-c", ENDED, what]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
+        assert process.stdout is not None
+        printed = [process.stdout.readline().strip()]
+        for _ in range(2):
+            process.send_signal(signum)
+            time.sleep(0.3)
+        rest, said = process.communicate(timeout=60)
+    return [*printed, *rest.split()], said or "", process.returncode
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("what", "printed"),
+    [
+        ("starts", ["starting", "ended"]),
+        ("runs", ["broken", "back", "ended"]),
+        ("fails", ["broken", "back", "ended"]),
+        ("ends", ["ending", "ended"]),
+    ],
+)
+def test_a_drill_that_is_told_to_end_puts_back_what_it_broke(
+    what: str, printed: list[str], signum: int
+) -> None:
+    found, said, status = ended_while(what, signum)
+    assert (found, status) == (printed, cli.EXIT_INTERRUPTED), said
+    assert "headrace: interrupted" in said
+    assert ("not quite" in said) == (what == "fails")
+
+
+def test_a_terminal_that_hung_up_keeps_nothing_from_being_put_back() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        found, _, _ = ended_while("runs", signal.SIGHUP, stderr=writer)
+    finally:
+        os.close(writer)
+    assert found == ["broken", "back", "ended"]
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
+    command = ["nohup", sys.executable, "-c", ENDED, "starts"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(3)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == cli.EXIT_INTERRUPTED

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import gzip
+import itertools
 import logging
+import os
+import threading
 from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -16,7 +22,10 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
+from serve_app import gpu_sources
+from serve_app.commands.gpu_health import _until
 from serve_app.core.gpu_faults import xid_fault
+from serve_app.core.gpu_readings import Findings
 from serve_app.gpu_engines import EngineNotFound, ProcessEngines
 from serve_app.gpu_health import TRIES_MAX, GpuWatch, WatchMetrics, WatchSettings
 from serve_app.gpu_sources import (
@@ -38,6 +47,8 @@ from serve_app.kubernetes import (
     in_cluster,
     rbac,
 )
+from serve_app.ray_nodes import RayFailed
+from serve_app.terminal import CommandFailed
 from tests.kubernetes import certificates
 from tests.kubernetes.api import Api, serving
 from tests.kubernetes.certificates import Certificates
@@ -185,6 +196,32 @@ async def test_a_source_that_dies_and_comes_back_is_said_once_each_time(
     assert tested.metric("source_up") == 1
     assert len(told(caplog, "gpu source failed")) == len(told(caplog, "gpu source back")) == 1
     assert tested.engines.restarted == ["GPU-1"], "what happened meanwhile is not missed"
+
+
+async def test_a_source_that_fails_as_nobody_foresaw_is_down_and_holds_up_no_step(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tested = bench(tmp_path)
+    drain = tested.ray.drain
+
+    async def no(*_: Any) -> list[str]:
+        raise RayFailed("no GCS")
+
+    tested.ray.drain = no  # type: ignore[assignment,method-assign]
+    await tested.see(0)
+    await tested.see(48)
+    tested.ray.drain = drain  # type: ignore[method-assign]
+
+    async def look() -> Findings:
+        raise RecursionError("a parser's")
+
+    tested.watch._source.look = look  # type: ignore[method-assign]
+    for _ in range(3):
+        await tested.wait(5)
+    assert [why for _, _, why in tested.ray.drained] == ["XID 48"]
+    assert tested.metric("source_up") == 0
+    [line] = told(caplog, "gpu source failed")
+    assert line.reason == "a parser's"
 
 
 @pytest.mark.parametrize("value", ["NaN", "-5", "1e30", "+Inf"])
@@ -372,6 +409,36 @@ async def test_a_label_that_was_left_on_a_node_in_service_is_taken_away(
     cluster.machines.patch(NODE, {"metadata": {"labels": {FAULT_LABEL: "drain"}}})
     await bench(tmp_path, cluster.connect()).see(0)
     assert FAULT_LABEL not in cluster.machines.get(NODE)["metadata"]["labels"]
+
+
+async def test_a_claim_that_was_left_goes_although_somebody_else_cordoned_the_node(
+    tmp_path: Path, cluster: Cluster
+) -> None:
+    patch = {"metadata": {"labels": {FAULT_LABEL: CLAIM}}, "spec": {"unschedulable": True}}
+    cluster.machines.patch(NODE, patch)
+    tested = bench(tmp_path, cluster.connect())
+    await tested.see(0)
+    node = cluster.machines.get(NODE)
+    assert (node["metadata"]["labels"], node["spec"]["unschedulable"]) == ({}, True)
+    assert tested.metric("node_out") == 0
+
+
+@pytest.mark.parametrize("fault", [CLAIM, "cordon", "drain"])
+async def test_a_dry_run_leaves_a_node_that_is_or_was_out_as_it_is(
+    tmp_path: Path, cluster: Cluster, fault: str
+) -> None:
+    await cluster.connect().cordon(NODE, fault, "earlier", 1)
+    tested = bench(tmp_path, cluster.connect(), dry_run=True)
+    await tested.see(0)
+    await tested.see(79)
+    cluster.machines.patch(NODE, {"spec": {"unschedulable": False}})
+    before = cluster.machines.get(NODE)
+    await tested.wait(31)
+    await bench(tmp_path, cluster.connect(), dry_run=True).see(0)
+    assert tested.metric("node_out") == 0
+    assert cluster.machines.get(NODE) == before
+    assert before["metadata"]["labels"] == {FAULT_LABEL: fault}
+    assert tested.ray.drained == []
 
 
 async def test_a_node_that_is_returned_is_watched_again_and_its_resets_are_remembered(
@@ -637,6 +704,78 @@ async def test_an_exporter_that_fails_is_a_failed_source() -> None:
         await dcgm_source("http://node:9400/wrong", client).look()
 
 
+@asynccontextmanager
+async def exporter(*parts: bytes, every_s: float) -> AsyncIterator[str]:
+    """Serve an answer that goes round and round in these parts."""
+
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+            for part in itertools.cycle(parts):
+                writer.write(part)
+                await writer.drain()
+                await asyncio.sleep(every_s)
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/metrics"
+
+
+async def test_an_exporter_that_answers_in_drops_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gpu_sources, "TIMEOUT_S", 0.5)
+    async with exporter(b"#", every_s=0.05) as url, httpx.AsyncClient() as client:
+        async with asyncio.timeout(10):
+            with pytest.raises(SourceFailed, match="no whole answer within"):
+                await dcgm_source(url, client).look()
+
+
+async def test_an_exporter_that_never_ends_is_not_read_to_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gpu_sources, "TIMEOUT_S", 30.0)
+    async with exporter(b"#" * 2**16, every_s=0) as url, httpx.AsyncClient() as client:
+        async with asyncio.timeout(25):
+            with pytest.raises(SourceFailed, match="more than 4194304 bytes"):
+                await dcgm_source(url, client).look()
+
+
+async def test_an_exporter_that_compresses_unasked_is_not_unpacked() -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        assert request.headers["accept-encoding"] == "identity"
+        packed = gzip.compress((DCGM % 0).encode())
+        return httpx.Response(200, content=packed, headers={"content-encoding": "gzip"})
+
+    client = httpx.AsyncClient(transport=httpx.MockTransport(answer))
+    with pytest.raises(SourceFailed, match="compressed, unasked"):
+        await dcgm_source("http://node:9400/metrics", client).look()
+
+
+async def test_a_file_that_never_ends_or_is_none_is_a_failed_source(tmp_path: Path) -> None:
+    file, pipe = tmp_path / "dcgm.prom", tmp_path / "pipe"
+    file.write_text(DCGM % 0 + "#" * gpu_sources.TEXT_BYTES_MAX)
+    with pytest.raises(SourceFailed, match="more than 4194304 bytes"):
+        await file_source(file).look()
+    os.mkfifo(pipe)
+    with pytest.raises(SourceFailed, match="no regular file"):
+        await file_source(pipe).look()
+
+
+async def test_a_file_that_cannot_be_read_in_time_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, over = tmp_path / "dcgm.prom", threading.Event()
+    monkeypatch.setattr(gpu_sources, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(Path, "stat", lambda _: over.wait(10))
+    try:
+        with pytest.raises(SourceFailed, match="not read within"):
+            await file_source(file).look()
+    finally:
+        over.set()
+
+
 class FakeNvml(ModuleType):
     """As much of pynvml as is used; ``events`` are waiting, ``users`` are processes on a GPU."""
 
@@ -814,3 +953,21 @@ def test_the_second_watcher_stands_by_says_so_and_takes_over(
     first.over()
     assert second.mine()
     assert registry.get_sample_value("headrace_gpu_standby") == 0
+
+
+@pytest.mark.parametrize("denied", [True, False])
+async def test_a_lock_that_cannot_be_taken_is_named_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, denied: bool
+) -> None:
+    tested, lock = bench(tmp_path), tmp_path / "lock"
+    turn = Turn(lock, WatchMetrics(CollectorRegistry()))
+    if denied:
+
+        def another_users(path: str, *_: Any, **__: Any) -> int:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+
+        monkeypatch.setattr(os, "open", another_users)
+    else:
+        lock.mkdir()
+    with pytest.raises(CommandFailed, match=f"cannot lock {lock}: .*remove it, or give --lock"):
+        await _until(asyncio.Event(), tested.watch, turn, lock, period_s=1)

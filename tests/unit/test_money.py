@@ -40,7 +40,7 @@ from serve_app.money import PREAMBLE_TOKENS, Money
 from serve_app.purse_link import PurseLink
 from serve_app.tickets import TEMPLATE_TOKENS, Prepared
 from serve_app.treasury import MoneyBell
-from serve_app.usage import encode
+from serve_app.usage import Witness, encode
 from tests.usage_records import charge, record, request_id
 
 TENANT = BudgetKey(BudgetScope.TENANT, "acme")
@@ -186,6 +186,35 @@ async def test_a_cut_off_request_keeps_what_the_engine_may_still_bill(site: Site
     site.link.purses.expire(site.link.now_s(), 0.0)
     assert not site.link.purses.unreleased
     assert reserved.amount == 100 + PROMPT + 100
+
+
+async def test_what_an_engine_says_of_one_attempt_lets_go_of_nothing(site: Site) -> None:
+    audit, _ = await site.reserve(10)
+    of = charge(request_id=audit.request_id)
+    site.money.acknowledge([encode(record(of, Witness.ENGINE))])
+    audit.charge = of
+    audit.delivery.usage = Usage(6, 0, 3)
+    site.money.settle(audit)
+    assert site.purse.released == 0
+    site.money.acknowledge([encode(record(of, Witness.ENGINE, attempt=2))])
+    assert site.purse.released == 0
+    site.money.acknowledge([encode(record(of))])
+    assert site.purse.released == 100 + 6 + 30
+
+
+async def test_a_request_whose_record_is_lost_is_let_go_of_after_a_while(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve_app.money.LINGER_S", 0.02)
+    audit, _ = await site.reserve(10)
+    audit.charge = charge(request_id=audit.request_id)
+    audit.delivery.usage = Usage(6, 0, 3)
+    site.money.settle(audit)
+    site.money.lose([encode(record(audit.charge))])
+    assert site.purse.released == 0
+    await asyncio.sleep(0.03)
+    assert site.purse.released == 100 + 6 + 30
+    assert not site.link.purses.unreleased
 
 
 async def test_an_answer_is_as_long_as_what_is_left_pays_for(site: Site) -> None:

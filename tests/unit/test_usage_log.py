@@ -91,6 +91,46 @@ async def test_a_record_that_the_disk_does_not_take_goes_to_the_ledger_at_once(
         await log.append(record(charge(1)))
 
 
+async def test_a_ledger_that_says_nothing_is_not_waited_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def no_disk(*_: object) -> int:
+        raise JournalUnavailable("no disk")
+
+    async def silent(_: list[bytes]) -> None:
+        await asyncio.sleep(3600)
+
+    monkeypatch.setattr(Journal, "append", no_disk)
+    monkeypatch.setattr("serve_app.usage_log.LEDGER_TIMEOUT_S", 0.01)
+    log = UsageLog(Settings(str(tmp_path)), "router-1", silent)
+    with pytest.raises(JournalUnavailable, match="TimeoutError"):
+        async with asyncio.timeout(5):
+            await log.append(record())
+    await log.stop()
+
+
+async def test_a_lost_record_is_told_of(
+    tmp_path: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost: list[bytes] = []
+    log = UsageLog(Settings(str(tmp_path)), "router-1", ledger, lost.extend)
+    real = Journal.submit
+
+    def some(journal: Journal, payload: bytes) -> asyncio.Future[int]:
+        if decode(payload) != record(charge(1)):
+            return real(journal, payload)
+        written: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        written.set_exception(JournalUnavailable("no disk"))
+        return written
+
+    monkeypatch.setattr(Journal, "submit", some)
+    log.note(record(charge(1)))
+    log.note(record(charge(2)))
+    await log.stop()
+    assert [decode(p) for p in lost] == [record(charge(1))]
+    assert [decode(p) for p in ledger.payloads] == [record(charge(2))]
+
+
 async def test_records_nobody_waits_for_share_a_sync(
     log: UsageLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 from hypothesis import given
@@ -166,6 +167,14 @@ def test_what_stood_there_at_first_is_not_news() -> None:
     assert look(history, (LAST_XID, 79), (ECC_DOUBLE_BIT, 4)).faults == []
 
 
+def test_the_last_xid_of_a_gpu_or_counter_that_comes_later_is_not_news() -> None:
+    history = ReadingHistory()
+    look(history, (ECC_DOUBLE_BIT, 0))
+    later = Sample("GPU-2", LAST_XID, 48)
+    assert history.look([Sample(GPU, LAST_XID, 79), later]).faults == []
+    assert history.look([Sample(GPU, LAST_XID, 48), later]).faults == [xid_fault(GPU, 48)]
+
+
 def test_a_changed_last_xid_is_a_fault_and_its_clearing_is_none() -> None:
     history = ReadingHistory()
     look(history, (LAST_XID, 0))
@@ -236,6 +245,23 @@ def test_more_gpus_than_a_node_has_are_left_out() -> None:
     history = ReadingHistory()
     found = history.look([Sample(f"GPU-{n}", LAST_XID, 0) for n in range(100)])
     assert len(found.lies) == 36
+
+
+def test_a_gpu_whose_counts_are_gone_leaves_its_place_to_another() -> None:
+    history = ReadingHistory()
+    for begin in (0, 64):
+        found = history.look([Sample(f"GPU-{begin + n}", XID_COUNT, 1, 31) for n in range(64)])
+        assert len(found.lies) == begin, "they are gone once a reading was without them"
+    assert history.look([Sample("GPU-200", XID_COUNT, 1, 31)]).lies == []
+
+
+def test_the_longest_text_is_looked_at_in_time_that_grows_with_it() -> None:
+    many = [Sample(f"GPU-{n % 64}", XID_COUNT, 1, 1 + n // 64) for n in range(20_000)]
+    history = ReadingHistory()
+    look(history, (LAST_XID, 0))
+    began_s = time.process_time()
+    assert len(history.look(many).faults) == len(many)
+    assert time.process_time() - began_s < 2
 
 
 def test_a_fault_is_a_value() -> None:

@@ -10,12 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.core.pricing import (
+    AMOUNT_NANOUSD_MAX,
     FREE,
     NANOUSD,
+    AmountTooLarge,
     PriceBook,
     Priced,
     RateCard,
     Rates,
+    amount_in_all,
+    amount_nanousd,
     dollars,
     nanousd,
     problems,
@@ -152,11 +156,29 @@ def test_prices_are_dollars_per_million_tokens() -> None:
         ("1/0", "must be a number"),
         ("nan", "must be a number"),
         ("1e30", "too large"),
+        ("1e999999999", "an exponent of at most 400"),
+        ("1e-999999999", "an exponent of at most 400"),
+        ("9" * 101, "at most 100 characters"),
     ],
 )
 def test_a_price_that_cannot_be_says_what_to_write(text: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         rate_nanousd_per_token(text)
+
+
+def test_an_amount_of_money_may_be_larger_than_a_price() -> None:
+    assert amount_nanousd("5000") == 5000 * NANOUSD
+    assert amount_nanousd("1e9") == AMOUNT_NANOUSD_MAX < 2**63
+    with pytest.raises(ValueError, match=r"too large; at most 1000000000$"):
+        amount_nanousd("1000000000.000000001")
+    with pytest.raises(ValueError, match=r"too large; at most 1000$"):
+        nanousd("5000")
+
+
+def test_amounts_together_are_no_more_than_one_may_be() -> None:
+    assert amount_in_all(1, AMOUNT_NANOUSD_MAX - 1) == AMOUNT_NANOUSD_MAX
+    with pytest.raises(AmountTooLarge, match=r"at most 1000000000$"):
+        amount_in_all(1, AMOUNT_NANOUSD_MAX)
 
 
 def card(name: str, **fields: object) -> RateCard:

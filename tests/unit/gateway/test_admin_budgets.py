@@ -10,6 +10,7 @@ from starlette.testclient import TestClient
 
 from serve_app.changes import Actor, Via
 from serve_app.core.budget import FOREVER, Balance, Budget, BudgetKey, BudgetScope, Window
+from serve_app.core.pricing import amount_in_all
 from serve_app.gateway.admin_budgets import BudgetAdministration
 from serve_app.gateway.auth import authenticate
 from serve_app.gateway.http import exception_handlers
@@ -38,7 +39,8 @@ class Budgets:
         known = self.kept.get(key)
         if known is None:
             return None
-        self.kept[key] = Budget(key, known.amount_nanousd + amount_nanousd, known.window)
+        total = amount_in_all(known.amount_nanousd, amount_nanousd)
+        self.kept[key] = Budget(key, total, known.window)
         return self.kept[key]
 
     async def remove_budget(self, key: BudgetKey, by: Actor) -> bool:
@@ -96,6 +98,8 @@ def test_a_budget_is_set_topped_up_listed_and_removed(client: TestClient, budget
         ("tenant/acme", {"amount_usd": "-1"}, 400, "amount_usd"),
         ("tenant/acme", {"amount_usd": "0.0000000001"}, 400, "amount_usd"),
         ("tenant/acme", {"amount_usd": "much"}, 400, "amount_usd"),
+        ("tenant/acme", {"amount_usd": "1e10"}, 400, "amount_usd"),
+        ("tenant/acme", {"amount_usd": "1e999999999"}, 400, "amount_usd"),
         ("tenant/acme", {"amount_usd": 1.5}, 400, "amount_usd"),
         ("tenant/acme", {"amount_usd": "1", "window": "year"}, 400, "window"),
         ("tenant/acme", {"amount_usd": "1", "window": "rolling"}, 400, "rolling_hours"),
@@ -112,6 +116,14 @@ def test_what_is_wrong_is_named(
     answer = client.put(f"/admin/budgets/{path}", json=body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
     assert not budgets.kept
+
+
+def test_an_amount_may_be_large_and_together_with_more_has_a_bound(client: TestClient) -> None:
+    path = "/admin/budgets/tenant/acme"
+    assert client.put(path, json={"amount_usd": "5000"}).json()["amount_usd"] == "5000"
+    answer = client.post(f"{path}/credits", json={"amount_usd": "1e9"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "amount_usd")
+    assert "at most 1000000000" in answer.json()["error"]["message"]
 
 
 def test_what_is_not_there_is_404(client: TestClient) -> None:

@@ -136,6 +136,8 @@ def test_nulls_mean_the_same_as_absent_fields() -> None:
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"service_tier": "gold"}, "service_tier"),
         ({"user": "u" * 65}, "user"),
+        ({"user": "a\0b"}, "user"),
+        ({"safety_identifier": "a\0b"}, "safety_identifier"),
         ({"safety_identifier": "u" * 65}, "safety_identifier"),
         ({"metadata": {str(i): "x" for i in range(17)}}, "metadata"),
         ({"metadata": {"k": "v" * 513}}, "metadata.k"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import os
 import random
@@ -272,8 +273,8 @@ async def test_what_cannot_be_sent_at_the_end_is_found_and_sent_by_the_next(
     await shipper.stop(0.01)
     await journal.close()
     sweeper = Sweeper(tmp_path, ledger)
-    with pytest.raises(ConnectionError):
-        await sweeper.sweep()
+    assert await sweeper.sweep() == 0
+    assert names(tmp_path) == ["mine"]
     ledger.fails = False
     assert await sweeper.sweep() == 1
     assert ledger.payloads == [b"one"]
@@ -290,6 +291,29 @@ async def test_a_sweeper_leaves_journals_that_have_owners_alone(journal: Journal
 
 async def test_a_sweeper_of_a_folder_that_is_not_there_finds_nothing(tmp_path: Path) -> None:
     assert await Sweeper(tmp_path / "nowhere", Ledger()).sweep() == 0
+
+
+async def test_a_journal_that_cannot_be_read_holds_up_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a", "b", "c"):
+        journal = Journal(tmp_path, name, SMALL)
+        await journal.append(name.encode())
+        await journal.close()
+
+    real = Path.read_bytes
+
+    def broken(path: Path) -> bytes:
+        if path.parent.name == "b":
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", broken)
+    ledger = Ledger()
+    assert await Sweeper(tmp_path, ledger).sweep() == 2
+    assert ledger.payloads == [b"a", b"c"]
+    assert names(tmp_path) == ["b"]
+    assert "journal b stays where it is: OSError: [Errno 5]" in caplog.text
 
 
 # Damage.
@@ -332,6 +356,23 @@ async def test_a_damaged_record_is_reported_and_nothing_before_it_lost(tmp_path:
         assert payloads == [kept.payload for kept in entries[:index]]
         assert len(problems) == 1
         assert f"after record {index}" in problems[0]
+
+
+async def test_a_damaged_file_is_kept_and_not_sent_again(tmp_path: Path) -> None:
+    ledger = Ledger()
+    sweeper = Sweeper(tmp_path, ledger)
+    for sent in (3, 6):
+        segment, data = await torn(tmp_path)
+        at = data.index(payload(3))
+        data = data[:at] + b"?" + data[at + 1 :]
+        segment.write_bytes(data)
+        assert await sweeper.sweep() == 3
+        assert ledger.payloads[-3:] == [payload(number) for number in range(3)]
+        assert await sweeper.sweep() == 0
+        assert len(ledger.payloads) == sent
+    kept = ["mine-0000000001-2.damaged", "mine-0000000001.damaged"]
+    assert names(tmp_path) == kept
+    assert all((tmp_path / name).read_bytes() == data for name in kept)
 
 
 async def test_damage_in_one_segment_leaves_the_others(tmp_path: Path) -> None:

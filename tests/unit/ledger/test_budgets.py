@@ -19,7 +19,7 @@ from serve_app.core.budget import (
     Window,
     period_of,
 )
-from serve_app.core.pricing import RateCard, Rates
+from serve_app.core.pricing import AMOUNT_NANOUSD_MAX, AmountTooLarge, RateCard, Rates
 from serve_app.keys import KeyWish
 from serve_app.ledger.budgets import BudgetStore
 from serve_app.ledger.database import Database
@@ -89,6 +89,16 @@ def test_a_budget_is_kept_as_it_was_set(site: Site) -> None:
     assert not site.budgets.remove(ACME)
     assert site.budgets.add(ACME, 4) is None
     assert site.budgets.version() > version
+
+
+def test_a_budget_that_would_be_too_large_stays_as_it_was(site: Site) -> None:
+    full = Budget(ACME, AMOUNT_NANOUSD_MAX, Window.NONE)
+    site.budgets.put(full)
+    version = site.budgets.version()
+    with pytest.raises(AmountTooLarge):
+        site.budgets.add(ACME, 1)
+    assert site.budgets.every() == [full]
+    assert site.budgets.version() == version
 
 
 def test_what_is_spent_and_what_is_lent_are_never_more_than_the_amount(site: Site) -> None:
