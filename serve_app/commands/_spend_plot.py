@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from serve_app.core.calendar import HOUR_S
+
 _GREYS = ("0.85", "0.7", "0.6", "0.5", "0.4", "0.3")
 
 
 def draw_spending(report: Mapping[str, Any], file: Path) -> None:
     """Write what each day cost, by model and by what was nobody's, with what was billed.
+
+    A day some of whose time has no price, and is in no bar, says so.
 
     ``report`` is ledger.spending_days'.
 
@@ -31,6 +35,10 @@ def draw_spending(report: Mapping[str, Any], file: Path) -> None:
         reached = [before + value for before, value in zip(reached, values, strict=True)]
     billed = [float(each["billed_usd"]) for each in report["data"]]
     axes.plot(days, billed, color="black", marker=".", label="billed")
+    for place, each in enumerate(report["data"]):
+        if each["unpriced_s"] != "0":
+            mark = f"{float(each['unpriced_s']) / HOUR_S:.1f} h no price"
+            axes.annotate(mark, (place, reached[place]), rotation=90, ha="center", fontsize="small")
     axes.set_title("What replicas cost by day, and what was billed")
     axes.set_ylabel(f"{report['currency']} a day")
     axes.grid(visible=True, axis="y", alpha=0.3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from serve_app.commands._place import (
@@ -13,10 +14,13 @@ from serve_app.commands._place import (
     cost_settings,
     place,
 )
+from serve_app.core.calendar import HOUR_S
 from serve_app.terminal import CommandFailed, Subparsers, command, note, out, out_json, table
 
 if TYPE_CHECKING:
     from serve_app.usage_report import UsageQuery
+
+_NO_PRICE: Final = "no price"
 
 _Table = tuple[Sequence[str], list[Sequence[str]]]
 
@@ -138,6 +142,11 @@ def _plot(args: argparse.Namespace) -> int:
     except OSError as error:
         raise CommandFailed(f"{args.out} cannot be written: {error.strerror}") from error
     out(f"wrote {args.out}: {len(report['data'])} days")
+    unpriced = [each for each in report["data"] if each["unpriced_s"] != "0"]
+    if unpriced:
+        hours = sum(float(each["unpriced_s"]) for each in unpriced) / HOUR_S
+        days = f"{len(unpriced)} days, the first {unpriced[0]['day']}"
+        note(f"{hours:.1f} replica-hours have no price and are in no bar: {days}")
     return 0
 
 
@@ -181,18 +190,21 @@ def _economics(report: Mapping[str, Any]) -> _Table:
     rows: list[Sequence[str]] = []
     for pool in report["data"]:
         uses = pool["cost_by_use_usd"]
+        unknown = pool["requests"] and pool["usd_per_thousand_requests"] is None
+        per_unit = partial(_usd, none=_NO_PRICE if unknown else "-")
         starting = float(uses["start_up"]) + float(uses["drain"])
         rows.append(
             (
                 pool["pool"] or "-",
                 f"{pool['replica_hours']:.1f}",
                 f"{pool['busy_ratio']:.1%}",
-                _usd(pool["cost_usd"]),
-                *(_usd(pool[f"usd_per_million_{kind}"]) for kind in ("input", "output", "total")),
-                _usd(pool["usd_per_million_total_never_idle"]),
-                _usd(pool["usd_per_million_total_at_slo"]),
+                _pool_cost(pool),
+                *(
+                    per_unit(pool[f"usd_per_million_{kind}"])
+                    for kind in ("input", "output", "total", "total_never_idle", "total_at_slo")
+                ),
                 "-" if pool["slo_ratio"] is None else f"{pool['slo_ratio']:.1%}",
-                _usd(pool["usd_per_thousand_requests"]),
+                per_unit(pool["usd_per_thousand_requests"]),
                 *(_usd(uses[use]) for use in ("idle", "cancelled", "preempted", "failed")),
                 _usd(starting),
                 _usd(pool["amount_usd"]),
@@ -257,5 +269,11 @@ def _say_reconciled(report: Mapping[str, Any]) -> int:
     return 1 if report["alert"] else 0
 
 
-def _usd(amount: str | float | None) -> str:
-    return "-" if amount is None else f"{float(amount):.4f}"
+def _pool_cost(pool: Mapping[str, Any]) -> str:
+    if pool["unpriced_ratio"] == 1:
+        return _NO_PRICE
+    return _usd(pool["cost_usd"]) + ("+" if pool["unpriced_ratio"] else "")
+
+
+def _usd(amount: str | float | None, none: str = "-") -> str:
+    return none if amount is None else f"{float(amount):.4f}"

@@ -5,6 +5,8 @@
 At a higher use of the same replicas a token costs less: ``busy`` is what it would cost if
 nothing were ever idle, the best that this pool can do. At the SLO only those tokens count
 whose request had its first token in time: the rest cost money and were worth less.
+
+Cost and X are of the same hours: one that has no price yet is in neither.
 """
 
 from __future__ import annotations
@@ -14,11 +16,14 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from serve_app.core.attribution import Use
+from serve_app.core.calendar import HOUR_NS
 from serve_app.core.true_cost import split
 
 _WASTE = (Use.CANCELLED, Use.PREEMPTED, Use.FAILED)
 _NOT_BUSY = (Use.IDLE, Use.START_UP, Use.DRAIN)
 _OF_REQUESTS = (Use.USEFUL, *_WASTE, Use.OPEN)
+# As much of an hour's time may lack a price: its unit costs are too low by no more.
+_UNPRICED_MAX_RATIO = Fraction(1, 100)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,21 @@ class PoolUse:
         for name, part in zip(names, split(cost_nanousd, times), strict=True):
             self.cost_nanousd[name] += part
 
+    def add_hour(self, hour: PoolUse) -> None:
+        """Take in an hour of the pool, with all of its replicas; what it produced is not in it."""
+        for use in Use:
+            self.time_ns[use] += hour.time_ns[use]
+            self.cost_nanousd[use] += hour.cost_nanousd[use]
+        self.unpriced_ns += hour.unpriced_ns
+        self.provisional_ns += hour.provisional_ns
+        self.hours += 1
+        self.peak_busy = max(self.peak_busy, Fraction(hour.busy_ns, HOUR_NS))
+
+    @property
+    def priced(self) -> bool:
+        """Whether its time has a price, but for so little that it hardly changes a unit cost."""
+        return self.unpriced_ns <= _UNPRICED_MAX_RATIO * self.total_ns
+
     @property
     def product(self) -> Product:
         """All that came out."""
@@ -85,8 +105,17 @@ class PoolUse:
     @property
     def busy_ratio(self) -> float:
         """The part of the time in which there was work."""
-        rest = sum(self.time_ns[use] for use in _NOT_BUSY)
-        return 1 - rest / self.total_ns if self.total_ns else 0.0
+        return self.busy_ns / self.total_ns if self.total_ns else 0.0
+
+    @property
+    def busy_ns(self) -> int:
+        """The time in which there was work."""
+        return self.total_ns - sum(self.time_ns[use] for use in _NOT_BUSY)
+
+    @property
+    def unpriced_ratio(self) -> float:
+        """The part of the time whose price nobody knows."""
+        return self.unpriced_ns / self.total_ns if self.total_ns else 0.0
 
     @property
     def provisional_ratio(self) -> float:

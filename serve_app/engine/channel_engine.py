@@ -72,7 +72,7 @@ class EngineChannel:
     def subscribed(self, router: Address) -> Iterator[Outlet]:
         """Have a router hear the load within; look whether the outlet to it has failed."""
         with self._sender.subscribed(router) as outlet:
-            outlet.tell(pack(Hello(self._replica, self.address)))
+            outlet.send(pack(Hello(self._replica, self.address)))
             yield outlet
 
     def broadcast(self, view: ReplicaView) -> None:
@@ -124,7 +124,7 @@ class EngineChannel:
             outlet.end(End(reply.stream, error=str(error), own=own))
         except Exception as error:
             logger.exception("a generation failed")
-            told = f"{type(error).__name__}: {str(error).splitlines()[0]:.200}"
+            told = ": ".join([type(error).__name__, *str(error)[:200].splitlines()[:1]])
             outlet.end(End(reply.stream, error=told))
 
     async def _deliver(self, call: GenerateCall, reply: ReplyTo, outlet: Outlet) -> End:

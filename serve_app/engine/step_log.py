@@ -26,6 +26,7 @@ from serve_app.engine.step_records import (
     Occupied,
     Record,
     Stepped,
+    Stopped,
     Vacant,
 )
 
@@ -149,6 +150,11 @@ class StepLog:
         """Requests have ended outside a step."""
         gone = self._release()
         self._settle(busy, self.clock(), gone)
+
+    def stopped(self) -> None:
+        """Nothing more will be said: the replica must not take what follows for idle time."""
+        self._unsent.append(Stopped())
+        self._send()
 
     # ---- inside ------------------------------------------------------------------
 

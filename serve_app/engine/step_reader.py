@@ -7,7 +7,8 @@ the figures are asked for, and now and then so that the socket does not fill.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from serve_app.core.attribution import Account
@@ -20,6 +21,7 @@ from serve_app.engine.step_records import (
     Occupied,
     Record,
     Stepped,
+    Stopped,
     Vacant,
 )
 
@@ -36,17 +38,25 @@ class Inbox(Protocol):
 
 
 class StepReader:
-    """Feeds a meter with what an engine in another process wrote of its steps."""
+    """Feeds a meter with what an engine in another process wrote of its steps.
 
-    def __init__(self, inbox: Inbox, meter: CostMeter) -> None:
+    Once the records have ended, whoever broke them, nobody knows what the engine does: all
+    further time is unattributed, and never idle.
+    """
+
+    def __init__(
+        self, inbox: Inbox, meter: CostMeter, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """``clock`` gives the machine's monotonic seconds."""
         self._inbox = inbox
         self._meter = meter
+        self._clock = clock
         self._expected: dict[str, Account] = {}
         self._accounts: dict[int, Account] = {}
         self._strangers: set[int] = set()
         self._decodes: tuple[tuple[Account, int], ...] = ()
         self._passed = 0
-        self._broken = False
+        self._ended = False
         self.lost_records = 0
 
     def expect(self, request_id: str, account: Account) -> None:
@@ -59,14 +69,17 @@ class StepReader:
 
     def read(self) -> None:
         """Take in the records that have arrived; after one that makes no sense, none."""
-        if self._broken:
-            return
         try:
-            self._read()
+            if not self._ended:
+                self._read()
         except Exception:  # noqa: BLE001 - see below
             # A request must not fail, nor the engine end, for what is only measured.
             _log.exception("the records of the engine's steps are no longer read")
-            self._broken = True
+            self._ended = True
+        if self._ended:
+            now_s = self._clock()
+            self._meter.occupied(now_s)
+            self._meter.stepped(Steps(now_s, now_s))
 
     def _read(self) -> None:
         for record in self._inbox.receive():
@@ -80,6 +93,9 @@ class StepReader:
                 self._meter.occupied(record.at_s)
             elif isinstance(record, Vacant):
                 self._meter.vacant(record.since_s)
+            elif isinstance(record, Stopped):
+                self._ended = True
+                return
             else:
                 self._lose(record)
 

@@ -71,7 +71,11 @@ class Lost(msgspec.Struct, frozen=True, array_like=True, tag="x"):
     records: int
 
 
-Record = Joined | Left | Occupied | Vacant | Stepped | Lost
+class Stopped(msgspec.Struct, frozen=True, array_like=True, tag="."):
+    """Nothing more is recorded: all further time is nobody's."""
+
+
+Record = Joined | Left | Occupied | Vacant | Stepped | Lost | Stopped
 
 
 class StepSender:

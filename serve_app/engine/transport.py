@@ -193,7 +193,7 @@ def _dead(error: Exception) -> EngineDead:
     """Return what any failure of a call means to its caller: this replica did not answer."""
     if isinstance(error, EngineDead):
         return error
-    return EngineDead(f"{type(error).__name__}: {str(error).splitlines()[0]:.200}")
+    return EngineDead(": ".join([type(error).__name__, *str(error)[:200].splitlines()[:1]]))
 
 
 async def _relay(response: Any) -> AsyncGenerator[Any, None]:

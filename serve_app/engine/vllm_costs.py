@@ -50,7 +50,7 @@ class VllmCosts:
             return
         block_tokens = llm.vllm_config.cache_config.block_size
         self._meter = CostMeter(self._born_s, block_tokens, self._coefficients)
-        self._reader = StepReader(self.inbox, self._meter)
+        self._reader = StepReader(self.inbox, self._meter, self._clock)
         llm.read_steps_with(self._reader)
 
     def ready(self) -> None:

@@ -24,7 +24,8 @@ _log = logging.getLogger("headrace.engine")
 class RecordsSteps:
     """Over a scheduler of vLLM's: calls it, and says to a StepLog what it did.
 
-    A fault in the log ends the recording and not the engine: ``steps`` is None from then on.
+    A fault in the log ends the recording and not the engine: ``steps`` is None from then on,
+    and the replica is told.
     """
 
     steps: StepLog | None
@@ -74,7 +75,15 @@ class RecordsSteps:
         except Exception:  # noqa: BLE001 - see below
             # What is measured must not stop what is served.
             _log.exception("steps are no longer recorded")
-            self.steps = None
+            self._stop()
+
+    def _stop(self) -> None:
+        steps, self.steps = self.steps, None
+        assert steps is not None
+        try:
+            steps.stopped()
+        except Exception:  # noqa: BLE001 - as above
+            _log.exception("the replica does not know that steps are no longer recorded")
 
     def _busy(self) -> bool:
         # Not get_num_unfinished_requests: that is 0 while the scheduler is paused.

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Final
 
 from sqlalchemy import Connection, and_, func, or_, select
 
 from serve_app.core.attribution import Use
-from serve_app.core.calendar import HOUR_NS
 from serve_app.core.savings import ModelUse, Repetition
 from serve_app.core.true_cost import HourCost, InstancePrice, Overhead
 from serve_app.core.types import Outcome, PriorityClass
@@ -22,15 +20,20 @@ from serve_app.ledger.statements import within
 from serve_app.usage import Witness
 from serve_app.usage_report import UsageQuery
 
-_NOT_BUSY: Final = (Use.IDLE, Use.START_UP, Use.DRAIN)
 _REPEATS_MIN: Final = 20
 
 
 @dataclass(slots=True)
 class PoolSums:
-    """Pools and the models that they served; ``hours`` is how many there was any pool in."""
+    """Pools and the models that they served; ``hours`` is how many there was any pool in.
+
+    ``priced`` are the pools over the hours whose time has a price, with what they produced in
+    them; one that has none of these is not there. ``unpriced`` are the others, by pool.
+    """
 
     pools: dict[str, PoolUse] = field(default_factory=dict)
+    priced: dict[str, PoolUse] = field(default_factory=dict)
+    unpriced: set[tuple[str, int]] = field(default_factory=set)
     models: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
     hours: int = 0
 
@@ -51,24 +54,24 @@ def pool_sums(
     A model that several pools served counts where most of its engine time was.
     """
     sums = PoolSums()
-    busy_ns: dict[tuple[str, int], int] = defaultdict(int)
+    hours: dict[tuple[str, int], PoolUse] = {}
     for each in split_hours(connection, query, ("model",), instances):
-        account, uses = each.cost.hour, uses_of(each.cost)
-        pool = sums.pools.setdefault(account.pool, PoolUse(account.pool))
-        pool.add(uses, each.cost.cost_nanousd)
-        pool.provisional_ns += account.provisional_ns
-        idle_ns = sum(uses.get(use, 0) for use in _NOT_BUSY)
-        busy_ns[account.pool, account.hour] += each.cost.lasted_ns - idle_ns
+        account = each.cost.hour
+        use = hours.setdefault((account.pool, account.hour), PoolUse(account.pool))
+        use.add(uses_of(each.cost), each.cost.cost_nanousd)
+        use.provisional_ns += account.provisional_ns
         for part in each.cost.parts:
             if not isinstance(part.key, Overhead):
                 key = (str(part.key[0]), account.pool)
                 time_ns, cost = sums.models.get(key, (0, 0))
                 sums.models[key] = time_ns + part.time_ns, cost + (part.cost_nanousd or 0)
-    for (name, _), time_ns in busy_ns.items():
-        pool = sums.pools[name]
-        pool.hours += 1
-        pool.peak_busy = max(pool.peak_busy, Fraction(time_ns, HOUR_NS))
-    sums.hours = len({hour for _, hour in busy_ns})
+    for (name, hour), use in hours.items():
+        sums.pools.setdefault(name, PoolUse(name)).add_hour(use)
+        if use.priced:
+            sums.priced.setdefault(name, PoolUse(name)).add_hour(use)
+        else:
+            sums.unpriced.add((name, hour))
+    sums.hours = len({hour for _, hour in hours})
     _add_products(connection, query, sums)
     return sums
 
@@ -91,18 +94,17 @@ def add_good(
         )
     )
     columns = (func.count(), func.sum(event.prompt_tokens), func.sum(event.output_tokens))
-    statement = within(select(event.model, *columns), event.hour, query)
+    statement = within(select(event.model, event.hour, *columns), event.hour, query)
     statement = statement.where(
         event.witness == Witness.ROUTER.value, event.outcome == Outcome.COMPLETED.value, in_time
     )
-    for row in connection.execute(statement.group_by(event.model)):
-        pool = sums.pools.get(homes.get(row[0], ""))
-        if pool is not None:
+    for row in connection.execute(statement.group_by(event.model, event.hour)):
+        for pool in _producers(sums, homes.get(row[0], ""), row[1]):
             before = pool.good
             pool.good = Product(
-                before.requests + int(row[1]),
-                before.input_tokens + int(row[2]),
-                before.output_tokens + int(row[3]),
+                before.requests + int(row[2]),
+                before.input_tokens + int(row[3]),
+                before.output_tokens + int(row[4]),
             )
 
 
@@ -112,10 +114,12 @@ def model_uses(connection: Connection, query: UsageQuery, sums: PoolSums) -> lis
     longest = func.max(event.prompt_tokens + event.output_tokens)
     statement = within(select(event.model, longest), event.hour, query).group_by(event.model)
     longest_of = {row[0]: int(row[1]) for row in connection.execute(statement)}
-    tokens_of = {name: values[1] + values[3] for name, values in _products(connection, query)}
+    tokens_of: dict[str, int] = defaultdict(int)
+    for name, _, values in _products(connection, query):
+        tokens_of[name] += values[1] + values[3]
     homes = _homes(sums)
     return [
-        ModelUse(model, pool, *sums.models[model, pool], tokens_of.get(model, 0), longest_of[model])
+        ModelUse(model, pool, *sums.models[model, pool], tokens_of[model], longest_of[model])
         for model, pool in sorted(homes.items())
         if model in longest_of
     ]
@@ -217,19 +221,29 @@ def _homes(sums: PoolSums) -> dict[str, str]:
     return homes
 
 
-def _products(connection: Connection, query: UsageQuery) -> list[tuple[str, tuple[int, ...]]]:
+def _producers(sums: PoolSums, name: str, hour: int) -> Iterator[PoolUse]:
+    """Yield what has to count what a pool produced in an hour."""
+    if name in sums.pools:
+        yield sums.pools[name]
+    if name in sums.priced and (name, hour) not in sums.unpriced:
+        yield sums.priced[name]
+
+
+def _products(
+    connection: Connection, query: UsageQuery
+) -> Iterator[tuple[str, int, tuple[int, ...]]]:
     used = USAGE_ROLLUP.c
     names = ("requests", "billed_prompt_tokens", "billed_cached_tokens", "billed_output_tokens")
     columns = [func.sum(used[name]) for name in (*names, "amount_nanousd")]
-    statement = within(select(used.model, *columns), used.hour, query).group_by(used.model)
-    return [(row[0], tuple(map(int, row[1:]))) for row in connection.execute(statement)]
+    statement = within(select(used.model, used.hour, *columns), used.hour, query)
+    for row in connection.execute(statement.group_by(used.model, used.hour)):
+        yield row[0], row[1], tuple(map(int, row[2:]))
 
 
 def _add_products(connection: Connection, query: UsageQuery, sums: PoolSums) -> None:
     homes = _homes(sums)
-    for model, (requests, prompt, cached, output, amount) in _products(connection, query):
-        pool = sums.pools.get(homes.get(model, ""))
-        if pool is not None:
+    for model, hour, (requests, prompt, cached, output, amount) in _products(connection, query):
+        for pool in _producers(sums, homes.get(model, ""), hour):
             pool.requests += requests
             pool.input_tokens += prompt
             pool.cached_tokens += cached

@@ -8,7 +8,7 @@ from fractions import Fraction
 from itertools import groupby
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, delete, func, insert, select
+from sqlalchemy import ColumnElement, Connection, Row, func, or_, select
 
 from serve_app.core.attribution import Use
 from serve_app.core.calendar import HOUR_NS, NS_PER_S
@@ -22,7 +22,7 @@ from serve_app.core.true_cost import (
     split_hour,
 )
 from serve_app.ledger.schema import ENGINE_TIME, NODE_BILL, REPLICA_HOUR
-from serve_app.ledger.statements import within
+from serve_app.ledger.statements import upsert, within
 from serve_app.usage_report import UsageQuery
 
 
@@ -146,8 +146,10 @@ def read_bills(connection: Connection, query: UsageQuery) -> dict[tuple[int, str
 
 
 def write_bills(connection: Connection, hour: int, bills: Sequence[NodeBill], now_s: float) -> None:
-    """Keep the bills of an hour as they were read now; those read before are replaced."""
-    connection.execute(delete(NODE_BILL).where(NODE_BILL.c.hour == hour))
+    """Keep the bills of an hour as they were read now, in place of those read before.
+
+    What a later reading does not say stays as it is: an amount, GPU-hours, or a node.
+    """
     rows = [
         {
             "hour": hour,
@@ -158,8 +160,20 @@ def write_bills(connection: Connection, hour: int, bills: Sequence[NodeBill], no
         }
         for bill in bills_by_node(bills).values()
     ]
-    if rows:
-        connection.execute(insert(NODE_BILL), rows)
+    if not rows:
+        return
+    new, before = upsert(connection, NODE_BILL), NODE_BILL.c
+    read = new.excluded
+    statement = new.on_conflict_do_update(
+        index_elements=("hour", "node"),
+        set_={
+            "total_nanousd": read.total_nanousd,
+            "gpu_ns": func.coalesce(read.gpu_ns, before.gpu_ns),
+            "read_at_s": read.read_at_s,
+        },
+        where=or_(read.total_nanousd.is_not(None), before.total_nanousd.is_(None)),
+    )
+    connection.execute(statement, rows)
 
 
 def _engine_time(

@@ -2,8 +2,11 @@
 
 Price rows: one per hour, tenant, model, class and kind of token. Allocation rows: the cost
 of every replica-hour, its origin charge, split over tenants and models and over what was
-nobody's; their ratios sum to exactly 1. The two are exports of their own, since adding the
-one to the other would count everything twice.
+nobody's; their ratios are in [0, 1] and sum to exactly 1. The two are exports of their own,
+since adding the one to the other would count everything twice.
+
+Where more time of open requests came from the hour before than goes on to the next, those
+that ended have more than the hour: what is over is taken from each in proportion.
 
 Source: FinOps Open Cost and Usage Specification 1.2; the Allocated columns are of 1.3.
 """
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
 from typing import Any, Final
@@ -21,7 +25,7 @@ from sqlalchemy import Connection, Row, func, select
 from serve_app.config_costs import CostSettings
 from serve_app.core.calendar import HOUR_NS, HOUR_S
 from serve_app.core.pricing import CURRENCY, dollars
-from serve_app.core.true_cost import Overhead, split
+from serve_app.core.true_cost import Overhead, Part, split
 from serve_app.core.types import PriorityClass
 from serve_app.ledger.costs import SplitHour, split_hours
 from serve_app.ledger.schema import USAGE_EVENT
@@ -94,6 +98,8 @@ def focus_problems(rows: Iterable[Mapping[str, str]]) -> Iterator[str]:
             (element,) = json.loads(row["AllocatedMethodDetails"], parse_float=Decimal)["Elements"]
             key = row["ResourceId"], row["ChargePeriodStart"]
             ratios[key] = ratios.get(key, Decimal()) + element["AllocatedRatio"]
+            if element["AllocatedRatio"] < 0:
+                yield f"row {number}: its ratio is below 0"
     for key, ratio in ratios.items():
         if ratio != 1:
             yield f"origin charge {'/'.join(key)}: its ratios sum to {ratio}"
@@ -163,9 +169,10 @@ def _of_allocation(each: SplitHour) -> Iterator[dict[str, str]]:
     if each.cost.cost_nanousd is None:
         # Without a price there is no charge to allocate.
         return
-    parts = [part for part in each.cost.parts if part.time_ns]
-    ratios = _ratios([part.time_ns for part in parts])
-    for part, ratio in zip(parts, ratios, strict=True):
+    parts = [part for part in _netted(each.cost.parts) if part.time_ns]
+    times = [part.time_ns for part in parts]
+    costs, ratios = split(each.cost.cost_nanousd, times), _ratios(times)
+    for part, cost, ratio in zip(parts, costs, ratios, strict=True):
         tenant, model, use = NAME, "", "requests"
         if isinstance(part.key, Overhead):
             use = part.key.value
@@ -179,7 +186,7 @@ def _of_allocation(each: SplitHour) -> Iterator[dict[str, str]]:
         details = json.dumps({"Elements": [element]})
         details = details.replace('"@"', ratio).replace('"#"', dollars(part.time_ns))
         yield {
-            **_common(hour.hour, tenant, hour.instance, dollars(part.cost_nanousd or 0)),
+            **_common(hour.hour, tenant, hour.instance, dollars(cost)),
             "ChargeClass": "",
             "ChargeDescription": f"engine time of {hour.pool}: {use.replace('_', ' ')}",
             "PricingQuantity": f"{Decimal(part.time_ns) / HOUR_NS:.12f}",
@@ -226,6 +233,23 @@ def _month(hour: int) -> tuple[str, str]:
     year, month = divmod(start.year * 12 + start.month, 12)
     end = start.replace(year=year, month=month + 1)
     return iso_time(start.timestamp()), iso_time(end.timestamp())
+
+
+def _netted(parts: Sequence[Part]) -> list[Part]:
+    """Return parts none of whose times is below zero: that is taken from the requests' times."""
+    times = [max(0, part.time_ns) for part in parts]
+    over_ns = sum(times) - sum(part.time_ns for part in parts)
+    bearing = [
+        time_ns if part.key is Overhead.CUT_OFF or not isinstance(part.key, Overhead) else 0
+        for part, time_ns in zip(parts, times, strict=True)
+    ]
+    if sum(bearing) < over_ns:
+        bearing = times
+    less = split(over_ns, bearing)
+    return [
+        replace(part, time_ns=time_ns - less_ns)
+        for part, time_ns, less_ns in zip(parts, times, less, strict=True)
+    ]
 
 
 def _ratios(times: Sequence[int]) -> list[str]:

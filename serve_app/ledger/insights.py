@@ -45,7 +45,7 @@ def economics(connection: Connection, query: UsageQuery, settings: CostSettings)
         "currency": CURRENCY,
         **query.window(),
         "hours": sums.hours,
-        "data": [_pool(sums.pools[name]) for name in sorted(sums.pools)],
+        "data": [_pool(sums.pools[name], sums.priced.get(name)) for name in sorted(sums.pools)],
     }
 
 
@@ -107,10 +107,11 @@ def insight(
         return make(connection, query, settings)
 
 
-def _pool(pool: PoolUse) -> dict[str, Any]:
-    whole = unit_cost(pool.product, pool.total_nanousd)
-    busy = unit_cost(pool.product, pool.busy_nanousd)
-    at_slo = unit_cost(pool.good, pool.total_nanousd)
+def _pool(pool: PoolUse, priced: PoolUse | None) -> dict[str, Any]:
+    known = priced or PoolUse(pool.pool)
+    whole = unit_cost(known.product, known.total_nanousd)
+    busy = unit_cost(known.product, known.busy_nanousd)
+    at_slo = unit_cost(known.good, known.total_nanousd)
     return {
         "pool": pool.pool,
         "requests": pool.requests,
@@ -122,6 +123,7 @@ def _pool(pool: PoolUse) -> dict[str, Any]:
         "cost_usd": dollars(pool.total_nanousd),
         "amount_usd": dollars(pool.amount_nanousd),
         "unpriced_s": dollars(pool.unpriced_ns),
+        "unpriced_ratio": pool.unpriced_ratio,
         "provisional_s": dollars(pool.provisional_ns),
         "provisional_ratio": round(pool.provisional_ratio, 4),
         "usd_per_million_input": whole.input_usd,

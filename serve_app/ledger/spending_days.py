@@ -22,12 +22,16 @@ def spending_days(
 ) -> dict[str, Any]:
     """Return by day, UTC, what was billed, and what each model and the rest of the time cost.
 
-    Days in which nothing happened are not there. Amounts add up to the fleet's cost exactly.
+    Days in which nothing happened are not there. Amounts add up to the fleet's cost exactly;
+    ``unpriced_s`` is replicas' time that has no price and is in none of them.
     """
     models: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     overheads: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    unpriced_ns: dict[int, int] = defaultdict(int)
     for each in split_hours(connection, query, ("model",), settings.prices()):
         day = day_start_s(each.cost.hour.hour)
+        if each.cost.cost_nanousd is None:
+            unpriced_ns[day] += each.cost.lasted_ns
         for part in each.cost.parts:
             if isinstance(part.key, Overhead):
                 overheads[day][part.key.value] += part.cost_nanousd or 0
@@ -47,6 +51,7 @@ def spending_days(
                 "billed_usd": dollars(billed[day]),
                 "models_usd": {name: dollars(cost) for name, cost in sorted(models[day].items())},
                 "overheads_usd": {name: dollars(cost) for name, cost in overheads[day].items()},
+                "unpriced_s": dollars(unpriced_ns[day]),
             }
             for day in sorted(overheads.keys() | {day for day, cost in billed.items() if cost})
         ],

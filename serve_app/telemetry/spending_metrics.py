@@ -23,20 +23,22 @@ class SpendingMetrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         self.cost_usd = Gauge(
             "headrace_cost_usd",
-            "What replicas' time of the last 24 whole hours cost, by what it went to.",
+            "What replicas' time of the last 24 whole hours cost, by what it went to; nothing "
+            "for a pool none of whose time has a price.",
             ("pool", "use"),
             registry=registry,
         )
         self.per_million_tokens_usd = Gauge(
             "headrace_cost_per_million_tokens_usd",
             "The last day's cost of a pool, idle and waste in it, per million tokens: input, "
-            "output, total, total_at_slo, and total_never_idle without idle time.",
+            "output, total, total_at_slo, and total_never_idle without idle time. Of its hours "
+            "that have a price; nothing if there are none.",
             ("pool", "kind"),
             registry=registry,
         )
         self.per_thousand_requests_usd = Gauge(
             "headrace_cost_per_thousand_requests_usd",
-            "The last day's cost of a pool per thousand requests.",
+            "The last day's cost of a pool per thousand requests, of its hours that have a price.",
             ("pool",),
             registry=registry,
         )
@@ -61,7 +63,8 @@ class SpendingMetrics:
         for pool in report["data"]:
             name = pool["pool"]
             self.busy_ratio.labels(name).set(pool["busy_ratio"])
-            for use, cost in pool["cost_by_use_usd"].items():
+            uses = pool["cost_by_use_usd"] if pool["unpriced_ratio"] < 1 else {}
+            for use, cost in uses.items():
                 self.cost_usd.labels(name, use).set(float(cost))
             for key, kind in _KINDS.items():
                 if pool[key] is not None:

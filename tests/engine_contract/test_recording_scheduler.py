@@ -88,7 +88,7 @@ class Core:
         self.scheduler.steps = StepLog(self.pipe, lambda: self.now_s)
         self.meter = CostMeter(self.now_s, BLOCK_TOKENS)
         self.meter.ready(self.now_s)
-        self.reader = StepReader(self.pipe, self.meter)
+        self.reader = StepReader(self.pipe, self.meter, lambda: self.now_s)
         self.accounts: dict[str, Account] = {}
         self.ended: dict[str, str] = {}
         self.cached: dict[str, int] = {}
@@ -209,6 +209,20 @@ def test_a_scheduler_of_somebody_elses_is_left_alone() -> None:
     config = vllm_config(asynchronous=True)
     config.parallel_config.data_parallel_size = 2
     assert recording_scheduler(config) is None
+
+
+def test_a_fault_in_the_log_is_told_and_time_after_it_is_nobodys(asynchronous: bool) -> None:
+    core = Core(vllm_config(asynchronous=asynchronous), kv_blocks=40)
+    core.scheduler.steps.joined = None
+    core.add("a", list(range(20)), 4)
+    assert core.scheduler.steps is None
+    core.figures()
+    while core.turn():
+        pass
+    core.now_s += 60
+    uses = core.figures().use.uses
+    assert uses[Use.UNATTRIBUTED] > 60 * 10**9
+    assert uses[Use.IDLE] == 0
 
 
 def test_every_token_that_was_scheduled_is_written_under_its_request(asynchronous: bool) -> None:

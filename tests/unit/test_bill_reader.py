@@ -233,6 +233,30 @@ async def test_without_a_listed_price_the_bill_is_the_price(
     await bill_reader.stop()
 
 
+@pytest.mark.parametrize(
+    "later",
+    [
+        lambda _: (200, json.dumps({"code": 200, "data": [{}]})),
+        both(None),
+        lambda _: (200, bills({"gpu-small-1": 2.5})),
+        lambda _: (200, bills({"gpu-small-0": 3, "gpu-small-1": 2.5}, gpu_hours=None)),
+    ],
+    ids=["nothing", "null", "a node less", "no GPU-hours"],
+)
+async def test_nonsense_after_a_good_answer_leaves_the_bill_that_is_the_price(
+    opencost: FakeOpenCost, database: Database, later: Answer
+) -> None:
+    opencost.answer = both(3)
+    bill_reader, _ = reader(database, settings(opencost.url))
+    await bill_reader.read()
+    opencost.answer = later
+    await bill_reader.read()
+    assert len(opencost.asked) > HOURS
+    fleet = report(database, UsageQuery(), {})["fleet"]
+    assert (fleet["cost_nanousd"], fleet["unpriced_s"]) == (HOURS * 5_500_000_000, "0")
+    await bill_reader.stop()
+
+
 async def test_clocks_of_two_nodes_five_seconds_apart_raise_no_alarm(
     opencost: FakeOpenCost, tmp_path: Path
 ) -> None:

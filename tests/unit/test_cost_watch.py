@@ -70,6 +70,17 @@ async def test_the_last_day_is_in_metrics_and_what_is_odd_is_said_once(
     database.close()
 
 
+async def test_a_pool_without_a_price_has_no_cost_in_metrics_and_not_zero(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path}/watch.db")
+    TOWN.write_sums(database)
+    registry = CollectorRegistry()
+    await CostWatch(database, CostSettings(), SpendingMetrics(registry), Clock()).look()
+    samples = {sample.name for family in registry.collect() for sample in family.samples}
+    assert "headrace_cost_busy_ratio" in samples
+    assert not {name for name in samples if "per_" in name or "usd" in name}
+    database.close()
+
+
 async def test_the_ledger_is_looked_at_once_an_hour(tmp_path: Path) -> None:
     database = Database(f"sqlite:///{tmp_path}/watch.db")
     registry, clock = CollectorRegistry(), Clock()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from sqlalchemy import text
 
 from serve_app.cli import main
 from serve_app.core.reconciliation import NodeBill
@@ -108,6 +109,28 @@ def test_economics_and_savings_are_tables_and_json(
     assert "smaller_pool" in out
     out, _ = said(capsys, "savings", "--format", "json", "--config", config)
     assert json.loads(out)["data"][0]["kind"] == "smaller_pool"
+
+
+def test_what_has_no_price_is_not_shown_as_free(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Database(f"sqlite:///{tmp_path}/books.db").transaction() as connection:
+        connection.execute(text("DELETE FROM node_bill WHERE node = 'gpu-large-0'"))
+        connection.execute(
+            text("DELETE FROM node_bill WHERE node = 'gpu-small-1' AND hour = :hour"),
+            {"hour": START_S + 3 * HOUR_S},
+        )
+    config = configure(tmp_path, {})
+    out, _ = said(capsys, "economics", "--config", config)
+    large, small = out.splitlines()[1:]
+    assert large.count("no price") == 7
+    assert "no price" not in small
+    assert small.split()[3].endswith("+")
+    pytest.importorskip("matplotlib")
+    _, err = said(capsys, "plot", "--out", f"{tmp_path}/spend.png", "--config", config)
+    assert err == (
+        "6.0 replica-hours have no price and are in no bar: 1 days, the first 2026-01-01\n"
+    )
 
 
 def test_a_ledger_without_anything_odd_says_so(

@@ -131,3 +131,11 @@ def test_unit_costs_are_of_the_whole_pool_and_say_nothing_of_nothing() -> None:
     busy = unit_cost(use.product, use.busy_nanousd)
     assert busy.output_usd == pytest.approx(2.04 * 0.6, abs=0.005)
     assert use.busy_ratio == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(("unpriced", "priced"), [(0, True), (1, True), (2, False)])
+def test_time_has_a_price_though_a_hundredth_of_it_has_none(unpriced: int, priced: bool) -> None:
+    use = PoolUse("p")
+    use.add({Use.IDLE: (100 - unpriced) * HOUR_NS}, DOLLAR)
+    use.add({Use.IDLE: unpriced * HOUR_NS}, None)
+    assert use.priced is priced

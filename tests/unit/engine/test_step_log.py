@@ -56,12 +56,15 @@ class Engine:
         self.log = StepLog(self.pipe, lambda: self.now_s)
         self.meter = CostMeter(self.now_s, BLOCK_TOKENS)
         self.meter.ready(self.now_s)
-        self.reader = StepReader(self.pipe, self.meter)
+        self.reader = self.read_into(self.meter)
         self.requests: dict[str, Request] = {}
         self.accounts: dict[str, Account] = {}
         self.seen: list[Steps] = []
         stepped = self.meter.stepped
         self.meter.stepped = lambda steps: (self.seen.append(steps), stepped(steps))[1]
+
+    def read_into(self, meter: CostMeter) -> StepReader:
+        return StepReader(self.pipe, meter, lambda: self.now_s)
 
     def add(self, name: str, prompt: int = 10, cached: int = 0) -> Account:
         account = self.meter.open("acme")
@@ -277,7 +280,7 @@ def test_a_preempted_request_that_finds_all_but_a_token_is_not_taken_for_going_o
 def test_what_an_engine_does_before_it_is_ready_is_start_up() -> None:
     engine = Engine()
     engine.meter = CostMeter(engine.now_s, BLOCK_TOKENS)
-    engine.reader = StepReader(engine.pipe, engine.meter)
+    engine.reader = engine.read_into(engine.meter)
     engine.add("warm-up")
     engine.schedule(**{"warm-up": 10})
     engine.complete(0.5, "warm-up")
@@ -399,6 +402,31 @@ def test_a_record_that_makes_no_sense_ends_the_reading_and_nothing_else(
     ]
     engine.meter.close(account, Outcome.COMPLETED)
     assert account.engine_s == 0.0
+
+
+@pytest.mark.parametrize("breaks", ["the log", "the reading"])
+@pytest.mark.parametrize("ready", [True, False])
+def test_time_after_the_recording_broke_is_nobodys_and_never_idle(breaks: str, ready: bool) -> None:
+    engine = Engine()
+    if not ready:
+        engine.meter = CostMeter(engine.now_s, BLOCK_TOKENS)
+        engine.reader = engine.read_into(engine.meter)
+    engine.now_s += 2.0
+    assert engine.uses() == pytest.approx({"idle" if ready else "start_up": 2.0})
+    if breaks == "the log":
+        engine.log.stopped()
+    else:
+        engine.pipe.records.append(Stepped(10.0, 11.0, 1, [99, 5], []))
+    before = engine.uses()
+    if not ready:
+        engine.meter.ready(engine.now_s)
+        engine.uses()
+    # What still comes is not believed.
+    engine.log.looked(busy=False)
+    for _ in range(3):
+        engine.now_s += 60.0
+        after = engine.uses()
+    assert after == pytest.approx({**before, "unattributed": 180.0})
 
 
 # ---- the socket --------------------------------------------------------------------

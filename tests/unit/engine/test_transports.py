@@ -290,6 +290,29 @@ async def test_any_failure_of_the_call_means_a_dead_replica(case: Case) -> None:
         await case.read()
 
 
+@pytest.mark.parametrize("error", [AssertionError(), TimeoutError(), OSError("\n")])
+async def test_a_failure_without_a_word_is_told_by_its_kind(case: Case, error: Exception) -> None:
+    case.plays(*frames(2), error)
+    with pytest.raises(EngineDead, match=f"^{type(error).__name__}"):
+        await case.read()
+
+
+async def test_a_router_that_reads_nothing_just_now_learns_where_calls_go(
+    channel: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await channel.unfollow()
+    outlet = channel.replica.channel._sender.outlet(channel.router.address)
+    refused = asyncio.Event()
+    with monkeypatch.context() as full:
+        full.setattr(outlet, "_try", lambda message: refused.set())
+        connecting = asyncio.create_task(channel.connect())
+        async with asyncio.timeout(WAIT_S):
+            await refused.wait()
+    await connecting
+    channel.plays(*frames(2), final(2))
+    assert len(await channel.read()) >= 2
+
+
 async def test_an_account_that_counts_more_frames_than_came_is_an_error(case: Case) -> None:
     case.plays(*frames(2), final(3))
     with pytest.raises(EngineDead, match="frames arrived"):

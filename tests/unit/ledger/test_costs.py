@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from fractions import Fraction
 from typing import Any
 
 import msgspec
@@ -219,4 +220,23 @@ def test_bills_are_kept_by_hour_and_replaced_by_a_later_reading(database: Databa
         write_bills(connection, START_S, [NodeBill("a", 5), NodeBill("b", None)], 1.0)
         write_bills(connection, START_S, [NodeBill("a", 7), NodeBill("a", 2)], 2.0)
         write_bills(connection, START_S + HOUR_S, [NodeBill("a", 1)], 2.0)
-        assert read_bills(connection, query) == {(START_S, "a"): NodeBill("a", 9)}
+        assert read_bills(connection, query) == {
+            (START_S, "a"): NodeBill("a", 9),
+            (START_S, "b"): NodeBill("b", None),
+        }
+
+
+def test_a_later_reading_that_says_nothing_destroys_no_bill(database: Database) -> None:
+    query = UsageQuery((), START_S, START_S + HOUR_S)
+    good = [NodeBill(name, 5, Fraction(1)) for name in "abc"]
+    with database.transaction() as connection:
+        write_bills(connection, START_S, good, 1.0)
+        write_bills(connection, START_S, [], 2.0)
+        # Half of the hours beside no amount would be half a bill at twice the price.
+        later = [NodeBill("a", None, Fraction(1, 2)), NodeBill("b", 6)]
+        write_bills(connection, START_S, later, 3.0)
+        assert read_bills(connection, query) == {
+            (START_S, "a"): good[0],
+            (START_S, "b"): NodeBill("b", 6, Fraction(1)),
+            (START_S, "c"): good[2],
+        }

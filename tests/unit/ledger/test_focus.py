@@ -11,15 +11,18 @@ from decimal import Decimal
 import pytest
 
 from serve_app.config_costs import CostSettings
+from serve_app.core.calendar import HOUR_NS
 from serve_app.core.pricing import RateCard, Rates, nanousd
+from serve_app.core.types import TenantId
 from serve_app.ledger.database import Database
 from serve_app.ledger.focus import MANDATORY, focus_problems
 from serve_app.ledger.insights import insight
 from serve_app.ledger.prices import PriceStore
 from serve_app.ledger.report import report
 from serve_app.ledger.usage import UsageLedger
+from serve_app.usage import Witness
 from serve_app.usage_report import UsageQuery, focus_csv
-from tests.cost_records import Person, Town
+from tests.cost_records import Person, Town, period
 from tests.usage_records import START_S, charge, record
 
 SETTINGS = CostSettings.model_validate(
@@ -95,6 +98,34 @@ def test_allocation_rows_are_what_the_fleet_cost(full: Database) -> None:
     assert set(element) == {"AllocatedRatio", "UsageUnit", "UsageQuantity"}
 
 
+def test_open_time_below_zero_is_taken_from_the_requests_of_the_hour(database: Database) -> None:
+    prices = PriceStore(database)
+    prices.replace([], "none")
+    tenth_ns = HOUR_NS // 10
+    # Nine tenths of requests that ended, two of which were in the hour before.
+    uses_ns = {"useful": 9 * tenth_ns, "idle": 3 * tenth_ns, "open": -2 * tenth_ns}
+    records = [
+        record(
+            charge(number, tenant=TenantId(tenant)),
+            Witness.ENGINE,
+            engine_ns=tenths * tenth_ns,
+            engine_hour=START_S,
+            replica="r1",
+        )
+        for number, tenant, tenths in ((1, "acme", 6), (2, "bolt", 3))
+    ]
+    UsageLedger(database, prices).commit([period(instance="small", uses_ns=uses_ns), *records])
+    rows = insight(database, "focus_allocation", UsageQuery(), SETTINGS)["data"]
+    assert list(focus_problems(rows)) == []
+    shares = {row["BillingAccountId"]: Decimal(row["PricingQuantity"]) for row in rows}
+    acme, bolt, ours = (shares[name] for name in ("acme", "bolt", "Headrace"))
+    assert acme + bolt + ours == 1
+    assert float(acme) == pytest.approx(0.7 * 6 / 9)
+    assert float(ours) == pytest.approx(0.3)
+    assert sum(Decimal(row["EffectiveCost"]) for row in rows) == Decimal("2.55")
+    assert all(Decimal(row["EffectiveCost"]) >= 0 for row in rows)
+
+
 def test_a_replica_hour_without_a_price_is_no_charge(full: Database) -> None:
     found = insight(full, "focus_allocation", UsageQuery(), CostSettings())
     assert found["data"] == []
@@ -110,6 +141,7 @@ def test_a_replica_hour_without_a_price_is_no_charge(full: Database) -> None:
         ("ChargeClass", "Other", "ChargeClass is neither"),
         ("ProviderName", None, "ProviderName is missing"),
         ("AllocatedMethodDetails", '{"Elements":[{"AllocatedRatio":0.5}]}', "sum to"),
+        ("AllocatedMethodDetails", '{"Elements":[{"AllocatedRatio":-0.5}]}', "is below 0"),
     ],
 )
 def test_what_is_wrong_with_a_row_is_found(

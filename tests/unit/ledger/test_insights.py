@@ -16,8 +16,10 @@ from serve_app.config_costs import CostSettings
 from serve_app.core.anomalies import median
 from serve_app.core.calendar import DAY_S
 from serve_app.core.pricing import nanousd
+from serve_app.core.reconciliation import NodeBill
 from serve_app.ledger.anomalies import _of_users
 from serve_app.ledger.cost_sums import HourSums, Spent
+from serve_app.ledger.costs import write_bills
 from serve_app.ledger.database import Database
 from serve_app.ledger.insights import insight
 from serve_app.ledger.prices import PriceStore
@@ -204,6 +206,46 @@ def test_what_pools_cost_by_use_is_what_the_fleet_cost(database: Database) -> No
     assert small["slo_ratio"] == 0
     assert small["usd_per_million_total_at_slo"] is None
     assert small["usd_per_thousand_requests"] == pytest.approx(22500 / small["requests"])
+
+
+def test_hours_without_a_price_are_in_no_unit_cost(database: Database) -> None:
+    prices = PriceStore(database)
+    prices.replace([], "none")
+    town = replace(MONTH, hours=4, people=tuple(replace(p, hourly=20) for p in MONTH.people))
+    records = [
+        structs.replace(each, first_token_s=0.5) if hasattr(each, "witness") else each
+        for each in town.records()
+    ]
+    UsageLedger(database, prices).commit(records)
+    bills = CostSettings.model_validate({"instances": {"large": {"usd_per_hour": 10}}})
+    whole = ask(database, "economics")["data"][1]
+    nothing = insight(database, "economics", UsageQuery(), bills)["data"][1]
+    units = [name for name in nothing if name.startswith("usd_per_")]
+    assert len(units) == 8
+    assert all(whole[name] for name in units)
+    assert {nothing[name] for name in units} == {None}
+    assert (nothing["unpriced_ratio"], nothing["slo_ratio"]) == (1, whole["slo_ratio"])
+    with database.transaction() as connection:
+        for hour, count in ((0, 3), (1, 3), (2, 2)):
+            nodes = [NodeBill(f"gpu-small-{n}", 2_500_000_000, Fraction(1)) for n in range(count)]
+            write_bills(connection, START_S + hour * HOUR_S, nodes, 0.0)
+    partly = insight(database, "economics", UsageQuery(), bills)["data"][1]
+    first = UsageQuery((), START_S, START_S + 2 * HOUR_S)
+    priced = ask(database, "economics", first)["data"][1]
+    assert {name: partly[name] for name in units} == {name: priced[name] for name in units}
+    assert partly["requests"] == whole["requests"]
+    assert partly["unpriced_ratio"] == pytest.approx(4 / 12)
+
+
+def test_days_say_how_much_of_them_has_no_price(database: Database) -> None:
+    prices = PriceStore(database)
+    prices.replace([], "none")
+    UsageLedger(database, prices).commit(list(replace(MONTH, hours=2, people=()).records()))
+    (day,) = ask(database, "spending")["data"]
+    assert day["unpriced_s"] == "0"
+    large = CostSettings.model_validate({"instances": {"large": {"usd_per_hour": 10}}})
+    (day,) = insight(database, "spending", UsageQuery(), large)["data"]
+    assert (day["unpriced_s"], day["overheads_usd"]["idle"]) == (f"{2 * 3 * HOUR_S}", "20")
 
 
 def test_at_the_slo_only_what_came_in_time_counts(database: Database) -> None:
