@@ -16,6 +16,7 @@ class Audit:
 
     ``charge`` is there once an engine was asked; ``booked`` once the router's record of it
     was handed to the journal. ``expected_prompt_tokens`` stands in for the engine's count.
+    ``price_version`` is that of the book in force when it was known what is asked for.
     """
 
     request_id: RequestId
@@ -40,6 +41,7 @@ class Audit:
     user: str | None = None
     tag: str = ""
     expected_prompt_tokens: int = 0
+    price_version: int | None = None
     charge: Charge | None = None
     booked: bool = False
 

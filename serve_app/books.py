@@ -65,11 +65,16 @@ class Books:
                 retry_after_s=RETRY_AFTER_S,
             ) from None
 
+    def price(self, audit: Audit) -> None:
+        """Have a request cost what the book in force says, however long it waits."""
+        audit.price_version = self.prices.version
+
     def charge(self, audit: Audit, pool: PoolName) -> Charge:
-        """Return who pays for a request that goes to ``pool``, by the prices of now."""
+        """Return who pays for a request that goes to ``pool``, by its prices."""
         assert audit.key is not None, "only who has a key is served"
         assert audit.model is not None, "only a request for a model is served"
         assert audit.served_class is not None, "a ticket has a class"
+        assert audit.price_version is not None, "a request has its prices before it has a place"
         return Charge(
             request_id=audit.request_id,
             tenant=audit.key.tenant,
@@ -81,7 +86,7 @@ class Books:
             priority_class=audit.served_class,
             endpoint=audit.endpoint,
             client_label=audit.client_label,
-            price_version=self.prices.version,
+            price_version=audit.price_version,
         )
 
     async def complete(self, audit: Audit, replica: ReplicaId) -> None:

@@ -211,6 +211,7 @@ class Completions:
 
         A stream goes on beyond that for as long as there is more to reserve.
         """
+        self._books.price(audit)
         fare = None if self._money is None else self._money.fare(audit, prepared)
         if self._money is None or fare is None:
             return prepared

@@ -99,7 +99,11 @@ class Control:
         await self._grants.begin()
         granter = self._grants.granter
         self._treasury = Treasury(
-            BudgetStore(database), time.monotonic, granter.routers, lambda: granter.epoch
+            BudgetStore(database),
+            time.monotonic,
+            granter.routers,
+            lambda: granter.epoch,
+            living_replicas,
         )
         await self._treasury.follow()
         # A look at every budget takes long where there are many; a revoked key does not wait.

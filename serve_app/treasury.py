@@ -99,7 +99,11 @@ class _Box:
 
 
 class Treasury:
-    """One per Control. ``routers`` returns those that live, ``epoch`` this Control's."""
+    """One per Control. ``routers`` returns those it hears of, ``epoch`` this Control's.
+
+    ``alive`` blocks and returns the routers whose processes there are, None if it cannot tell:
+    one that only lost Control goes on spending what it was lent.
+    """
 
     def __init__(
         self,
@@ -107,7 +111,9 @@ class Treasury:
         clock: Callable[[], float],
         routers: Callable[[], Collection[str]],
         epoch: Callable[[], int],
+        alive: Callable[[], Collection[str] | None] = lambda: (),
     ) -> None:
+        self._alive = alive
         self._record = record
         self._clock = clock
         self._routers = routers
@@ -258,6 +264,9 @@ class Treasury:
     async def _forget_gone(self) -> None:
         live, now_s = set(self._routers()), self._clock()
         gone = set(await asyncio.to_thread(self._record.holders)) - live
+        if gone:
+            alive = await asyncio.to_thread(self._alive)
+            gone = set() if alive is None else gone.difference(alive)
         self._missed_at_s = {name: self._missed_at_s.get(name, now_s) for name in gone}
         for name, at_s in list(self._missed_at_s.items()):
             if now_s - at_s >= ABANDON_S:

@@ -30,6 +30,7 @@ RETRIES, RETRY_S = 2, 0.5
 ROLES = {
     "router": ("gateway", "Router"),
     "engine": ("pool-slow", "Engine"),
+    "control": ("control", "Control"),
     "haproxy": ("haproxy",),
 }
 TENANTS = ("load-a", "load-b", "load-c")

@@ -441,6 +441,15 @@ async def test_a_completed_response_is_written_down_once_with_the_engines_count(
     assert (call.charge, call.attempt) == (charge, 1)
 
 
+async def test_a_request_keeps_the_prices_it_came_with_however_long_it_waits() -> None:
+    site = Site()
+    site.books.prices = PriceBook(7)
+    await site.ask(question())
+    [audit] = site.audits
+    site.books.prices = PriceBook(8)
+    assert site.books.charge(audit, PoolName("small")).price_version == 7
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_the_end_of_a_response_waits_until_it_is_written_down(stream: bool) -> None:
     site, answer = Site(), Answer()

@@ -31,7 +31,7 @@ from serve_app.ledger.usage import UsageLedger
 from serve_app.ledger.verify import verify
 from serve_app.ledger.writer import LedgerWriter
 from serve_app.purse_link import PurseLink
-from serve_app.treasury import MoneyBell, Treasury
+from serve_app.treasury import ABANDON_S, MoneyBell, Treasury
 from serve_app.usage import encode
 from tests.usage_records import START_S, charge, record
 
@@ -264,6 +264,26 @@ async def test_what_was_lent_of_a_budget_that_is_less_now_comes_back(
         async with asyncio.timeout(20):
             while purse.free:  # noqa: ASYNC110  # another task's
                 await asyncio.sleep(0.01)
+
+
+async def test_money_of_a_router_that_only_lost_control_is_not_lent_again(tmp_path: Path) -> None:
+    """It may go on spending it: until its process is gone, and two minutes more."""
+    async with made(tmp_path, 1) as site:
+        site.budgets.put(Budget(ACME, 10**6, Window.NONE))
+        await site.reserve(0, 1000)
+        now_s, epoch = 0.0, site.line.treasury._epoch
+        ray: dict[str, set[str] | None] = {}
+        control = Treasury(site.budgets, lambda: now_s, lambda: [], epoch, lambda: ray["lists"])
+        for ray["lists"] in ({"router-0"}, None, {"router-0"}):
+            now_s += 2 * ABANDON_S
+            await control.follow()
+            assert site.budgets.holders() == {"router-0"}
+        ray["lists"] = set()
+        for _ in range(2):
+            assert site.budgets.holders() == {"router-0"}
+            now_s += ABANDON_S
+            await control.follow()
+        assert site.budgets.holders() == set()
 
 
 async def test_thresholds_are_told_of_once(
