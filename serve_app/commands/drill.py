@@ -176,6 +176,11 @@ def _with_stack(
             raise ConfigError("give --admin-key or set HEADRACE_ADMIN_KEY")
         if not args.url.startswith(("http://", "https://")):
             raise ConfigError(f"--url must start with http:// or https://, not {args.url!r:.80}")
+        if (args.root is not None or args.dashboard) and not args.i_mean_it:
+            raise CommandFailed(
+                "--root and --dashboard may belong to another stack than --url, which nobody can "
+                "tell: --i-mean-it says that all of it may be hurt"
+            )
         work = _perform(args, names, say, (args.url, key, args.root, None), chosen)
         return asyncio.run(ending.cancels(work))
     with simulated_stack(say) as stack:

@@ -18,7 +18,7 @@ def test_drills_of_a_running_stack_pass_and_leave_it_as_it_was(
     sim_stack: Stack, capsys: pytest.CaptureFixture[str]
 ) -> None:
     where = ("--url", sim_stack.url, "--admin-key", sim_stack.key)
-    root = ("--root", str(sim_stack.root.pid))
+    root = ("--root", str(sim_stack.root.pid), "--i-mean-it")
     status = cli.main(["drill", "cancel-stream", "stale-metrics", "--json", *where, *root])
     printed = capsys.readouterr()
     found = json.loads(printed.out)

@@ -104,6 +104,8 @@ def test_a_drill_that_fails_is_status_1_and_one_object(
 ) -> None:
     where = ("--url", stack, "--admin-key", "k", "--root", str(os.getpid()))
     assert drill("engine-kill", "rollback", "--json", *where) == 1
+    assert "another stack" in capsys.readouterr().err
+    assert drill("engine-kill", "rollback", "--json", *where, "--i-mean-it") == 1
     found = json.loads(capsys.readouterr().out)
     assert found["passed"] is False
     assert [each["drill"] for each in found["drills"]] == ["engine-kill", "rollback"]
