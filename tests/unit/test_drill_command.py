@@ -127,7 +127,9 @@ def test_the_stack_of_the_drills_has_what_they_use() -> None:
 
 # A stack and drills that say on stdout what they do, and need a moment to put things back.
 ENDED = """
-import asyncio, contextlib, pathlib, sys, time, types
+import asyncio, contextlib, pathlib, signal, sys, time, types
+if "nohup" not in sys.argv:  # these tests may run under one
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from serve_app import cli
 from serve_app.commands import drill
 from serve_app.drills import frame, stack
@@ -213,7 +215,7 @@ def test_a_terminal_that_hung_up_keeps_nothing_from_being_put_back() -> None:
 
 
 def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
-    command = ["nohup", sys.executable, "-c", ENDED, "starts"]
+    command = ["nohup", sys.executable, "-c", ENDED, "starts", "nohup"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout is not None
