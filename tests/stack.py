@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -43,6 +44,9 @@ KEY = "stack-bootstrap-key-0123456789"
 POLL_S = 0.1
 # Ray Serve 2.60 never gives back the port of a replica that was killed.
 ROUTER_PORTS = 200
+# Between those of token channels and those of routers, below what the kernel picks from.
+OWN_PORTS = range(22_000, 30_000)
+_GIVEN: set[int] = set()
 STOP_TIMEOUT_S = 30.0
 TAIL_CHARACTERS = 6000
 HAPROXY_SOCKET_PATH_CHARACTERS = 97
@@ -235,10 +239,18 @@ def running_stack(
 
 
 def free_port() -> int:
-    """Return a TCP port that nothing on loopback listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a TCP port that nothing on loopback listens on right now.
+
+    It is none that the kernel gives to whoever asks for any: half a minute passes until HAProxy
+    has it, and Ray asks for a hundred meanwhile. No port is returned twice.
+    """
+    while True:
+        port = secrets.choice(OWN_PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            if port not in _GIVEN:
+                _GIVEN.add(port)
+                return port
 
 
 def ray_flags() -> dict[str, str]:

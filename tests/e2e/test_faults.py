@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import signal
 import time
@@ -16,6 +17,7 @@ import psutil
 import pytest
 
 from tests.e2e.fleet import ENGINES, ROUTERS, SLOTS, STEP_S, is_idle, replicas_ready
+from tests.e2e.keys import make_key
 from tests.e2e.traffic import Load, wait_s
 from tests.e2e.waiting import until
 from tests.stack import Stack
@@ -212,6 +214,52 @@ async def test_routers_killed_with_a_hundred_open_streams_leave_no_slot_held(
         lambda: stack.metric("headrace_engine_tokens_total", kind="wasted") > wasted,
         "what was generated for them counted",
     )
+
+
+@pytest.mark.proof
+async def test_all_that_an_engine_killed_at_three_quarters_load_held_goes_on(stack: Stack) -> None:
+    """Half of it streams, half of it without a token before its end; Critical may have it all."""
+    count, tokens = int(0.75 * ENGINES * 96), 400
+    key = make_key(stack, tenant="heavy", priority_ceiling="critical")
+    continued = stack.metric("headrace_continuations_total", outcome="continued")
+    body = {
+        "model": "wide",
+        "messages": [{"role": "user", "content": "go"}],
+        "max_tokens": tokens,
+        "temperature": 0,
+        "service_tier": "priority",
+    }
+
+    async def ask(client: httpx.AsyncClient, number: int) -> tuple[bool, str]:
+        streamed = number % 2 == 0
+        answer = await client.post("/v1/chat/completions", json={**body, "stream": streamed})
+        whole = answer.status_code == 200
+        if streamed:
+            text = "".join(
+                event["choices"][0]["delta"].get("content") or ""
+                for line in answer.text.splitlines()
+                if line.startswith("data: {") and (event := json.loads(line[6:])).get("choices")
+            )
+            whole = whole and answer.text.endswith("data: [DONE]\n\n")
+        else:
+            text = answer.json()["choices"][0]["message"]["content"] if whole else ""
+        return whole and len(text.split()) == tokens, answer.text[-300:]
+
+    headers = {"authorization": f"Bearer {key}"}
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(
+        base_url=stack.url, headers=headers, timeout=120, limits=limits
+    ) as client:
+        asked = [asyncio.create_task(ask(client, number)) for number in range(count)]
+        await asyncio.to_thread(
+            until, lambda: stack.metric("headrace_engine_running") == count, "all running"
+        )
+        stack.processes("pool-wide", "Engine")[0].send_signal(signal.SIGKILL)
+        answers = await asyncio.gather(*asked)
+    cut = stack.metric("headrace_continuations_total", outcome="continued") - continued
+    print(f"{count} requests, half of them streams; {cut:.0f} streams went on elsewhere")
+    assert [text for whole, text in answers if not whole] == []
+    assert cut >= count // 8
 
 
 @pytest.mark.proof
