@@ -90,8 +90,8 @@ class Continuation:
         return NotContinued.LIMIT if self._begun >= self._most else None
 
     def passed_over(self) -> None:
-        """The replica that ``resume`` was for took no more: it did not go on there."""
-        self._begun -= 1
+        """The replica took no more. If ``resume`` was for it, the stream did not go on there."""
+        self._begun -= self._unsaid
 
     def resume(self, call: GenerateCall) -> GenerateCall:
         """Return ``call`` as one that goes on after what the client has."""

@@ -242,6 +242,14 @@ async def test_replicas_without_a_place_do_not_count_as_having_gone_on_there() -
     assert case.body == HEAD % b"a" + SAID % (1, b"greedy") + STREAM_END
 
 
+async def test_what_a_replica_without_a_place_had_begun_itself_counts_for_nothing() -> None:
+    """It gave a token before it took no more: nothing had gone on there."""
+    full = EngineBusy("full")
+    r1, r2 = script(frame(b"a", 1), full), script(frame(b"b", 2), LOST)
+    case = Case(most=1, r1=r1, r2=r2, r3=script(DONE, final(1)))
+    assert await case.cut() is NotContinued.LIMIT
+
+
 async def test_an_engine_that_is_leaving_is_passed_over() -> None:
     leaving = Refusal(503, "draining", code="unavailable")
     case = await Case(
