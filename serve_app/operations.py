@@ -23,11 +23,13 @@ SCRAPE_S: Final = 5.0
 class Readiness:
     """What a router can do right now.
 
-    ``pools`` are the replicas of each; ``sleeping`` those that may have none while idle, and wake
-    for a request.
+    ``limits_loaded``: Control has told which parts of limits this router has, so that they can be
+    taken. ``pools`` are the replicas of each; ``sleeping`` those that may have none while idle, and
+    wake for a request.
     """
 
     keys_loaded: bool
+    limits_loaded: bool
     pools: Mapping[str, int]
     fast_path: bool
     control_away: bool
@@ -39,7 +41,8 @@ class Readiness:
     def ready(self) -> bool:
         """Whether requests of at least one pool can be served, if need be after it woke."""
         served = self.sleeping or any(replicas > 0 for replicas in self.pools.values())
-        return self.keys_loaded and bool(served) and not self.draining
+        loaded = self.keys_loaded and self.limits_loaded
+        return loaded and bool(served) and not self.draining
 
 
 class MetricsCopy:
@@ -105,6 +108,7 @@ class Operations:
                 for name, replicas in sorted(state.pools.items())
             },
             "keys_loaded": state.keys_loaded,
+            "limits_loaded": state.limits_loaded,
             "fast_path": state.fast_path,
             "notes": notes,
         }

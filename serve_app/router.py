@@ -246,6 +246,7 @@ class Router:
         keys = self._completions.keys
         return Readiness(
             keys_loaded=keys is not None,
+            limits_loaded=self._slices.known,
             pools={name: self._gate.replicas(PoolName(name)) for name in self._config.pools},
             fast_path=ray_env.fast_path(os.environ),
             notes=self._shortcomings,

@@ -51,6 +51,8 @@ class SlicesLink:
         self._contact = Contact("limits", logger, clock)
         self._registered = asyncio.Event()
         self._asked_at_s = 0.0
+        self.known = False
+        """Whether Control has ever known this router: before, no limit can be taken."""
 
     @property
     def waiting(self) -> int:
@@ -134,6 +136,7 @@ class SlicesLink:
 
     def _note_registered(self) -> None:
         if self._holder.registered:
+            self.known = True
             self._registered.set()
         else:
             self._registered.clear()

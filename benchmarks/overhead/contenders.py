@@ -205,4 +205,5 @@ def _first_answers(url: str, key: str) -> None:
         message = {"role": "user", "content": "Hi"}
         body = {"model": model, "messages": [message], "max_tokens": 1}
         answer = httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=60)
-        answer.raise_for_status()
+        if answer.status_code != 200:
+            raise RuntimeError(f"{model} answered {answer.status_code}: {answer.text}")

@@ -194,6 +194,7 @@ def test_health_and_readiness_need_no_key(sim_stack: Stack) -> None:
         "status": "ready",
         "pools": {"sim": {"ready": True, "replicas": 2}},
         "keys_loaded": True,
+        "limits_loaded": True,
         "fast_path": True,
         "notes": [],
     }

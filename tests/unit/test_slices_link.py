@@ -163,6 +163,25 @@ async def test_one_router_is_handed_the_whole_limit_once_and_then_decides_alone(
         assert site.line.exchanges == exchanges
 
 
+@in_virtual_time
+async def test_limits_are_known_once_control_has_answered_and_stay_so_while_it_is_away() -> None:
+    """Before, a request would be refused: a router that is not known is not ready."""
+    clock = Clock()
+    line = Line(await desk_of(Record(), clock))
+    line.cut = True
+    link = SlicesLink("router", line, clock)
+    link.start()
+    await asyncio.sleep(5)
+    assert not link.known
+    line.cut = False
+    await until(lambda: link.known)
+    line.cut = True
+    link._contact.kick()
+    await asyncio.sleep(60)
+    assert link.known
+    await link.stop()
+
+
 @pytest.mark.parametrize("kind", ["requests_per_min", "tokens_per_min", "concurrent"])
 @in_virtual_time
 async def test_a_thousand_requests_through_four_routers_get_the_whole_limit_and_no_more(
