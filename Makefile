@@ -38,12 +38,15 @@ serve-sim: setup ## Set up and serve a simulated engine: starts in seconds, need
 
 .PHONY: test
 test: model ## Set up and run every test except the long proofs
-	@$(STEP) "unit and simulation tests" $(PYTHON) -m pytest $(WORKERS) -m "not proof" --ignore=tests/e2e tests
-	@$(STEP) "end-to-end tests" scripts/isolated $(PYTHON) -m pytest -m "not proof" tests/e2e
+	@echo "==> unit and simulation tests: beside the others, printed when they have ended"
+	@$(PYTHON) scripts/side_by_side.py \
+	  $(STEP) "unit and simulation tests" \
+	    $(PYTHON) -m pytest $(WORKERS) -m "not proof" --ignore=tests/e2e tests \
+	  -- $(STEP) "end-to-end tests" scripts/isolated $(PYTHON) -m pytest -m "not proof" tests/e2e
 
 .PHONY: test-fast
 test-fast: setup ## Run the tests that need neither Ray nor torch nor many seconds (a minute)
-	@$(STEP) "fast tests" $(PYTHON) -m pytest $(WORKERS) -p tests.import_guard --ignore=tests/e2e \
+	@HEADRACE_EXAMPLES_TIMES=0.2 $(STEP) "fast tests" $(PYTHON) -m pytest $(WORKERS) -p tests.import_guard --ignore=tests/e2e \
 	  -m "not ray and not model and not slow and not proof" tests
 
 .PHONY: proof
