@@ -10,7 +10,6 @@ import pytest
 from serve_app.operations import MetricsCopy, Readiness
 from tests.virtual_time import run
 
-
 READY = Readiness(
     keys_loaded=True, limits_loaded=True, pools={"a": 1, "b": 0}, fast_path=True, control_away=False
 )
