@@ -17,7 +17,7 @@ from typing import Any
 import uvloop
 
 from benchmarks.overhead import peers, profiling
-from benchmarks.overhead.contenders import CONTENDERS, OURS, Contender
+from benchmarks.overhead.contenders import CONTENDERS, OURS, VLLM, Contender, model_is_there
 from benchmarks.overhead.figures import Figures, figures
 from benchmarks.overhead.load import Generator, Tally, Workload
 from benchmarks.overhead.report import (
@@ -121,6 +121,8 @@ def _chosen(options: argparse.Namespace) -> list[str]:
     for name in wanted:
         if name in peers.REQUIREMENTS and not peers.installed(name):
             print(f"{name}: not installed, left out (make bench-overhead PEERS=1 installs it)")
+        elif name == VLLM and not model_is_there():
+            print(f"{name}: the default model is not prepared, left out (make model prepares it)")
         else:
             chosen.append(name)
     return chosen
@@ -132,6 +134,8 @@ def _measure(contender: Contender, options: argparse.Namespace) -> dict[str, Fig
     results = {}
     for short in options.workloads:
         workload = WORKLOADS[SHORT[short]]
+        if workload.model not in contender.models:
+            continue
         _run(contender, workload, warm_s)
         meter = UsageMeter(contender.roles)
         began_s = time.perf_counter()
@@ -146,7 +150,7 @@ def _measure(contender: Contender, options: argparse.Namespace) -> dict[str, Fig
 
 
 def _run(contender: Contender, workload: Workload, duration_s: float) -> Tally:
-    generator = Generator(contender.url, contender.key, workload)
+    generator = Generator(contender.url, contender.key, workload, simulated=contender.simulated)
     return uvloop.run(generator.run(duration_s))
 
 

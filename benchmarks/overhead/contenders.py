@@ -20,6 +20,9 @@ import yaml
 from benchmarks.overhead import config
 from benchmarks.overhead.peers import LITELLM, VLLM_ROUTER, program
 from benchmarks.overhead.usage import Roles
+from benchmarks.real_model.servers import MODEL_NAME, bare_vllm
+from serve_app import models
+from serve_app.errors import ConfigError
 from tests.stack import ROOT, free_port, running_stack
 
 READY_TIMEOUT_S = 180.0
@@ -27,16 +30,22 @@ STOP_TIMEOUT_S = 15.0
 LITELLM_KEY = "sk-3f9c1e7a5b2d4860-bench-overhead"
 
 OURS, OURS_OFF, BARE = "headrace", "headrace, governance off", "bare server"
+VLLM = "vllm serve, real model"
 OURS_HANDLE, OURS_TWO = "headrace, handle transport", "headrace, 2 routers"
 
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A server that has answered. ``roles`` finds its processes anew at each call."""
+    """A server that has answered. ``roles`` finds its processes anew at each call.
+
+    ``models`` are those it serves; a real model is not ``simulated``.
+    """
 
     url: str
     key: str
     roles: Callable[[], Roles]
+    models: frozenset[str] = frozenset(config.ENGINES)
+    simulated: bool = True
 
 
 @contextmanager
@@ -108,6 +117,28 @@ def vllm_router() -> Iterator[Contender]:
             yield Contender(url, "none", lambda: _two_roles("router", process, engine))
 
 
+@contextmanager
+def vllm_serve() -> Iterator[Contender]:
+    """Bare ``vllm serve`` on the default model, real: what computing takes, beside serving it."""
+    folder = models.resolve(MODEL_NAME, models.default_cache_dir())
+    with bare_vllm(folder, name="sim") as server:
+
+        def roles() -> Roles:
+            children = server.root.children(recursive=True)
+            return {"server": [server.root], "engine": children}
+
+        yield Contender(server.url, server.key, roles, frozenset({"sim"}), simulated=False)
+
+
+def model_is_there() -> bool:
+    """Tell whether the default model has been prepared."""
+    try:
+        models.resolve(MODEL_NAME, models.default_cache_dir())
+    except ConfigError:
+        return False
+    return True
+
+
 CONTENDERS: Mapping[str, Callable[[], AbstractContextManager[Contender]]] = {
     BARE: bare,
     OURS: lambda: headrace(config.stack()),
@@ -116,6 +147,7 @@ CONTENDERS: Mapping[str, Callable[[], AbstractContextManager[Contender]]] = {
     OURS_TWO: lambda: headrace(config.stack(routers=2)),
     VLLM_ROUTER: vllm_router,
     LITELLM: litellm,
+    VLLM: vllm_serve,
 }
 """By name, in the order they run and stand in the table."""
 

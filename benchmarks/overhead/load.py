@@ -17,6 +17,7 @@ REQUEST_TIMEOUT_S = 120.0
 ERRORS_SHOWN = 3
 _NUMBER = b"00000000"
 _CONTENT = re.compile(rb'"content": ?"((?:[^"\\]|\\.)*)"')
+_COUNTED = re.compile(rb'"completion_tokens": ?(\d+)')
 _FINISHED = re.compile(rb'"finish_reason": ?"')
 
 
@@ -56,12 +57,17 @@ class Tally:
 
 
 class Generator:
-    """Sends one workload's requests to one server."""
+    """Sends one workload's requests to one server.
 
-    def __init__(self, url: str, key: str, workload: Workload) -> None:
+    ``simulated``: its tokens are words, which shows that none is missing. A real model's are
+    counted by its own word, and it is told not to end before their number.
+    """
+
+    def __init__(self, url: str, key: str, workload: Workload, *, simulated: bool = True) -> None:
         self._workload = workload
+        self._simulated = simulated
         self._client = LoadClient(url, key)
-        self._before, self._after = _request(self._client, workload)
+        self._before, self._after = _request(self._client, workload, simulated)
         self._sent = 0
         self.tally = Tally()
 
@@ -123,10 +129,10 @@ class Generator:
             raise BadAnswer(f"status {status}: {body[:300].decode(errors='replace')}")
         tally, ended_s = self.tally, answer.times_s[-1]
         if not self._workload.stream:
-            check_whole(body, self._workload.output_tokens)
+            check_whole(body, self._workload.output_tokens, words=self._simulated)
             tally.latencies_s.append(ended_s - due_s)
             return
-        chunks = check_stream(body, self._workload.output_tokens)
+        chunks = check_stream(body, self._workload.output_tokens, words=self._simulated)
         arrivals_s, _ = answer.arrivals()
         tally.latencies_s.append(ended_s - due_s)
         tally.first_s.append(arrivals_s[0] - due_s)
@@ -140,28 +146,30 @@ class Generator:
         tally.reads += len(arrivals_s)
 
 
-def check_stream(body: bytes, output_tokens: int) -> int:
+def check_stream(body: bytes, output_tokens: int, *, words: bool = True) -> int:
     """Return how many chunks with content a complete stream has.
 
-    The simulated engine's tokens are words: their number shows that none is missing.
+    The simulated engine's tokens are ``words``: their number shows that none is missing. Others
+    are counted by the usage at the end.
 
     Raises:
         BadAnswer: it has no or more than one finish reason, no [DONE] at its end, or not
-            as many words as were asked for.
+            as many tokens as were asked for.
     """
     if not body.endswith(DONE) or body.count(DONE) != 1:
         raise BadAnswer(f"the stream does not end with one [DONE]: {body[-200:]!r}")
     contents = [content for content in _CONTENT.findall(body) if content]
-    words = len(b"".join(contents).split())
-    if words != output_tokens:
-        raise BadAnswer(f"{words} words came, not {output_tokens}")
+    counted = [int(number) for number in _COUNTED.findall(body)]
+    came = len(b"".join(contents).split()) if words else max(counted, default=0)
+    if came != output_tokens:
+        raise BadAnswer(f"{came} {'words' if words else 'tokens'} came, not {output_tokens}")
     if len(_FINISHED.findall(body)) != 1:
         raise BadAnswer(f"not one finish reason: {body[-400:]!r}")
     return len(contents)
 
 
-def check_whole(body: bytes, output_tokens: int) -> None:
-    """Check that a plain answer is complete.
+def check_whole(body: bytes, output_tokens: int, *, words: bool = True) -> None:
+    """Check that a plain answer is complete, by its usage and, if they are tokens, its ``words``.
 
     Raises:
         BadAnswer: it is not the JSON of an answer of ``output_tokens``.
@@ -169,11 +177,11 @@ def check_whole(body: bytes, output_tokens: int) -> None:
     try:
         answer = json.loads(body)
         counted = answer["usage"]["completion_tokens"]
-        words = answer["choices"][0]["message"]["content"].split()
+        said = len(answer["choices"][0]["message"]["content"].split())
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise BadAnswer(f"not an answer: {body[:200]!r}") from error
-    if counted != output_tokens or len(words) != output_tokens:
-        raise BadAnswer(f"{counted} tokens, {len(words)} words came, not {output_tokens}")
+    if counted != output_tokens or (words and said != output_tokens):
+        raise BadAnswer(f"{counted} tokens, {said} words came, not {output_tokens}")
 
 
 def percentile(values: Sequence[float], ratio: float) -> float | None:
@@ -184,17 +192,20 @@ def percentile(values: Sequence[float], ratio: float) -> float | None:
     return ordered[min(len(ordered) - 1, int(ratio * len(ordered)))]
 
 
-def _request(client: LoadClient, workload: Workload) -> tuple[bytes, bytes]:
+def _request(client: LoadClient, workload: Workload, simulated: bool) -> tuple[bytes, bytes]:
     """Return what stands before and after a request's number; no two requests are equal."""
     content = "Tell me about the sea and the ships on it, number 00000000."
-    body = json.dumps(
-        {
-            "model": workload.model,
-            "messages": [{"role": "user", "content": content}],
-            "max_tokens": workload.output_tokens,
-            "stream": workload.stream,
-        }
-    ).encode()
+    request = {
+        "model": workload.model,
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": workload.output_tokens,
+        "stream": workload.stream,
+    }
+    if not simulated:
+        request |= {"ignore_eos": True}
+        if workload.stream:
+            request |= {"stream_options": {"include_usage": True}}
+    body = json.dumps(request).encode()
     before, number, after = client.request("/v1/chat/completions", body).partition(_NUMBER)
     assert number
     return before, after

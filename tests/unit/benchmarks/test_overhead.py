@@ -124,6 +124,18 @@ def test_tokens_merged_into_one_event_are_one_chunk_and_none_is_missing() -> Non
     assert check_stream(b"".join(merged), TOKENS) == 2
 
 
+def test_a_real_models_tokens_are_counted_by_its_usage() -> None:
+    usage = b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":3}}\n\n'
+    said = [EVENTS[0], event("one"), event("two and a half"), EVENTS[-2]]
+    assert check_stream(b"".join([*said, usage, EVENTS[-1]]), 3, words=False) == 2
+    with pytest.raises(BadAnswer, match="3 tokens"):
+        check_stream(b"".join([*said, usage, EVENTS[-1]]), 4, words=False)
+    with pytest.raises(BadAnswer, match="0 tokens"):
+        check_stream(b"".join([*said, EVENTS[-1]]), 3, words=False)
+    body = b'{"choices":[{"message":{"content":"halfword"}}],"usage":{"completion_tokens":3}}'
+    check_whole(body, 3, words=False)
+
+
 def test_a_body_of_declared_length_ends_with_its_last_byte() -> None:
     body = b'{"choices":[{"message":{"content":"a b c"}}],"usage":{"completion_tokens":3}}'
     head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body)
