@@ -3,8 +3,9 @@
 Every router and every engine replica binds one PULL socket and connects one PUSH socket to
 each process it has something for. A message is msgpack, one of:
 
-- Call, to an engine: one request. Cancel, to an engine: the reader of a stream has gone.
-  Extend, to an engine: a request may go on beyond what had been paid for.
+- Call, to an engine: one request. Extend, to an engine: it may go on beyond what had been
+  paid for. Cancel, to an engine: the readers of streams have gone; it is answered with the
+  ending of each, and sent again until then.
 - Batch, from an engine: the frames that it handed over within one turn of its event loop, of
   all streams to that router, and how streams ended. An ending counts the stream's frames, so
   that a frame that was lost is an error and never a silent truncation.
@@ -23,7 +24,7 @@ import msgspec
 
 from serve_app.core.exchange import Digest
 from serve_app.core.types import ReplicaId, ReplicaView, RequestId
-from serve_app.engine.address import Address, ReplyTo
+from serve_app.engine.address import Address
 from serve_app.engine.api import Final, GenerateCall, Refusal
 
 # A non-streamed body travels as one frame. A message above this ends the connection, and
@@ -61,9 +62,10 @@ class Call(msgspec.Struct, array_like=True, tag=1, frozen=True):
 
 
 class Cancel(msgspec.Struct, array_like=True, tag=2, frozen=True):
-    """Nobody reads a stream any more."""
+    """Nobody reads these streams of a router any more."""
 
-    reply: ReplyTo
+    router: Address
+    streams: list[int]
 
 
 class Hello(msgspec.Struct, array_like=True, tag=3, frozen=True):

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
+from functools import partial
 
 from serve_app.core.types import ReplicaId, ReplicaView, RequestId
 from serve_app.engine.address import Address, ReplyTo
@@ -25,6 +26,8 @@ from serve_app.engine.channel_sender import ChannelSender
 logger = logging.getLogger("headrace.channel")
 
 Generate = Callable[[GenerateCall], AsyncGenerator[GenerateItem, None]]
+
+LEFT_MAX = 4096
 
 
 class EngineChannel:
@@ -55,6 +58,7 @@ class EngineChannel:
         self._calls_max = calls_max
         self._sender = ChannelSender()
         self._tasks: dict[ReplyTo, asyncio.Task[None]] = {}
+        self._left: dict[ReplyTo, None] = {}
         self._inlet = Inlet(host, ports, self._take)
         self.frames = 0
 
@@ -92,11 +96,24 @@ class EngineChannel:
         if isinstance(message, Call):
             self._begin(message.call)
         elif isinstance(message, Cancel):
-            task = self._tasks.get(message.reply)
-            if task is not None:
-                task.cancel()
+            for stream in message.streams:
+                self._cancel(ReplyTo(message.router, stream))
         elif isinstance(message, Extend):
             self._extend(message.request_id, message.paid_tokens)
+
+    def _cancel(self, reply: ReplyTo) -> None:
+        """End a call whose reader has left; one that does not run may be still to come.
+
+        It comes by another connection than its cancel if the router's first one broke.
+        """
+        task = self._tasks.get(reply)
+        if task is not None:
+            task.cancel()
+            return
+        if len(self._left) >= LEFT_MAX:
+            del self._left[next(iter(self._left))]
+        self._left[reply] = None
+        _answer(self._sender.outlet(reply.router), reply)
 
     def _begin(self, call: GenerateCall) -> None:
         reply = call.reply
@@ -104,13 +121,21 @@ class EngineChannel:
             logger.error("a call without a stream of its own was dropped: %s", call.request_id)
             return
         outlet = self._sender.outlet(reply.router)
+        if reply in self._left:
+            _answer(outlet, reply)
+            return
         if len(self._tasks) >= self._calls_max:
             full = f"the replica runs {self._calls_max} calls already"
             outlet.end(End(reply.stream, error=full, busy=True))
             return
         task = asyncio.get_running_loop().create_task(self._run(call, reply, outlet))
         self._tasks[reply] = task
-        task.add_done_callback(lambda _: self._tasks.pop(reply, None))
+        task.add_done_callback(partial(self._ended, reply, outlet))
+
+    def _ended(self, reply: ReplyTo, outlet: Outlet, task: asyncio.Task[None]) -> None:
+        self._tasks.pop(reply, None)
+        if task.cancelled():
+            _answer(outlet, reply)
 
     async def _run(self, call: GenerateCall, reply: ReplyTo, outlet: Outlet) -> None:
         """Send every frame of a generation and how it ended, unless nobody reads it."""
@@ -139,3 +164,8 @@ class EngineChannel:
                 else:
                     return End(stream, refusal=item)
         return End(stream, error="the engine ended a generation without its last item")
+
+
+def _answer(outlet: Outlet, reply: ReplyTo) -> None:
+    """Say that a stream was cancelled, or else its router asks again."""
+    outlet.end(End(reply.stream, error="it was cancelled"))

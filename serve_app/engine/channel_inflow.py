@@ -39,11 +39,6 @@ class Line:
             for inflow in list(self.inflows):
                 inflow.fail(error)
 
-    def cut(self, reason: str) -> None:
-        """The way to the replica broke: the streams of it are lost, a new way may be found."""
-        for inflow in list(self.inflows):
-            inflow.fail(EngineDead(reason))
-
     @property
     def error(self) -> Exception | None:
         """Why the replica is lost, None while it is not."""
@@ -84,7 +79,10 @@ class Line:
 
 
 class Inflow:
-    """One stream at the router: frames that arrived, and how it ended."""
+    """One stream at the router: frames that arrived, and how it ended.
+
+    ``ended`` is set when the engine has nothing more to say of it.
+    """
 
     def __init__(
         self,
@@ -97,6 +95,7 @@ class Inflow:
     ) -> None:
         self.reply = reply
         self.line = line
+        self.ended = False
         self._buffer_bytes = buffer_bytes
         self._on_overflow = on_overflow
         self._coalesce = coalesce
@@ -111,11 +110,6 @@ class Inflow:
     def failed(self) -> bool:
         """Whether the stream ended with an error."""
         return self._error is not None
-
-    @property
-    def ended(self) -> bool:
-        """Whether the engine has nothing more to say of it."""
-        return self._result is not None
 
     def push(self, sequence: int, data: bytes, token_ids: Sequence[int]) -> None:
         """Take a frame from the channel."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from serve_app.core.exchange import Digest
 from serve_app.core.types import ReplicaId, RequestId
@@ -22,8 +25,10 @@ from serve_app.engine.channel import (
     Told,
     pack,
 )
+from serve_app.engine.channel_cancels import AGAIN_S, Cancels
 from serve_app.engine.channel_inflow import Inflow, Line
 from serve_app.engine.channel_inlet import Inlet
+from serve_app.engine.channel_outlet import Outlet
 from serve_app.engine.channel_sender import ChannelSender
 
 
@@ -35,7 +40,13 @@ class RouterChannel:
     """
 
     def __init__(
-        self, host: str, ports: range, stream_buffer_bytes: int, *, coalesce: bool = True
+        self,
+        host: str,
+        ports: range,
+        stream_buffer_bytes: int,
+        *,
+        coalesce: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Bind a free port of ``ports``; ``stream_buffer_bytes`` bounds what waits for a client.
 
@@ -51,6 +62,9 @@ class RouterChannel:
         self._numbers = itertools.count()
         self._streams: dict[int, Inflow] = {}
         self._lines: dict[ReplicaId, Line] = {}
+        self._clock = clock
+        self._cancels = Cancels()
+        self._again: asyncio.TimerHandle | None = None
         self.on_told: Callable[[Digest], None] = _ignore
         self.strays = 0
 
@@ -85,17 +99,14 @@ class RouterChannel:
         inflow = Inflow(reply, line, self._buffer_bytes, on_overflow, coalesce=self._coalesce)
         self._streams[reply.stream] = inflow
         line.add(inflow)
-        outlet = self._sender.outlet(line.address)
-        # A call that was under way may be lost, and nobody would ever answer it.
-        outlet.on_failed = line.cut
-        outlet.send(pack(Call(replace(call, reply=reply))))
+        self._way(line.address).send(pack(Call(replace(call, reply=reply))))
         return inflow
 
     def extend(self, inflow: Inflow, request_id: RequestId, paid_tokens: int) -> None:
         """Tell the engine that more of a stream that runs has been paid for."""
         line = inflow.line
         if not inflow.ended and line.error is None and line.address is not None:
-            self._sender.send(line.address, pack(Extend(request_id, paid_tokens)))
+            self._way(line.address).send(pack(Extend(request_id, paid_tokens)))
 
     def leave(self, inflow: Inflow) -> None:
         """Drop what still arrives for a stream; one that has not ended is cancelled."""
@@ -105,7 +116,11 @@ class RouterChannel:
         line.remove(inflow)
         # Also where the replica was given up: one that stalled may go on.
         if not inflow.ended and line.address is not None:
-            self._sender.send(line.address, pack(Cancel(inflow.reply)))
+            stream = inflow.reply.stream
+            self._cancels.sent(stream, line.address, self._clock())
+            self._way(line.address).send(pack(Cancel(self.address, [stream])))
+            if self._again is None:
+                self._cancel_later()
 
     def tell(self, router: Address, digest: Digest) -> None:
         """Tell another router; one that does not read misses it."""
@@ -113,8 +128,36 @@ class RouterChannel:
 
     def close(self) -> None:
         """Stop sending and receiving."""
+        if self._again is not None:
+            self._again.cancel()
         self._inlet.close()
         self._sender.close()
+
+    def _way(self, engine: Address) -> Outlet:
+        """Return the way to an engine; the streams there end if it fails.
+
+        What was under way may be lost. Nobody would answer a call, and a stream that was not
+        extended would end too early without a word.
+        """
+        outlet = self._sender.outlet(engine)
+        outlet.on_failed = partial(self._cut, engine)
+        return outlet
+
+    def _cut(self, engine: Address, reason: str) -> None:
+        for inflow in list(self._streams.values()):
+            if inflow.line.address == engine:
+                inflow.fail(EngineDead(reason))
+
+    def _cancel_later(self) -> None:
+        self._again = asyncio.get_running_loop().call_later(AGAIN_S, self._cancel_again)
+
+    def _cancel_again(self) -> None:
+        """Repeat the cancels that no engine has answered; one that does not read waits."""
+        self._again = None
+        for engine, streams in self._cancels.due(self._clock()).items():
+            self._way(engine).tell(pack(Cancel(self.address, streams)))
+        if self._cancels:
+            self._cancel_later()
 
     def _take(self, message: Message) -> None:
         if isinstance(message, Batch):
@@ -140,11 +183,14 @@ class RouterChannel:
                 inflow.push(sequence, data, token_ids)
         for end in batch.ends:
             inflow = streams.get(end.stream)
-            if inflow is not None:
+            if inflow is None:
+                self._cancels.answered(end.stream)
+            else:
                 _end(inflow, end)
 
 
 def _end(inflow: Inflow, end: End) -> None:
+    inflow.ended = True
     result = end.final or end.refusal
     if result is not None:
         inflow.end(result)

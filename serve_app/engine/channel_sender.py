@@ -32,10 +32,6 @@ class ChannelSender:
             self._outlets[target] = outlet
         return outlet
 
-    def send(self, target: Address, packed: bytes) -> None:
-        """Send a message that must arrive, as long as the process is there."""
-        self.outlet(target).send(packed)
-
     def tell(self, target: Address, packed: bytes) -> bool:
         """Send news that only count now; return False if the process does not read."""
         return self.outlet(target).tell(packed)

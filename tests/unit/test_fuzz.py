@@ -121,8 +121,8 @@ MESSAGES: list[Message] = [
             resume_token_ids=(1, 2),
         )
     ),
-    Cancel(ReplyTo(HERE, 4)),
-    Cancel(ReplyTo(NOWHERE, 4)),
+    Cancel(HERE, [4, 5]),
+    Cancel(NOWHERE, [4]),
     Hello(R1, NOWHERE),
     Hello(R1, HERE),
     Load(ReplicaView(R1, PoolName("p"), 3, 8, 1, 2, 0, 100, 5, (1, 2, 3), 9, ("a",), True)),

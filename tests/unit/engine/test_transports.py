@@ -36,7 +36,7 @@ from serve_app.engine.api import (
     Refusal,
     WatchCall,
 )
-from serve_app.engine.channel import Batch, Call, End, Hello, Load, pack, unpack
+from serve_app.engine.channel import Batch, Call, Cancel, End, Hello, Load, pack, unpack
 from serve_app.engine.channel_engine import EngineChannel
 from serve_app.engine.channel_router import RouterChannel
 from serve_app.engine.load_publisher import LoadPublisher
@@ -592,6 +592,7 @@ class Wire:
         self._port = int(port)
         self._writers: list[asyncio.StreamWriter] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        self._stopped = False
 
     async def start(self) -> str:
         self._server = await asyncio.start_server(self._join, "127.0.0.1", 0)
@@ -600,6 +601,8 @@ class Wire:
     async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, back = await asyncio.open_connection(self._host, self._port)
         self._writers += [writer, back]
+        if self._stopped:
+            self.stop()
         for source, target in ((reader, back), (there, writer)):
             task = asyncio.create_task(self._pump(source, target))
             self._tasks.add(task)
@@ -608,7 +611,15 @@ class Wire:
         while data := await source.read(65_536):
             target.write(data)
 
+    def stop(self) -> None:
+        """Take nothing more of what is sent, as a process does that stands still."""
+        self._stopped = True
+        for writer in self._writers:
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+
     def cut(self) -> None:
+        """Lose what is under way; from now on connections work."""
+        self._stopped = False
         for writer in self._writers:
             writer.transport.abort()
         self._writers.clear()
@@ -619,6 +630,133 @@ class Wire:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+@dataclass
+class Line:
+    """A router before a replica that generates nothing, and the wire that leads to it."""
+
+    case: Case
+    wire: Wire
+
+    async def reads(self, name: str, cap: Cap | None = None) -> asyncio.Task[GenerateItem]:
+        """Begin to read a stream; return once the replica runs it."""
+        stream = self.case.transport.generate(call(name), nothing, cap)
+        reading = asyncio.ensure_future(anext(stream))
+        await self.until(lambda: bool(self.case.replica.channel.open_calls))
+        return reading
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(WAIT_S):
+            while not condition():  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+
+@pytest_asyncio.fixture
+async def line() -> AsyncIterator[Line]:
+    case = Case("channel")
+    wire = Wire(case.replica.channel.address.endpoint)
+    inlet = case.replica.channel._inlet
+    inlet.address = replace(inlet.address, endpoint=await wire.start())
+    case.replica.pause = asyncio.Event().wait
+    case.plays(*frames(1))
+    await case.connect()
+    yield Line(case, wire)
+    await case.close()
+    await wire.close()
+
+
+async def leaves(reading: asyncio.Task[GenerateItem]) -> None:
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+
+
+async def test_a_cancel_that_is_lost_with_its_connection_is_sent_again(line: Line) -> None:
+    reading = await line.reads("q")
+    line.wire.stop()
+    await leaves(reading)
+    line.wire.cut()
+    await line.until(lambda: not line.case.replica.channel.open_calls)
+    assert line.case.replica.closed == 1
+    await line.until(lambda: not line.case.router._cancels)
+
+
+async def test_a_cancel_behind_which_an_engine_stood_still_for_long_is_sent_again(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It never left the router: its queue to the engine was full, and was dropped as a whole."""
+    monkeypatch.setattr(channel_outlet, "BATCHES_IN_SOCKET", 1)
+    monkeypatch.setattr(channel_outlet, "WAITING_BYTES_MAX", 1 << 20)
+    router, engine = line.case.router, line.case.replica.channel
+    reading = await line.reads("q")
+    outlet = router._sender.outlet(engine.address)
+    line.wire.stop()
+    while not outlet._waiting:
+        router.call(replace(call("large"), body=bytes(1 << 19)), nothing)
+        await asyncio.sleep(0)
+    await leaves(reading)
+    while outlet.failed is None:
+        last = router.call(replace(call("more"), body=bytes(1 << 19)), nothing)
+    with pytest.raises(EngineDead, match="bytes unread"):
+        await last.take()
+    # Nothing is let in meanwhile: what tries it next is given up too.
+    with monkeypatch.context() as soon:
+        soon.setattr(channel_outlet, "CONNECT_S", 0.05)
+        again = router._sender.outlet(engine.address)
+        await line.until(lambda: again.failed is not None)
+    line.wire.cut()
+    await line.until(lambda: not engine.open_calls)
+    assert line.case.replica.closed == 1
+
+
+async def test_a_cancel_that_comes_before_its_call_ends_it_too(channel: Case) -> None:
+    """They come by two connections if the first broke, and in any order."""
+    router, engine = channel.router, channel.replica.channel
+    asked = Call(replace(call(), reply=ReplyTo(router.address, 10**6)))
+    for message in (Cancel(router.address, [10**6]), asked):
+        engine._take(message)
+    assert not engine.open_calls
+    channel.plays(*frames(2), final(2))
+    assert len(await channel.read("other")) >= 2
+
+
+async def test_a_cancel_is_answered_also_of_a_call_that_had_not_begun(channel: Case) -> None:
+    router, engine = channel.router, channel.replica.channel
+    ends: list[End] = []
+    engine._sender.outlet(router.address).end = ends.append  # type: ignore[method-assign]
+    engine._take(Call(replace(call(), reply=ReplyTo(router.address, 10**6))))
+    engine._take(Cancel(router.address, [10**6]))
+    async with asyncio.timeout(WAIT_S):
+        while engine.open_calls:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    assert [(each.stream, each.error) for each in ends] == [(10**6, "it was cancelled")]
+    assert channel.replica.closed == 0
+
+
+async def test_a_stream_whose_extension_may_be_lost_ends_with_an_error(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the engine would end it at what was paid for before, as if that were all."""
+    cap = Cap(10, lambda tokens: None)
+    reading = await line.reads("q", cap)
+    monkeypatch.setattr(channel_outlet, "CONNECT_S", 0.1)
+    line.wire.stop()
+    # The connection that brought the call was closed: nothing went over it for a minute.
+    line.case.router._sender._outlets.pop(line.case.replica.channel.address).close()
+    cap.raise_to(30)
+    async with asyncio.timeout(WAIT_S):
+        with pytest.raises(EngineDead, match="not reached"):
+            await reading
+
+
+async def test_a_stream_that_the_engine_ended_with_an_error_is_not_cancelled(
+    channel: Case,
+) -> None:
+    channel.plays(EngineDead("it broke"))
+    with pytest.raises(EngineDead, match="it broke"):
+        await channel.read()
+    assert not channel.router._cancels
 
 
 @pytest.mark.parametrize("way", ["to the router", "to the engine"])
@@ -698,6 +836,7 @@ def test_messages_travel_unchanged() -> None:
         Load(view),
         Hello(R1, address),
         Call(asked),
+        Cancel(address, [7, 8]),
         Batch([(1, 2, b"x", (3,))], [End(1, final(3)), End(2, refusal=refusal), End(3, error="e")]),
     ):
         assert unpack(pack(message)) == message
