@@ -20,6 +20,8 @@ the same port has another key and never hears the frames of its predecessor's st
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 
 from serve_app.core.exchange import Digest
@@ -105,6 +107,18 @@ def pack(message: Message) -> bytes:
     return _encoder.encode(message)
 
 
+def pack_batch(records: list[Record], ends: list[End]) -> bytes:
+    """Return a turn's frames and endings as they travel.
+
+    What an engine says of an error may hold what is no text: it must not keep the frames of
+    other streams from going out.
+    """
+    try:
+        return pack(Batch(records, ends))
+    except UnicodeEncodeError:
+        return pack(Batch(records, [_readable(end) for end in ends]))
+
+
 def unpack(message: bytes) -> Message:
     """Return what came.
 
@@ -115,3 +129,21 @@ def unpack(message: bytes) -> Message:
         return _decoder.decode(message)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"no message of the token channel: {error}") from error
+
+
+def _readable(end: End) -> End:
+    """Return an ending with ``?`` for what cannot be encoded."""
+    refusal = end.refusal
+    if refusal is not None:
+        refusal = replace(
+            refusal,
+            message=_text(refusal.message),
+            param=None if refusal.param is None else _text(refusal.param),
+            code=None if refusal.code is None else _text(refusal.code),
+        )
+    error = None if end.error is None else _text(end.error)
+    return msgspec.structs.replace(end, refusal=refusal, error=error)
+
+
+def _text(words: str) -> str:
+    return words.encode(errors="replace").decode()

@@ -108,7 +108,9 @@ class EngineChannel:
         """
         task = self._tasks.get(reply)
         if task is not None:
-            task.cancel()
+            # Once: the engine may have to wait to abort it, and is not to be cut short in that.
+            if not task.cancelling():
+                task.cancel()
             return
         if len(self._left) >= LEFT_MAX:
             del self._left[next(iter(self._left))]

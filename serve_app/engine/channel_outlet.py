@@ -16,7 +16,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from serve_app.engine.address import Address
-from serve_app.engine.channel import Batch, End, Record, pack
+from serve_app.engine.channel import End, Record, pack_batch
 
 BATCHES_IN_SOCKET = 256
 WAITING_BYTES_MAX = 32 * 1024 * 1024
@@ -176,7 +176,7 @@ class Outlet:
         if self._socket.closed:
             return
         self._flushing = False
-        message = pack(Batch(self._records, self._ends))
+        message = pack_batch(self._records, self._ends)
         self._records, self._ends = [], []
         if self._waiting or not self._try(message):
             self._wait(message)
@@ -218,6 +218,7 @@ class Outlet:
         self.failed = reason
         self.close()
         for task in self._tasks:
-            task.cancel()
+            if not task.cancelling():
+                task.cancel()
         if self.on_failed is not None:
             self.on_failed(reason)

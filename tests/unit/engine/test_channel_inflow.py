@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from serve_app.core.types import Usage
 from serve_app.engine.address import Address, ReplyTo
-from serve_app.engine.api import EngineTimings, Final, Frame, ReaderTooSlow
+from serve_app.engine.api import EngineDead, EngineTimings, Final, Frame, ReaderTooSlow
 from serve_app.engine.channel_inflow import Inflow, Line
+from tests.properties import examples
 
 REPLY = ReplyTo(Address("tcp://127.0.0.1:1", b"k" * 40), 7)
 
@@ -59,3 +64,46 @@ async def test_what_was_taken_makes_room(coalesce: bool) -> None:
     assert stream.overflows == 1
     with pytest.raises(ReaderTooSlow):
         await stream.inflow.take()
+
+
+COUNT = 6
+SENT = list(range(COUNT))
+# What a channel that lost, doubled or changed the order of frames would bring.
+ARRIVING = st.permutations(SENT) | st.lists(st.sampled_from(SENT), max_size=COUNT + 2)
+
+
+@examples(400)
+@given(ARRIVING, st.booleans(), st.lists(st.integers(0, COUNT), max_size=3))
+def test_a_stream_is_what_was_sent_or_an_error(
+    arriving: list[int], coalesce: bool, read_after: list[int]
+) -> None:
+    """Whatever is lost, doubled or in another order, and however the reader keeps up."""
+
+    async def read() -> tuple[bytes, list[int], bool]:
+        stream = Stream(coalesce=coalesce, buffer_bytes=10**6)
+        data, tokens = b"", []
+
+        async def take() -> bool:
+            nonlocal data
+            item = await stream.inflow.take()
+            if isinstance(item, Frame):
+                data += item.data
+                tokens.extend(item.token_ids)
+            return isinstance(item, Final)
+
+        try:
+            for place, number in enumerate(arriving):
+                stream.inflow.push(number, b"<%d>" % number, (number,))
+                if place in read_after:
+                    await take()
+            stream.inflow.end(Final(Usage(3, 0, COUNT), EngineTimings(), frames=COUNT))
+            while not await take():
+                pass
+        except EngineDead:
+            return data, tokens, False
+        return data, tokens, True
+
+    data, tokens, whole = asyncio.run(read())
+    assert whole == (arriving == SENT)
+    assert tokens == SENT[: len(tokens)], "what the reader got is a beginning of it"
+    assert data == b"".join(b"<%d>" % number for number in tokens)

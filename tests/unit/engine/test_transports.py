@@ -297,6 +297,32 @@ async def test_a_failure_without_a_word_is_told_by_its_kind(case: Case, error: E
         await case.read()
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        OSError("no file \udcff"),
+        EngineDead("no file \udcff"),
+        Refusal(400, "no \udcff", param="\udcff", code="\udcff"),
+    ],
+)
+async def test_an_engines_words_that_are_no_text_end_its_stream_and_no_other(
+    channel: Case, said: Exception | Refusal
+) -> None:
+    """Half a surrogate pair, as in a file's name: it cannot be encoded."""
+    other = [*frames(3), final(3)]
+    channel.replica.script = lambda request: [said] if request.request_id == "odd" else other
+    odd, items = await asyncio.gather(
+        channel.read("odd"), channel.read("other"), return_exceptions=True
+    )
+    assert not isinstance(items, BaseException)
+    assert text(items) == text(other)
+    if isinstance(said, Refusal):
+        assert odd == [Refusal(400, "no ?", param="?", code="?")]
+    else:
+        assert isinstance(odd, EngineDead)
+        assert str(odd).endswith("no file ?")
+
+
 async def test_a_router_that_reads_nothing_just_now_learns_where_calls_go(
     channel: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -732,6 +758,42 @@ async def test_a_cancel_is_answered_also_of_a_call_that_had_not_begun(channel: C
             await asyncio.sleep(0)
     assert [(each.stream, each.error) for each in ends] == [(10**6, "it was cancelled")]
     assert channel.replica.closed == 0
+
+
+@pytest.mark.parametrize("second", ["cancel", "the router's end"])
+async def test_an_engine_that_is_slow_to_abort_a_call_is_not_cut_short_in_it(
+    channel: Case, second: str
+) -> None:
+    aborting, go_on = asyncio.Event(), asyncio.Event()
+    aborted = []
+
+    async def generate(request: GenerateCall) -> AsyncGenerator[GenerateItem, None]:
+        try:
+            yield frames(1)[0]
+            await asyncio.Event().wait()
+        finally:
+            aborting.set()
+            await go_on.wait()
+            aborted.append(request.request_id)
+
+    router, engine = channel.router, channel.replica.channel
+    engine._generate = generate
+    async with asyncio.timeout(WAIT_S):
+        async with aclosing(channel.transport.generate(call(), nothing)) as items:
+            await anext(items)
+        await aborting.wait()
+        outlet = engine._sender.outlet(router.address)
+        if second == "cancel":
+            engine._take(Cancel(router.address, [reply.stream for reply in engine._tasks]))
+        else:
+            router.close()
+            while outlet.failed is None:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(0)
+        go_on.set()
+        while engine.open_calls:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert aborted == ["q"]
 
 
 async def test_a_stream_whose_extension_may_be_lost_ends_with_an_error(
