@@ -12,6 +12,7 @@ import pytest
 import pytest_asyncio
 import zmq
 
+from serve_app.config import SPARE_CALLS, PoolArgs
 from serve_app.core.exchange import Digest, PoolDigest, RouterId, TenantWaiting
 from serve_app.core.types import (
     PoolName,
@@ -561,6 +562,25 @@ async def test_a_replica_takes_so_many_calls_at_once_and_turns_others_away(
             await channel.read("second")
         go_on.set()
         assert len(await first) == 2
+
+
+async def test_a_full_replica_takes_all_that_a_lost_one_of_its_pool_had(channel: Case) -> None:
+    """They wait in its engine; turned away, they would be tried elsewhere, where it is as full."""
+    engine = {"kind": "sim", "max_num_seqs": 100}
+    pool = PoolArgs.model_validate({"name": "chat", "engine": engine})
+    assert pool.engine.max_num_seqs > SPARE_CALLS, "they alone would not do"
+    channel.replica.channel._calls_max = pool.calls_max
+    go_on = asyncio.Event()
+    channel.replica.pause = go_on.wait
+    channel.plays(*frames(1), final(1))
+    count = 2 * pool.engine.max_num_seqs
+    reading = [asyncio.create_task(channel.read(f"q{number}")) for number in range(count)]
+    async with asyncio.timeout(WAIT_S):
+        while channel.replica.channel.open_calls < count:
+            assert not any(each.done() for each in reading), "one was turned away"
+            await asyncio.sleep(0.01)
+        go_on.set()
+        assert all(len(items) == 2 for items in await asyncio.gather(*reading))
 
 
 async def test_two_routers_see_the_same_snapshots(channel: Case) -> None:
