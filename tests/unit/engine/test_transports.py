@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
+import yaml
 import zmq
 
 from serve_app.config import SPARE_CALLS, PoolArgs
@@ -43,6 +47,8 @@ from serve_app.engine.channel_router import RouterChannel
 from serve_app.engine.load_publisher import LoadPublisher
 from serve_app.engine.transport import Cap, ChannelTransport, HandleTransport, Transport
 from tests.generate_calls import generate_call
+
+ROOT = Path(__file__).parents[3]
 
 PORTS = range(21_000, 22_000)
 BUFFER_BYTES = 4096
@@ -307,9 +313,11 @@ async def test_a_failure_without_a_word_is_told_by_its_kind(case: Case, error: E
     ],
 )
 async def test_an_engines_words_that_are_no_text_end_its_stream_and_no_other(
-    channel: Case, said: Exception | Refusal
+    channel: Case, said: Exception | Refusal, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Half a surrogate pair, as in a file's name: it cannot be encoded."""
+    # Nor can it by what carries a test's log from process to process.
+    caplog.set_level(logging.CRITICAL, logger="headrace.channel")
     other = [*frames(3), final(3)]
     channel.replica.script = lambda request: [said] if request.request_id == "odd" else other
     odd, items = await asyncio.gather(
@@ -611,6 +619,69 @@ async def test_a_router_that_ends_frees_its_generations_at_once(channel: Case) -
         await channel.replica.ended.wait()
         while channel.replica.channel.open_calls:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
+
+
+ROUTER = """
+import asyncio
+from serve_app.engine.channel_router import RouterChannel
+
+async def stay():
+    address = RouterChannel("127.0.0.1", range(21_000, 22_000), 4096).address
+    print(address.endpoint, address.server_key.decode(), flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(stay())
+"""
+
+
+async def test_a_killed_router_is_noticed_without_waiting_for_any_timer(
+    channel: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kernel closes its connections: heartbeats and stalls are for machines that vanish.
+
+    So a slot is free as soon as its engine has aborted, and routers see that a period later.
+    """
+    for seconds in ("CONNECT_S", "STALL_S"):
+        monkeypatch.setattr(channel_outlet, seconds, 3600.0)
+    for milliseconds in ("HEARTBEAT_MS", "HEARTBEAT_TIMEOUT_MS"):
+        monkeypatch.setattr(channel_outlet, milliseconds, 3_600_000)
+    channel.replica.pause = asyncio.Event().wait
+    channel.plays(*frames(1))
+    killed = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", ROUTER, stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        assert killed.stdout is not None
+        async with asyncio.timeout(4 * WAIT_S):
+            endpoint, key = (await killed.stdout.readline()).decode().split()
+            router = Address(endpoint, key.encode())
+            engine = channel.replica.channel
+            for stream in range(CALLS_MAX):
+                engine._take(Call(replace(call(f"q{stream}"), reply=ReplyTo(router, stream))))
+            outlet = engine._sender.outlet(router)
+            while outlet._connecting is not None:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            assert engine.open_calls == CALLS_MAX
+            killed.kill()
+            while engine.open_calls:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert outlet.failed == "the connection broke"
+        assert channel.replica.closed == CALLS_MAX
+    finally:
+        if killed.returncode is None:
+            killed.kill()
+        await killed.wait()
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda f: f.stem)
+def test_a_slot_that_was_freed_is_told_of_within_two_seconds_in_every_configuration(
+    file: Path,
+) -> None:
+    """An engine's longest step with an abort in it, and a period until its next snapshot."""
+    applications = yaml.safe_load(file.read_text()).get("applications", [])
+    for application in applications:
+        if application["import_path"] == "serve_app.app:pool":
+            assert PoolArgs.model_validate(application["args"]).snapshot_period_s <= 1.0
 
 
 async def test_a_router_that_is_never_reached_holds_no_generation(
