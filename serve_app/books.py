@@ -143,4 +143,5 @@ def record(audit: Audit, now_s: float) -> UsageRecord:
         token_interval_s=token_interval_s(delivery),
         duration_s=duration_s,
         engine_ns=0 if usage is None else round(usage.engine_s * NS_PER_S),
+        kv_block_us=0 if usage is None else usage.kv_block_us,
     )

@@ -301,7 +301,8 @@ def _whole(usage: Usage, call: GenerateCall) -> Usage:
     resumed = len(call.resume_token_ids)
     if not resumed:
         return usage
-    return replace(usage, completion_tokens=usage.completion_tokens + resumed, engine_s=0.0)
+    completion_tokens = usage.completion_tokens + resumed
+    return replace(usage, completion_tokens=completion_tokens, engine_s=0.0, kv_block_us=0)
 
 
 def _failure_of(error: EngineDead) -> Failure:

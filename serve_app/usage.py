@@ -57,7 +57,8 @@ class UsageRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     account. ``output_tokens`` were delivered (router) or generated (engine). Times are
     seconds, ``ended_at_s`` on the wall clock. ``engine_ns`` is the engine's time that the
     attempt took, in nanoseconds, and ``engine_hour`` the hour of the replica's account that
-    it is in, wall seconds; 0 where the engine does not measure it.
+    it is in, wall seconds; ``kv_block_us`` is KV blocks times the microseconds that they were
+    held. All are 0 where the engine does not measure it, the last in older records as well.
     """
 
     charge: Charge
@@ -80,6 +81,7 @@ class UsageRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     duration_s: float | None = None
     engine_ns: int = 0
     engine_hour: int = 0
+    kv_block_us: int = 0
 
 
 class ReplicaPeriod(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -19,7 +19,7 @@ BY: Final = ("tenant", "model", "user", "key", "class", "tag", "hour")
 FIELDS: Final = (
     *("requests", "billed_requests", "prompt_tokens", "cached_prompt_tokens", "output_tokens"),
     *("delivered_tokens", "generated_tokens", "wasted_tokens", "wasted_usd", "amount_usd"),
-    *("engine_s", "cost_usd", "wasted_cost_usd", "unpriced_s", "provisional_s"),
+    *("engine_s", "cost_usd", "wasted_cost_usd", "unpriced_s", "provisional_s", "kv_block_s"),
 )
 
 # Reports on cost that have a name: `headrace usage NAME`, /admin/usage/NAME.
@@ -101,7 +101,8 @@ def to_table(report: Mapping[str, Any]) -> tuple[Sequence[str], list[Sequence[st
     """Return a report's header and rows for people: whose, the rest, and the total last.
 
     True cost stands there where engines measured any; it is cut to a millionth of a dollar.
-    What of the time default coefficients split is a column of its own where there is any.
+    What requests held of the KV cache is a second figure, in no cost, and a column where
+    engines say it; so is what of the time default coefficients split where there is any.
     By tenant, idle time that a pool's rule has tenants bear is a column of its own.
     """
     fleet = report["fleet"]
@@ -111,11 +112,15 @@ def to_table(report: Mapping[str, Any]) -> tuple[Sequence[str], list[Sequence[st
     header += ["WASTED", "USD", *(("ENGINE S", "COST USD") if measured else ())]
     idle = bool(measured and _idle_columns(report) and report["idle"]["tenants"])
     header += ["IDLE USD"] if idle else []
+    held = measured and report["total"]["kv_block_s"] != "0"
+    header += ["KV BLOCK S"] if held else []
     provisional = fleet["provisional_s"] != "0"
     header += ["PROVISIONAL S"] if provisional else []
 
     def marked(row: Mapping[str, Any]) -> list[str]:
-        return [_seconds(row["provisional_s"])] if provisional else []
+        # Only requests hold blocks, and not the rest of a replica's time.
+        cells = [_seconds(row["kv_block_s"]) if "kv_block_s" in row else ""] if held else []
+        return [*cells, _seconds(row["provisional_s"])] if provisional else cells
 
     rows: list[Sequence[str]] = []
     for row in report["data"]:
@@ -136,7 +141,8 @@ def to_table(report: Mapping[str, Any]) -> tuple[Sequence[str], list[Sequence[st
     total = ["TOTAL", *[""] * (len(report["by"]) - 1)] if named else []
     cells = [*total, *(str(report["total"][column]) for column in shown)]
     costs = _cost_cells(fleet, "time_s") if measured else ()
-    rows.append([*cells, *costs, *([""] if idle else ()), *marked(fleet)])
+    whole = fleet | {"kv_block_s": report["total"]["kv_block_s"]}
+    rows.append([*cells, *costs, *([""] if idle else ()), *marked(whole)])
     return header, rows
 
 

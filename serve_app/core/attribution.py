@@ -124,6 +124,11 @@ class Account:
         """Engine time up to now, in seconds."""
         return self.engine_ns / NS_PER_S
 
+    @property
+    def kv_block_us(self) -> int:
+        """KV blocks times microseconds held up to now, in whole ones."""
+        return self.kv_block_ns // 1000
+
 
 @dataclass(frozen=True, slots=True)
 class ReplicaUse:

@@ -66,7 +66,13 @@ class Steps:
     ``decodes`` holds every decoding sequence, by its account, with its context ``passed``
     steps before the first of these; it grows by one token a step. Steps of one composition
     share that tuple. With ``prefills`` there is one step. Where one ends and the next starts
-    is the same float, unless the engine stood still in between.
+    is the same float, unless the engine stood still in between. A first step that takes
+    ``first_ps`` is followed by ones that take ``growth_ps`` longer each; an engine that does
+    not know leaves them, and all count alike.
+
+    ``waiting`` are accounts that hold KV blocks without a part in the step, ``freed`` those
+    of the others that gave theirs back before its end, as ``held`` was told: each with the
+    tokens in the blocks. With either there is one step.
     """
 
     start_s: float
@@ -75,6 +81,10 @@ class Steps:
     prefills: tuple[Chunk, ...] = ()
     passed: int = 0
     steps: int = 1
+    first_ps: int = 1
+    growth_ps: int = 0
+    waiting: tuple[tuple[Account, int], ...] = ()
+    freed: tuple[tuple[Account, int], ...] = ()
 
 
 class CostMeter:
@@ -136,10 +146,11 @@ class CostMeter:
         if not self._ready:
             return
         first = self._first
+        alone = bool(steps.prefills or steps.waiting or steps.freed)
         if (
             first is None
             or steps.decodes is not first.decodes
-            or steps.prefills
+            or alone
             or _ns(steps.start_s) > self._stepped_ns  # in between nobody computed
         ):
             self._split()
@@ -147,8 +158,17 @@ class CostMeter:
             self._steps = 0
         self._steps += steps.steps
         self._stepped_ns = _ns(steps.end_s)
-        if first.prefills:
+        if alone:
             self._split()
+
+    def held(self, account: Account, tokens: int, since_s: float, until_s: float) -> None:
+        """Count the KV blocks of a request that gave them back in the middle of a step.
+
+        The step has to name it among its ``freed``, when it is over.
+        """
+        if self._ready:
+            duration_ns = max(0, _ns(until_s) - _ns(since_s))
+            self._held(account, self._blocks(tokens) * duration_ns)
 
     def read(self, now_s: float) -> EngineCosts:
         """Return the figures so far; with work under way, up to the last step."""
@@ -172,6 +192,10 @@ class CostMeter:
         kv_tokens = self._decode_terms(first, end_ns - start_ns, by, own_ps)
         kv_tokens += sum([chunk.read_tokens for chunk in first.prefills])
         again_ps = self._prefill_terms(first, end_ns - start_ns, by, own_ps)
+        for account, tokens in first.waiting:
+            self._held(account, self._blocks(tokens) * (end_ns - start_ns))
+        for account, tokens in first.freed:
+            self._held(account, -self._blocks(tokens) * (end_ns - start_ns))
         self._time.step(start_ns, end_ns, own_ps, by, recomputed_ps=again_ps, steps=steps)
         if own_ps:
             self._fit.observe(
@@ -189,18 +213,19 @@ class CostMeter:
         steps, size = self._steps, self._block_tokens
         decode_ps, kv_token_ps = steps * by.decode_sequence_ps, by.kv_token_ps
         growth = steps * first.passed + steps * (steps - 1) // 2
-        last = first.passed + steps - 1
+        first_ps, growth_ps = first.first_ps, first.growth_ps
+        whole_ps = steps * first_ps + growth_ps * (steps * (steps - 1) // 2)
         kv_tokens = 0
         for account, context in first.decodes:
             read = steps * context + growth
             kv_tokens += read
             own_ps[account] = own_ps.get(account, 0) + decode_ps + kv_token_ps * read
+            held = context + first.passed
             if steps == 1:
-                blocks = (context + last + size - 1) // size
+                self._held(account, self._blocks(held) * duration_ns)
             else:
-                before = context + first.passed - 1
-                blocks = _blocks_upto(context + last, size) - _blocks_upto(before, size)
-            self._held(account, blocks * duration_ns // steps)
+                block_ps = _block_ps(held, steps, size, first_ps, growth_ps)
+                self._held(account, block_ps * duration_ns // whole_ps)
         return kv_tokens
 
     def _prefill_terms(
@@ -216,9 +241,11 @@ class CostMeter:
             if chunk.repeated_tokens and own:
                 again = own * chunk.repeated_tokens // chunk.tokens
                 again_ps[account] = again_ps.get(account, 0) + again
-            blocks = -(-chunk.computed_tokens // self._block_tokens)
-            self._held(account, blocks * duration_ns)
+            self._held(account, self._blocks(chunk.computed_tokens) * duration_ns)
         return again_ps
+
+    def _blocks(self, tokens: int) -> int:
+        return -(-tokens // self._block_tokens)
 
     def _held(self, account: Account, block_ns: int) -> None:
         account.kv_block_ns += block_ns
@@ -232,10 +259,28 @@ class CostMeter:
         held[tenant] = held.get(tenant, 0) + block_ns
 
 
+def _block_ps(context: int, steps: int, size: int, first_ps: int, growth_ps: int) -> int:
+    """Return blocks times duration over steps, the first with so much context in blocks."""
+    before, last = context - 1, context + steps - 1
+    blocks = _blocks_upto(last, size) - _blocks_upto(before, size)
+    if not growth_ps:
+        return first_ps * blocks
+    weighted = _weighted_upto(last, size) - _weighted_upto(before, size)
+    return (first_ps - growth_ps * context) * blocks + growth_ps * weighted
+
+
 def _blocks_upto(context: int, size: int) -> int:
     """Return the blocks of every context from 1 to ``context`` tokens, summed."""
     full, rest = divmod(context, size)
     return size * full * (full + 1) // 2 + rest * (full + 1)
+
+
+def _weighted_upto(context: int, size: int) -> int:
+    """Return the same sum of blocks times context."""
+    full, rest = divmod(context, size)
+    twice = full * (full + 1)
+    whole = size * size * twice * (2 * full + 1) // 6 - size * (size - 1) * twice // 4
+    return whole + (full + 1) * (rest * full * size + rest * (rest + 1) // 2)
 
 
 def _ns(time_s: float) -> int:

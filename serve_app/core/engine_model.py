@@ -56,8 +56,17 @@ class EngineModel:
     """
 
     def __init__(
-        self, params: EngineParams, *, on_run: Callable[[StepRun], None] | None = None
+        self,
+        params: EngineParams,
+        *,
+        on_run: Callable[[StepRun], None] | None = None,
+        on_freed: Callable[[Sequence, int, float, float], None] | None = None,
     ) -> None:
+        """``on_run`` is told of steps that are over.
+
+        ``on_freed`` is told of a sequence that leaves in the middle of a step: the tokens in
+        its blocks, when the step began, and now.
+        """
         self.params = params
         self.preemptions_total = 0
         self.prefix_query_tokens = 0
@@ -68,6 +77,7 @@ class EngineModel:
         self.busy_ticks = 0
         self.kv = KvBlocks(params.kv_blocks, params.blocks_per_hash)
         self._on_run = on_run
+        self._on_freed = on_freed
         self._block_tokens = params.block_tokens
         self._segment_tokens = params.block_tokens * params.blocks_per_hash
         self._overhead = round(params.overhead_s * _TICKS_PER_S)
@@ -91,6 +101,7 @@ class EngineModel:
         self._prefills: list[tuple[Sequence, int]] = []
         self._decodes: tuple[tuple[Sequence, int], ...] = ()
         self._passed = 0  # steps of the plan that are over
+        self._freed: list[tuple[Sequence, int]] = []  # in the middle of the step in flight
         self._events: list[Event] = []
 
     # ---- what callers do ---------------------------------------------------------
@@ -145,6 +156,8 @@ class EngineModel:
             self._waiting_count -= 1
             self._still_tokens[sequence.priority] -= sequence.prompt_tokens + sequence._generated
         else:
+            if self._on_freed is not None and self._plan_steps:
+                self._free_early(sequence, now_s)
             self._remove_running(sequence, self._plan_steps > 0)
         sequence.phase = _ENDED
         sequence.finished_s = now_s
@@ -306,9 +319,28 @@ class EngineModel:
                 self._decodes,
                 tuple(self._prefills),
                 self._passed,
+                self._plan_first,
+                self._plan_growth,
+                tuple(
+                    [
+                        (each, each.computed_tokens)
+                        for each in self._stalled
+                        if each.phase is not _ENDED
+                    ]
+                ),
+                tuple(self._freed),
             )
         )
         self._passed += steps
+        self._freed = []
+
+    def _free_early(self, sequence: Sequence, now_s: float) -> None:
+        """Tell of the blocks of a sequence that leaves in the middle of a step."""
+        assert self._on_freed is not None
+        tokens = self._held_tokens(sequence, in_flight=True)
+        self._on_freed(sequence, tokens, self._start / _TICKS_PER_S, now_s)
+        if sequence not in self._stalled:
+            self._freed.append((sequence, tokens))
 
     def _cut_plan(self) -> None:
         """Compose anew after the step in flight."""

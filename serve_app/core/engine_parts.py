@@ -140,7 +140,11 @@ class StepRun:
     run's first one; it grows by one token a step. Runs of one composition share it, follow
     one another without a gap and say 0, 1, 2 and so on of steps ``passed``. ``prefills``
     holds chunk sizes; such a run is one step. Where one run ends and the next starts is
-    the same float.
+    the same float. The first step lasts ``first_ps``, each further one ``growth_ps`` more.
+
+    Who keeps KV blocks beside those with a part in the step is in ``waiting``, and who gave
+    them back before its end in ``freed``, each with the tokens in them; such a run is one
+    step, too.
     """
 
     start_s: float
@@ -149,6 +153,10 @@ class StepRun:
     decodes: tuple[tuple[Sequence, int], ...]
     prefills: tuple[tuple[Sequence, int], ...]
     passed: int = 0
+    first_ps: int = 1
+    growth_ps: int = 0
+    waiting: tuple[tuple[Sequence, int], ...] = ()
+    freed: tuple[tuple[Sequence, int], ...] = ()
 
     @property
     def duration_s(self) -> float:

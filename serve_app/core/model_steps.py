@@ -30,10 +30,10 @@ class ModelSteps:
 
     def stepped(self, run: StepRun) -> None:
         """Account for steps of the model that are over."""
+        account_of = self._account_of
         if run.decodes is not self._known:
             # Runs of one composition share the tuple, and so must what is made of it.
             self._known = run.decodes
-            account_of = self._account_of
             self._decodes = tuple([(account_of(each), context) for each, context in run.decodes])
         chunks = tuple([self._chunk(sequence, tokens) for sequence, tokens in run.prefills])
         self._meter.stepped(
@@ -44,8 +44,17 @@ class ModelSteps:
                 chunks,
                 run.passed,
                 run.steps,
+                run.first_ps,
+                run.growth_ps,
+                tuple([(account_of(each), tokens) for each, tokens in run.waiting]),
+                tuple([(account_of(each), tokens) for each, tokens in run.freed]),
             )
         )
+
+    def freed(self, sequence: Sequence, tokens: int, since_s: float, until_s: float) -> None:
+        """Account for the KV blocks of a sequence that left in the middle of a step."""
+        account, wall_s = self._account_of(sequence), self._wall_s
+        self._meter.held(account, tokens, wall_s(since_s), wall_s(until_s))
 
     def _chunk(self, sequence: Sequence, tokens: int) -> Chunk:
         # How much of a prompt is computed is known now, and not once more is.

@@ -88,13 +88,15 @@ class Ticket:
 class Usage:
     """Tokens of one request as the engine counted them.
 
-    ``engine_s`` is the engine time they took, where the engine measures it, else 0.
+    ``engine_s`` is the engine time they took and ``kv_block_us`` KV blocks times the
+    microseconds that they were held, where the engine measures it, else 0.
     """
 
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     completion_tokens: int = 0
     engine_s: float = 0.0
+    kv_block_us: int = 0
 
 
 @dataclass(frozen=True, slots=True)

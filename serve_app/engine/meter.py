@@ -89,7 +89,7 @@ class RequestMeter:
         self._queued_s: float | None = None
         self._first_token_s: float | None = None
         self._settled = False
-        self._settled_engine_s: float | None = None
+        self._measured: tuple[float, int] | None = None  # when it was settled
 
     def open_prompt(self, *, cumulative: bool) -> PromptMeter:
         """Return the meter of the next prompt, in the request's order."""
@@ -107,11 +107,13 @@ class RequestMeter:
     @property
     def usage(self) -> Usage:
         """Return the tokens counted so far; a prompt counts once however many choices it has."""
+        engine_s, kv_block_us = self._account_reads()
         return Usage(
             prompt_tokens=sum(p.prompt_tokens for p in self._prompts),
             cached_prompt_tokens=sum(p.cached_prompt_tokens for p in self._prompts),
             completion_tokens=sum(p.completion_tokens for p in self._prompts),
-            engine_s=self._engine_s(),
+            engine_s=engine_s,
+            kv_block_us=kv_block_us,
         )
 
     @property
@@ -134,7 +136,7 @@ class RequestMeter:
         if self._settled:
             return
         self._settled = True
-        self._settled_engine_s = self._engine_s()
+        self._measured = self._account_reads()
         metered = Metered(
             request_id=self._call.request_id,
             tenant=self._call.tenant,
@@ -147,7 +149,9 @@ class RequestMeter:
         for listener in listeners:
             listener(metered)
 
-    def _engine_s(self) -> float:
-        if self._settled_engine_s is not None:
-            return self._settled_engine_s
-        return 0.0 if self.account is None else self.account.engine_s
+    def _account_reads(self) -> tuple[float, int]:
+        """Return engine seconds and KV block-microseconds: what they were if it is settled."""
+        if self._measured is not None:
+            return self._measured
+        account = self.account
+        return (0.0, 0) if account is None else (account.engine_s, account.kv_block_us)

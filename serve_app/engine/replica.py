@@ -273,6 +273,7 @@ class EngineReplica:
             duration_s=timings.total_s,
             engine_ns=round(usage.engine_s * NS_PER_S),
             engine_hour=self._periods.hour,
+            kv_block_us=usage.kv_block_us,
         )
 
     def _place(self) -> Place:

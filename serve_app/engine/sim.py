@@ -113,10 +113,11 @@ class SimEngine:
         """Be ready after the configured cold start and a first token; see ``Engine.start``."""
         settings = self._settings
         began_s = self._clock()
-        on_run = None
+        on_run = on_freed = None
         if self._costs is not None:
-            on_run = ModelSteps(self._costs, self._wall_s, _account_of).stepped
-        self._model = EngineModel(engine_params(settings), on_run=on_run)
+            steps = ModelSteps(self._costs, self._wall_s, _account_of)
+            on_run, on_freed = steps.stepped, steps.freed
+        self._model = EngineModel(engine_params(settings), on_run=on_run, on_freed=on_freed)
         await asyncio.sleep(settings.start_delay_s)
         self._origin_s = loaded_s = self._clock()
         self._unavailable = None

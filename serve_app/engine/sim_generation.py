@@ -168,8 +168,10 @@ class Generation:
                 prompt_tokens += prompt.tokens
                 # The first choice pays for the prompt, the others find it in the cache.
                 cached_tokens += min(streams[0].sequence.cached_tokens, prompt.tokens)
-        engine_s = 0.0 if self.account is None else self.account.engine_s
-        return Usage(prompt_tokens, cached_tokens, completion_tokens, engine_s)
+        counted = (prompt_tokens, cached_tokens, completion_tokens)
+        if self.account is None:
+            return Usage(*counted)
+        return Usage(*counted, self.account.engine_s, self.account.kv_block_us)
 
     def virtual_timings_s(self) -> tuple[float | None, float | None]:
         """Return waits until admission and first token of choice 0, in the model's time."""

@@ -205,7 +205,7 @@ def _add_hour(sums: HourSums, each: SplitHour) -> None:
         if isinstance(part.key, Overhead):
             continue
         tenant, user, model = map(str, part.key)
-        requests, _ = each.counts[part.key]
+        requests = each.counts[part.key].requests
         for series in (
             sums.users.setdefault((tenant, user), {}),
             sums.models.setdefault(model, {}),

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import groupby
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import ColumnElement, Connection, Row, func, or_, select
 
@@ -25,6 +25,8 @@ from serve_app.ledger.schema import ENGINE_TIME, NODE_BILL, REPLICA_HOUR
 from serve_app.ledger.statements import upsert, within
 from serve_app.usage_report import UsageQuery
 
+_SUMMED: Final = ("requests", "engine_ns", "wasted_ns", "kv_block_us")
+
 
 @dataclass(slots=True)
 class CostTally:
@@ -32,7 +34,8 @@ class CostTally:
 
     ``wasted_nanousd`` is the part of requests that did not complete, ``unpriced_ns`` the
     part of ``time_ns`` whose price nobody knows and that is in no cost, ``provisional_ns``
-    the part that default coefficients split over requests.
+    the part that default coefficients split over requests. ``kv_block_us`` is what requests
+    held of the KV cache, in no cost either.
     """
 
     requests: int = 0
@@ -41,6 +44,7 @@ class CostTally:
     wasted_nanousd: int = 0
     unpriced_ns: int = 0
     provisional_ns: int = 0
+    kv_block_us: int = 0
 
     def add(self, other: CostTally) -> None:
         """Take in another."""
@@ -50,6 +54,7 @@ class CostTally:
         self.wasted_nanousd += other.wasted_nanousd
         self.unpriced_ns += other.unpriced_ns
         self.provisional_ns += other.provisional_ns
+        self.kv_block_us += other.kv_block_us
 
 
 @dataclass(slots=True)
@@ -62,11 +67,20 @@ class Costs:
 
 
 @dataclass(frozen=True, slots=True)
+class Counts:
+    """What some requests of a replica-hour had in it, beside their time."""
+
+    requests: int
+    wasted_ns: int
+    kv_block_us: int
+
+
+@dataclass(frozen=True, slots=True)
 class SplitHour:
-    """A replica-hour and what the requests of each key had in it: count and wasted time."""
+    """A replica-hour and what the requests of each key had in it."""
 
     cost: HourCost
-    counts: Mapping[tuple[Any, ...], tuple[int, int]]
+    counts: Mapping[tuple[Any, ...], Counts]
 
 
 def read_costs(
@@ -93,8 +107,9 @@ def read_costs(
             if isinstance(part.key, Overhead):
                 costs.overheads[part.key].add(tally)
                 continue
-            tally.requests, wasted_ns = hour.counts[part.key]
-            tally.wasted_nanousd = tally.cost_nanousd * wasted_ns // max(1, part.time_ns)
+            counts = hour.counts[part.key]
+            tally.requests, tally.kv_block_us = counts.requests, counts.kv_block_us
+            tally.wasted_nanousd = tally.cost_nanousd * counts.wasted_ns // max(1, part.time_ns)
             costs.rows.setdefault(part.key, CostTally()).add(tally)
     return costs
 
@@ -114,12 +129,13 @@ def split_hours(
     for key, group in groupby(_engine_time(connection, query, columns), lambda row: row[:2]):
         rows = list(group)
         hour = known.pop((key[0], key[1]), None) or _unreported(connection, key[0], key[1])
-        counts: dict[tuple[Any, ...], tuple[int, int]] = {
-            tuple(row[2:-3]): (int(row.requests), int(row.wasted_ns)) for row in rows
-        }
-        times: list[tuple[tuple[Any, ...], int]] = [
-            (tuple(row[2:-3]), int(row.engine_ns)) for row in rows
-        ]
+        counts: dict[tuple[Any, ...], Counts] = {}
+        times: list[tuple[tuple[Any, ...], int]] = []
+        for row in rows:
+            asked = tuple(row[2 : -len(_SUMMED)])
+            sums = (row.requests, row.wasted_ns, row.kv_block_us)
+            counts[asked] = Counts(*map(int, sums))
+            times.append((asked, int(row.engine_ns)))
         yield SplitHour(split_hour(hour, times, prices), counts)
     for hour in known.values():
         yield SplitHour(split_hour(hour, (), prices), {})
@@ -183,7 +199,7 @@ def _engine_time(
     keys: list[ColumnElement[Any]] = [time.hour, time.replica]
     # The hour may be asked for as well: under a name of its own.
     keys += [time[name].label(f"by_{name}") for name in columns]
-    sums = [func.sum(time[name]).label(name) for name in ("requests", "engine_ns", "wasted_ns")]
+    sums = [func.sum(time[name]).label(name) for name in _SUMMED]
     statement = within(select(*keys, *sums), time.hour, query)
     statement = statement.group_by(*keys).order_by(time.hour, time.replica)
     yield from connection.execute(statement)

@@ -25,7 +25,7 @@ from serve_app.ledger.statements import some_at_a_time, upsert
 from serve_app.usage import ReplicaPeriod, Witness
 
 _TIME_KEY: Final = ("hour", "replica", *DIMENSIONS)
-_TIME_SUMS: Final = ("requests", "engine_ns", "wasted_ns")
+_TIME_SUMS: Final = ("requests", "engine_ns", "wasted_ns", "kv_block_us")
 _HOUR_KEY: Final = ("hour", "replica")
 _PLACE: Final = ("pool", "node", "instance", "gpus")
 _TIMES: Final = (*USES_NS, PROVISIONAL_NS)
@@ -39,8 +39,8 @@ def add_engine_time(connection: Connection, rows: Iterable[Mapping[str, Any]]) -
             continue
         key = (row["engine_hour"], row["replica"], *(row[name] for name in DIMENSIONS))
         wasted_ns = 0 if row["outcome"] == Outcome.COMPLETED else row["engine_ns"]
-        found = sums.setdefault(key, [0, 0, 0])
-        for place, value in enumerate((1, row["engine_ns"], wasted_ns)):
+        found = sums.setdefault(key, [0] * len(_TIME_SUMS))
+        for place, value in enumerate((1, row["engine_ns"], wasted_ns, row["kv_block_us"])):
             found[place] += value
     if sums:
         new = upsert(connection, ENGINE_TIME)
@@ -114,7 +114,10 @@ def _time_of_events() -> Select[Any]:
     keys: list[Column[Any]] = [event.engine_hour, event.replica]
     keys += [event[name] for name in DIMENSIONS]
     wasted_ns = case((event.outcome == Outcome.COMPLETED.value, 0), else_=event.engine_ns)
-    sums = (func.count(), func.sum(event.engine_ns), func.sum(wasted_ns))
+    sums = (
+        *(func.count(), func.sum(event.engine_ns)),
+        *(func.sum(wasted_ns), func.sum(event.kv_block_us)),
+    )
     measured = (event.witness == Witness.ENGINE.value) & (event.engine_ns > 0)
     return select(*keys, *sums).where(measured).group_by(*keys)
 

@@ -136,6 +136,7 @@ def _figures(tally: Tally, cost: CostTally) -> dict[str, Any]:
         "wasted_cost_usd": dollars(cost.wasted_nanousd),
         "unpriced_s": dollars(cost.unpriced_ns),
         "provisional_s": dollars(cost.provisional_ns),
+        "kv_block_s": dollars(cost.kv_block_us * 1000),
     }
 
 

@@ -29,7 +29,7 @@ from serve_app.core.attribution import Use
 METADATA: Final = MetaData()
 
 # The last migration: a database at this revision has the tables below.
-REVISION: Final = "0008"
+REVISION: Final = "0009"
 
 API_KEY: Final = Table(
     "api_key",
@@ -159,6 +159,7 @@ USAGE_EVENT: Final = Table(
         "output_tokens",
         "engine_ns",
         "engine_hour",
+        "kv_block_us",
         "input_rate_nanousd",
         "cached_rate_nanousd",
         "output_rate_nanousd",
@@ -205,7 +206,7 @@ RATE_CARD: Final = Table(
     *_numbers("input_nanousd", "cached_input_nanousd", "output_nanousd", "request_nanousd"),
 )
 
-# ``begun_s`` is the start of the latest period that was granted from.
+# ``begun_s`` is not read: which period pays follows from when a request came.
 BUDGET: Final = Table(
     "budget",
     METADATA,
@@ -295,13 +296,14 @@ REPLICA_HOUR: Final = Table(
 
 # Derived from the engines' rows of usage_event: whose time a replica's was. ``hour`` is the
 # account the replica booked it on; ``wasted_ns`` is that of requests that did not complete.
+# ``kv_block_us`` is what they held of the KV cache: a second figure, never added to time.
 ENGINE_TIME: Final = Table(
     "engine_time",
     METADATA,
     Column("hour", BigInteger, primary_key=True, autoincrement=False),
     Column("replica", String(128), primary_key=True),
     *_dimensions(),
-    *_numbers("requests", "engine_ns", "wasted_ns"),
+    *_numbers("requests", "engine_ns", "wasted_ns", "kv_block_us"),
 )
 
 # What a node was billed for an hour, as last read; nothing where the bill did not say.

@@ -51,7 +51,10 @@ from serve_app.usage import LedgerRecord, ReplicaPeriod, UsageRecord, Witness, a
 
 logger = logging.getLogger("headrace.ledger")
 
-_OF_THE_WITNESS: Final = ("prompt_tokens", "cached_prompt_tokens", "output_tokens", "engine_ns")
+_OF_THE_WITNESS: Final = (
+    *("prompt_tokens", "cached_prompt_tokens", "output_tokens"),
+    *("engine_ns", "kv_block_us"),
+)
 _ROLLUP_KEY: Final = ("hour", *DIMENSIONS)
 _LENGTHS: Final = {
     column.name: column.type.length or 0
@@ -338,6 +341,7 @@ def _row(record: UsageRecord, request: _Request, now_s: float) -> dict[str, Any]
         "duration_s": record.duration_s,
         "engine_ns": record.engine_ns,
         "engine_hour": record.engine_hour or int(arrived_s // HOUR_S) * HOUR_S,
+        "kv_block_us": record.kv_block_us,
         "note": None,
         "price_version": request.price_version,
         "card": request.card,

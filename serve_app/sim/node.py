@@ -89,12 +89,13 @@ class Node:
         self.id = replica
         self.pool = pool
         self.meter: CostMeter | None = None
-        on_run = None
+        on_run = on_freed = None
         if measure_cost:
             self.meter = CostMeter(now_s, params.block_tokens)
             self.meter.ready(now_s)
-            on_run = ModelSteps(self.meter, lambda model_s: model_s, _account_of).stepped
-        self.engine = EngineModel(params, on_run=on_run)
+            steps = ModelSteps(self.meter, lambda model_s: model_s, _account_of)
+            on_run, on_freed = steps.stepped, steps.freed
+        self.engine = EngineModel(params, on_run=on_run, on_freed=on_freed)
         self.attempts: dict[RequestId, Attempt] = {}
         self.free_at_snapshot = 0
         self.health = Health.UP

@@ -61,6 +61,7 @@ def test_measured_time_of_a_request_is_in_every_report_and_adds_up(sim_stack: St
     (mine,) = [row for row in report["data"] if row["user"] == user]
     rate = Fraction(2_500_000_000, 3600)
     assert abs(mine["cost_nanousd"] - Fraction(mine["engine_s"]) * rate) <= 4
+    assert float(mine["kv_block_s"]) > 0
     rest, fleet = costs_of(report)
     assert rest == fleet > 0
     # The start of both replicas is on their accounts from when they were ready.
@@ -85,6 +86,7 @@ def test_what_vllm_measured_of_its_steps_is_in_the_report_to_the_nanosecond(
 
     until(lambda: [row["requests"] for row in mine()] == [2], "the ledger has both requests")
     until(lambda: float(mine()[0]["engine_s"]) > 0, "and what the engine measured of them")
+    assert float(mine()[0]["kv_block_s"]) > 0
     report = usage(local_stack, "user")
     spent = [Fraction(row["engine_s"]) for row in report["data"]]
     rest = [Fraction(row["time_s"]) for row in report["overheads"]]

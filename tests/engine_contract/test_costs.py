@@ -91,6 +91,10 @@ async def test_a_request_says_what_it_cost_and_pays_for_no_time_beside_its_own(
     between = Between(before, await settled(engine))
     (entry,) = metered
     assert entry.usage.engine_s == engine_s(answer) > 0
+    assert isinstance(answer.final, Final)
+    assert entry.usage.kv_block_us == answer.final.usage.kv_block_us > 0
+    # At least one block, for as long as it was in steps of its own.
+    assert entry.usage.kv_block_us >= entry.usage.engine_s * 10**6 - 1
     assert entry.usage.engine_s <= entry.timings.total_s
     assert between.uses[Use.USEFUL] - between.late_ns == round(entry.usage.engine_s * NS_PER_S)
 

@@ -36,7 +36,7 @@ class Replica:
     def __init__(self, params: EngineParams) -> None:
         self.meter = CostMeter(0.0, params.block_tokens)
         self.steps = ModelSteps(self.meter, lambda model_s: model_s, lambda sequence: sequence.name)
-        self.model = EngineModel(params, on_run=self._stepped)
+        self.model = EngineModel(params, on_run=self._stepped, on_freed=self.steps.freed)
         self.present: list[tuple[Account, Sequence]] = []
         self.accounts: list[Account] = []
         self.runs: list[StepRun] = []
@@ -263,6 +263,106 @@ def test_blocks_are_held_as_long_as_the_steps_last() -> None:
     }
 
 
+class Watch:
+    """The same engine step by step, with every block of everybody looked at in every one."""
+
+    def __init__(self, params: EngineParams) -> None:
+        self.params = params
+        self.model = EngineModel(params)
+        self.sequences: list[Sequence] = []
+        self.held_s: list[float] = []
+        self.pool_s = 0.0
+        self.now_s = 0.0
+        self.waited = 0  # steps in which somebody held blocks and had no part
+
+    def add(self, prompt: int, output: int, priority: int, family: int, tenant: str) -> None:
+        if prompt + output > self.model.capacity_tokens:
+            return
+        hashes = tuple(family * 1000 + index for index in range(10 if family else 0))
+        tokens = {"prompt_tokens": prompt, "output_tokens": output}
+        self.sequences.append(
+            self.model.add(tenant, self.now_s, priority=priority, hashes=hashes, **tokens)
+        )
+        self.held_s.append(0.0)
+
+    def abort(self, index: int) -> None:
+        present = [each for each in self.sequences if each.phase is not Phase.ENDED]
+        if index < len(present):
+            self.model.abort(present[index], self.now_s)
+
+    def advance(self, until_s: float) -> None:
+        while not math.isinf(step_s := self.model.next_step_s()):
+            self._look(min(step_s, until_s) - self.now_s)
+            self.now_s = min(step_s, until_s)
+            if step_s > until_s:
+                break
+            self.model.advance(step_s)
+        self.now_s = until_s
+        self.model.advance(self.now_s)
+
+    def _look(self, lasts_s: float) -> None:
+        size = self.params.block_tokens
+        for number, sequence in enumerate(self.sequences):
+            tokens = sequence.computed_tokens
+            if sequence.phase is Phase.DECODE:
+                tokens = sequence.prompt_tokens + self.model.generated(sequence)
+            elif sequence.phase in (Phase.WAITING, Phase.ENDED):
+                continue
+            self.waited += sequence.phase is Phase.STALLED
+            self.held_s[number] += -(-tokens // size) * lasts_s
+        self.pool_s += (self.model.kv.total - self.model.kv.free()) * lasts_s
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_what_each_held_of_the_kv_cache_is_what_every_step_shows(prefix_caching: bool) -> None:
+    # Contexts are long enough that a later step lasts much longer than an earlier one.
+    params = replace(
+        SMALL,
+        max_num_seqs=12,
+        kv_blocks=60,
+        context_s_per_token=1e-4,
+        prefix_caching=prefix_caching,
+    )
+    replica, watch = Replica(params), Watch(params)
+    source = random.Random(11)
+    aborted = 0
+    for _ in range(400):
+        for _ in range(source.randrange(4)):
+            tenant = source.choice(["acme", "globex"])
+            sizes = source.randrange(1, 100), source.randrange(1, 90)
+            arguments = (*sizes, source.randrange(3), source.randrange(3), tenant)
+            replica.add(*arguments)
+            watch.add(*arguments)
+        until_s = replica.now_s + source.choice([0.003, 0.03, 0.3, 2.0])
+        # One looks at every step, the other now and then: it has to know of the steps between.
+        replica.model.advance(until_s)
+        replica.go_to(until_s)
+        watch.advance(until_s)
+        if source.random() < 0.5 and replica.present:
+            index = source.randrange(len(replica.present))
+            replica.abort(index)
+            watch.abort(index)
+            aborted += 1
+    replica.model.advance(10**6)
+    replica.go_to(10**6)
+    watch.advance(10**6)
+    costs = replica.meter.read(10**6)
+    assert aborted > 50
+    assert watch.waited > 5
+    assert replica.model.preemptions_total > 50
+    assert max(run.steps for run in replica.runs) > 5
+    # Nanoseconds are whole: of each run each loses less than one for every block.
+    for account, held_s in zip(replica.accounts, watch.held_s, strict=True):
+        assert account.kv_block_ns / 1e9 == pytest.approx(held_s, rel=1e-6, abs=1e-6)
+    for tenant in ("acme", "globex"):
+        whose = [n for n, each in enumerate(watch.sequences) if each.name == tenant]
+        held_s = sum(watch.held_s[number] for number in whose)
+        assert costs.kv_block_s[TenantId(tenant)] == pytest.approx(held_s, rel=1e-6)
+    if not prefix_caching:
+        # Nothing is shared: all of it is what the cache itself says is taken.
+        assert sum(costs.kv_block_s.values()) == pytest.approx(watch.pool_s, rel=1e-6)
+
+
 def test_tenants_without_end_share_one_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost_meter, "TENANTS_MAX", 2)
     replica = Replica(SMALL)
@@ -335,6 +435,11 @@ async def test_the_simulated_engine_says_what_each_request_cost_and_where_the_re
     requests = (Use.USEFUL, Use.CANCELLED, Use.PREEMPTED)
     assert recorded_ns == sum(uses[each] for each in requests)
     assert any(each is not None and each.usage.engine_s > 0 for each in finals)
+    # Of every tenant the records say what the engine does, but for what is less than a unit.
+    for tenant, held_s in costs.kv_block_s.items():
+        records = [each.usage.kv_block_us for each in metered if each.tenant == tenant]
+        assert sum(records) / 1e6 == pytest.approx(held_s, abs=1e-6 * len(records))
+        assert all(records)
 
 
 async def test_time_after_the_last_step_is_idle_even_if_nobody_looked() -> None:

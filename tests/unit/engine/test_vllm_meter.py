@@ -74,6 +74,7 @@ def test_every_listener_hears_of_a_request_once() -> None:
             "cached_prompt_tokens": 0,
             "completion_tokens": 1,
             "engine_s": 0.0,
+            "kv_block_us": 0,
         },
         "outcome": Outcome.CANCELLED,
         "timings": {"queued_s": 0.5, "first_token_s": 1.5, "total_s": 2.0},

@@ -15,6 +15,7 @@ from serve_app.core.attribution import Use
 from serve_app.core.pricing import nanousd
 from serve_app.core.reconciliation import NodeBill, Rate
 from serve_app.core.true_cost import InstancePrice, Overhead
+from serve_app.core.types import TenantId
 from serve_app.ledger.costs import read_bills, write_bills
 from serve_app.ledger.database import Database
 from serve_app.ledger.insights import insight
@@ -139,6 +140,51 @@ def test_a_request_counts_in_the_account_it_was_booked_on_not_when_it_came(
     assert {row["what"]: row["time_s"] for row in found["overheads"]}["cut_off"] == "0"
 
 
+def test_what_requests_held_of_the_kv_cache_is_a_second_figure_by_tenant(
+    ledger: UsageLedger, database: Database
+) -> None:
+    held_us = {"acme": (250_000, 4_000_000), "bolt": (1_500_000,)}
+    records: list[Any] = []
+    for tenant, each in held_us.items():
+        for number, kv_block_us in enumerate(each):
+            of = charge(len(records), START_S + number * HOUR_S, tenant=TenantId(tenant))
+            said = {"engine_ns": 10**9, "replica": "r1", "kv_block_us": kv_block_us}
+            hour = {"engine_hour": START_S + number * HOUR_S}
+            records += [record(of, **said), record(of, Witness.ENGINE, **said, **hour)]
+    # What an engine wrote before it said so: its requests are there, and held nothing known.
+    old = record(charge(90), Witness.ENGINE, engine_ns=5, replica="r1")
+    raw = msgspec.msgpack.decode(encode(old))
+    assert "kv_block_us" not in raw
+    records.append(decode(msgspec.msgpack.encode(raw)))
+    uses = {Use.USEFUL.value: 2 * 10**9 + 5, Use.IDLE.value: HOUR_NS - 2 * 10**9 - 5}
+    ledger.commit([*records, period(uses_ns=uses)])
+    ledger.commit(records)
+    prices = {"h100": InstancePrice((Rate(0, 3600 * 10**9),))}
+    found = report(database, usage_query("tenant", None, None), prices)
+    assert [row["kv_block_s"] for row in found["data"]] == ["4.25", "1.5"]
+    assert found["total"]["kv_block_s"] == "5.75"
+    hours = report(database, usage_query("hour,tenant", None, None), prices)
+    assert [row["kv_block_s"] for row in hours["data"]] == ["0.25", "1.5", "4"]
+    header, rows = to_table(found)
+    place = header.index("KV BLOCK S")
+    assert [row[place] for row in rows] == ["4.250", "1.500", "", "5.750"]
+    assert {len(row) for row in rows} == {len(header)}
+    lines = [line.split(",") for line in to_csv(found).splitlines()]
+    assert [line[lines[0].index("kv_block_s")] for line in lines[:3]] == [
+        *("kv_block_s", "4.25", "1.5")
+    ]
+    # No cost has it.
+    assert [row["cost_nanousd"] for row in found["data"]] == [2 * 10**9 + 5, 10**9]
+    ledger.reverse(charge(0).request_id, "a mistake")
+    ledger.rebuild()
+    again = report(database, usage_query("tenant", None, None), prices)
+    assert [row["kv_block_s"] for row in again["data"]] == ["4.25", "1.5"]
+    assert verify(database).lines == []
+    with database.change(LEDGER_VERSION) as connection:
+        connection.execute(text("UPDATE engine_time SET kv_block_us = kv_block_us + 1"))
+    assert any(line.startswith("engine_time") for line in verify(database).lines)
+
+
 def test_what_default_coefficients_split_is_marked_in_every_report(
     ledger: UsageLedger, database: Database
 ) -> None:
@@ -155,7 +201,7 @@ def test_what_default_coefficients_split_is_marked_in_every_report(
     header, rows = to_table(found)
     assert (header[-1], rows[0][-1], rows[-1][-1]) == ("PROVISIONAL S", "4.000", "4.000")
     assert {len(row) for row in rows} == {len(header)}
-    assert to_csv(found).splitlines()[1].endswith(",8,4")
+    assert to_csv(found).splitlines()[1].endswith(",8,4,0")
     (pool,) = insight(database, "economics", UsageQuery(), CostSettings())["data"]
     assert (pool["provisional_s"], pool["provisional_ratio"]) == ("4", 0.5)
     ledger.rebuild()
@@ -189,7 +235,7 @@ def test_time_without_a_price_is_said_and_not_free(ledger: UsageLedger, database
     assert (
         to_csv(found)
         .splitlines()[0]
-        .endswith("engine_s,cost_usd,wasted_cost_usd,unpriced_s,provisional_s")
+        .endswith("engine_s,cost_usd,wasted_cost_usd,unpriced_s,provisional_s,kv_block_s")
     )
 
 

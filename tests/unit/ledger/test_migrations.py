@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import String, create_engine, inspect, text
+from sqlalchemy import Boolean, String, create_engine, inspect, text
 
 from serve_app.errors import StoreUnavailable
 from serve_app.keys import KeyWish
@@ -144,6 +144,35 @@ def test_periods_from_before_the_mark_of_provisional_time_have_none(database: Da
         with database.transaction() as connection:
             found = connection.execute(text(f"SELECT provisional_ns FROM {name}")).scalar_one()
             assert found == 0
+
+
+def test_events_from_before_what_they_held_of_the_cache_was_known_say_none(
+    database: Database,
+) -> None:
+    database.migrate("0008")
+    tables = ("usage_event", "engine_time")
+    for name in tables:
+        with database.transaction() as connection:
+            columns = inspect(connection).get_columns(name)
+            assert "kv_block_us" not in {each["name"] for each in columns}
+            values = {
+                each["name"]: "'0'" if isinstance(each["type"], Boolean) else _zero(each["type"])
+                for each in columns
+            }
+            if database.engine.dialect.name == "sqlite":
+                values |= dict.fromkeys(values.keys() & {"billable", "batch", "exact"}, "0")
+            names, literals = ", ".join(values), ", ".join(values.values())
+            connection.execute(text(f"INSERT INTO {name} ({names}) VALUES ({literals})"))
+    for revision in ("head", "0008", "head"):
+        database.migrate(revision)
+    for name in tables:
+        with database.transaction() as connection:
+            found = connection.execute(text(f"SELECT kv_block_us FROM {name}")).scalar_one()
+            assert found == 0
+    with database.transaction() as connection:
+        # The view over the events is still there.
+        rows = connection.execute(text("SELECT COUNT(*) FROM usage_reconciliation"))
+        assert rows.scalar_one() == 1
 
 
 def _zero(kind: object) -> str:

@@ -64,6 +64,7 @@ def test_a_row_says_what_was_used_and_what_it_cost(ledger: UsageLedger, database
         "wasted_cost_usd": "0",
         "unpriced_s": "0",
         "provisional_s": "0",
+        "kv_block_s": "0",
     }
     assert (found["currency"], found["by"]) == ("USD", ["class", "user", "tag"])
 
