@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import groupby
 from typing import Any, Final
@@ -59,11 +59,15 @@ class CostTally:
 
 @dataclass(slots=True)
 class Costs:
-    """Costs of a stretch of time: by the key asked for, of the rest, and in all."""
+    """Costs of a stretch of time: by the key asked for, of the rest, and in all.
+
+    ``idle`` is the nano-dollars of the idle part of the rest, by pool and hour.
+    """
 
     rows: dict[tuple[Any, ...], CostTally]
     overheads: dict[Overhead, CostTally]
     fleet: CostTally
+    idle: dict[tuple[str, int], int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +110,9 @@ def read_costs(
             tally.provisional_ns = part.provisional_ns
             if isinstance(part.key, Overhead):
                 costs.overheads[part.key].add(tally)
+                if part.key is Overhead.IDLE:
+                    place = hour.cost.hour.pool, hour.cost.hour.hour
+                    costs.idle[place] = costs.idle.get(place, 0) + tally.cost_nanousd
                 continue
             counts = hour.counts[part.key]
             tally.requests, tally.kv_block_us = counts.requests, counts.kv_block_us

@@ -8,21 +8,20 @@ from typing import Any, Final
 
 from sqlalchemy import Row, func, select
 
-from serve_app.core.idle import IdleRule, IdleShares
+from serve_app.core.idle import IdleRule
 from serve_app.core.pricing import CURRENCY, dollars
-from serve_app.core.true_cost import InstancePrice, Overhead
-from serve_app.core.types import PriorityClass, TenantId
+from serve_app.core.true_cost import InstancePrice
+from serve_app.core.types import PriorityClass
 from serve_app.ledger.costs import CostTally, read_costs
 from serve_app.ledger.database import Database
 from serve_app.ledger.idle import read_idle
 from serve_app.ledger.schema import SUMS, USAGE_ROLLUP
 from serve_app.ledger.statements import within
 from serve_app.ledger.tally import NOTHING, Tally
-from serve_app.usage_report import UsageQuery, iso_time
+from serve_app.usage_report import UsageQuery, iso_time, shows_idle
 
 NO_PRICES: Final[Mapping[str, InstancePrice]] = MappingProxyType({})
 NO_RULES: Final[Mapping[str, IdleRule]] = MappingProxyType({})
-_BY_TENANT: Final = ("tenant",)
 
 _COLUMNS: Final = {
     "tenant": "tenant",
@@ -45,8 +44,10 @@ def report(
 
     ``overheads`` is what replicas' time went to beside requests, ``fleet`` all of it: the
     rows' cost and the overheads' are the fleet's, to the nano-dollar. ``idle`` says who
-    bears the idle part of the overheads, by the rules of the pools; it is in nobody's cost,
-    and a column of its own in a report by tenant.
+    bears the idle part of the overheads, by the rules of the pools; it is in nobody's cost.
+    Where the report's columns can carry it (usage_report.shows_idle) it is a column of its
+    own beside the cost, and both together are ``full_cost``: the rows' full cost, what idle
+    time nobody bears and the other overheads are the fleet's.
 
     Raises:
         StoreUnavailable: the database failed.
@@ -60,27 +61,22 @@ def report(
     with database.snapshot() as connection:
         found = [row for row in connection.execute(statement) if row.requests is not None]
         costs = read_costs(connection, query, columns, instances)
-        if idle_rules:
-            idle = read_idle(connection, query, instances, idle_rules)
-        else:
-            idle = IdleShares({}, costs.overheads[Overhead.IDLE].cost_nanousd)
+        idle = read_idle(connection, query, instances, idle_rules, costs.idle)
     tallies = {tuple(row[: len(columns)]): _tally(row) for row in found}
     nothing = CostTally()
     keys_ = tallies.keys() | costs.rows.keys()
-    if query.by == _BY_TENANT:
+    shown = shows_idle(query.by)
+    if shown:
         # Capacity may be kept for one who asked nothing.
-        keys_ |= {(str(tenant),) for tenant in idle.tenants}
-    data = [
-        {
-            **_keys(query, key),
-            **_figures(tallies.get(key, NOTHING), costs.rows.get(key, nothing)),
-            **(_idle_of(idle, key[0]) if query.by == _BY_TENANT else {}),
-        }
-        for key in sorted(keys_)
-    ]
+        keys_ |= idle.rows.keys()
+    data: list[dict[str, Any]] = []
+    for key in sorted(keys_):
+        cost = costs.rows.get(key, nothing)
+        row = _keys(query, key) | _figures(tallies.get(key, NOTHING), cost)
+        data.append(row | (_with_idle(cost, idle.rows.get(key, 0)) if shown else {}))
     whole = CostTally()
-    for row in costs.rows.values():
-        whole.add(row)
+    for each in costs.rows.values():
+        whole.add(each)
     return {
         "object": "usage_report",
         "currency": CURRENCY,
@@ -93,7 +89,7 @@ def report(
         ],
         "idle": {
             "tenants": [
-                {"tenant": tenant, **_idle_of(idle, tenant)} for tenant in sorted(idle.tenants)
+                {"tenant": tenant, **_idle(idle.tenants[tenant])} for tenant in sorted(idle.tenants)
             ],
             "unallocated_usd": dollars(idle.unallocated),
             "unallocated_nanousd": idle.unallocated,
@@ -150,6 +146,10 @@ def _spent(cost: CostTally) -> dict[str, Any]:
     }
 
 
-def _idle_of(idle: IdleShares, tenant: str) -> dict[str, Any]:
-    share = idle.tenants.get(TenantId(tenant), 0)
+def _idle(share: int) -> dict[str, Any]:
     return {"idle_cost_usd": dollars(share), "idle_cost_nanousd": share}
+
+
+def _with_idle(cost: CostTally, share: int) -> dict[str, Any]:
+    full = cost.cost_nanousd + share
+    return _idle(share) | {"full_cost_usd": dollars(full), "full_cost_nanousd": full}

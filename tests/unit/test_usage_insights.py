@@ -83,9 +83,9 @@ def test_usage_shows_true_cost_beside_the_price(
 ) -> None:
     out, _ = said(capsys, "--by", "tenant,model", "--config", config)
     lines = [line.split() for line in out.splitlines()]
-    assert lines[0][-4:] == ["ENGINE", "S", "COST", "USD"]
+    assert lines[0][-6:] == ["COST", "USD", "IDLE", "USD", "FULL", "USD"]
     assert [line[0] for line in lines[1:]] == ["acme", "bolt", "coil", "(idle)", "TOTAL"]
-    assert lines[-1][-2:] == ["54000.000", "75.000000"]
+    assert (lines[-1][-4], lines[-1][-1]) == ("54000.000", "75.000000")
 
 
 def test_top_puts_the_dearest_first_and_as_many_as_asked(

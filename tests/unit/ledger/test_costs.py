@@ -201,7 +201,7 @@ def test_what_default_coefficients_split_is_marked_in_every_report(
     header, rows = to_table(found)
     assert (header[-1], rows[0][-1], rows[-1][-1]) == ("PROVISIONAL S", "4.000", "4.000")
     assert {len(row) for row in rows} == {len(header)}
-    assert to_csv(found).splitlines()[1].endswith(",8,4,0")
+    assert to_csv(found).splitlines()[1].endswith(",8,4,0,0,0,")
     (pool,) = insight(database, "economics", UsageQuery(), CostSettings())["data"]
     assert (pool["provisional_s"], pool["provisional_ratio"]) == ("4", 0.5)
     ledger.rebuild()
@@ -228,14 +228,17 @@ def test_time_without_a_price_is_said_and_not_free(ledger: UsageLedger, database
     assert small["unpriced_s"] == "0"
     assert found["fleet"]["unpriced_s"] == str(3 * HOUR_S)
     header, rows = to_table(found)
-    assert header[-2:] == ["ENGINE S", "COST USD"]
-    assert rows[0][-1] == "no price"
+    assert header[-4:] == ["ENGINE S", "COST USD", "IDLE USD", "FULL USD"]
+    assert rows[0][-1] == rows[0][-3] == "no price"
     assert rows[-1][-1] == "15.000000+"
     assert [row[0] for row in rows[2:]] == ["(idle)", "TOTAL"]
     assert (
         to_csv(found)
         .splitlines()[0]
-        .endswith("engine_s,cost_usd,wasted_cost_usd,unpriced_s,provisional_s,kv_block_s")
+        .endswith(
+            "engine_s,cost_usd,wasted_cost_usd,unpriced_s,provisional_s,kv_block_s,"
+            "idle_cost_usd,full_cost_usd,overhead"
+        )
     )
 
 

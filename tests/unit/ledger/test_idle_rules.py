@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import io
+
 import pytest
 from pydantic import ValidationError
 
@@ -89,22 +92,85 @@ def test_each_pool_goes_by_its_own_rule(town: Database) -> None:
     assert by_use["acme"] > by_use["bolt"] > 0
 
 
-def test_the_table_and_the_csv_have_the_column_by_tenant_and_no_other_report_has(
+BILL = 3 * (2 * nanousd("2.5") + nanousd("9.81"))
+
+
+def csv_sums(text: str) -> dict[str, int]:
+    """Return the sums of a CSV's dollars, rows of what is beside requests included."""
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert any(row["overhead"] == "idle" for row in rows)
+    names = [name for name in rows[0] if name.endswith("cost_usd") and "wasted" not in name]
+    return {name: sum(nanousd(row[name]) for row in rows) for name in names}
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize(
+    "by", ["tenant", "tenant,model", "model,tenant,hour", "hour", "model", "hour,tenant"]
+)
+def test_idle_is_a_column_wherever_tenants_can_bear_it_and_all_of_it_is_the_bill(
+    town: Database, rules: str, by: str
+) -> None:
+    made = found(town, rules, by)
+    idle = overhead(made, Overhead.IDLE)
+    rows = sum(row["full_cost_nanousd"] for row in made["data"])
+    borne = sum(row["idle_cost_nanousd"] for row in made["data"])
+    assert borne + made["idle"]["unallocated_nanousd"] == idle > 0
+    assert borne == sum(row["idle_cost_nanousd"] for row in made["idle"]["tenants"])
+    rest = sum(row["cost_nanousd"] for row in made["overheads"]) - idle
+    assert rows + rest + made["idle"]["unallocated_nanousd"] == BILL
+    assert made["fleet"]["cost_nanousd"] == BILL
+    header, lines = to_table(made)
+    assert {len(row) for row in lines} == {len(header)}
+    place = header.index("IDLE USD")
+    assert header[place - 1 : place + 2] == ["COST USD", "IDLE USD", "FULL USD"]
+    cells = {row[0]: row[place - 1 : place + 2] for row in lines}
+    assert cells["(idle)"][0] == "0.000000"
+    assert cells["TOTAL"][2] == "44.430000"
+    assert [nanousd(cell) for cell in cells["TOTAL"]] == pytest.approx(
+        [BILL - idle, idle, BILL], abs=1000
+    )
+    sums = csv_sums(to_csv(made))
+    assert sums == {
+        "cost_usd": BILL - idle,
+        "idle_cost_usd": idle,
+        "full_cost_usd": BILL,
+    }
+
+
+@pytest.mark.parametrize("by", ["user", "key", "tenant,user", "class", "tag", ""])
+def test_idle_is_a_row_where_a_rule_says_nothing_and_all_of_it_is_the_bill(
+    town: Database, by: str
+) -> None:
+    made = found(town, "one of each", by)
+    header, rows = to_table(made)
+    assert "IDLE USD" not in header
+    assert rows[-1][header.index("COST USD")] == "44.430000"
+    if by:
+        assert "(idle)" in [row[0] for row in rows]
+    assert csv_sums(to_csv(made)) == {"cost_usd": BILL}
+    # Who bears it is said all the same.
+    borne = sum(row["idle_cost_nanousd"] for row in made["idle"]["tenants"])
+    assert borne + made["idle"]["unallocated_nanousd"] == overhead(made, Overhead.IDLE)
+
+
+def test_a_tenants_idle_time_goes_with_its_models_and_with_the_hours_that_were_idle(
     town: Database,
 ) -> None:
-    made = found(town, "one of each")
-    header, rows = to_table(made)
-    assert header[-1] == "IDLE USD"
-    assert {len(row) for row in rows} == {len(header)}
-    cells = {row[0]: row[-1] for row in rows}
-    assert cells["corp"] != "0.000000"
-    assert cells["(idle)"] == "0.000000"
-    assert to_csv(made).splitlines()[0].endswith(",idle_cost_usd")
-    assert "IDLE USD" not in to_table(found(town, "unallocated"))[0]
-    other = found(town, "one of each", "model")
-    assert "IDLE USD" not in to_table(other)[0]
-    assert "idle_cost_usd" not in to_csv(other)
-    assert nanousd(other["idle"]["unallocated_usd"]) == other["idle"]["unallocated_nanousd"]
+    whole = {row["tenant"]: row["idle_cost_nanousd"] for row in found(town, "one of each")["data"]}
+    made = found(town, "one of each", "tenant,model")
+    by_model = {(row["tenant"], row["model"]): row["idle_cost_nanousd"] for row in made["data"]}
+    assert by_model["corp", ""] == pytest.approx(whole["corp"], abs=9)
+    # Each pool serves one model here: a tenant's part of the pool is its part of the model.
+    assert by_model["bolt", "small"] == pytest.approx(whole["bolt"], abs=9)
+    large = by_model["acme", "large"]
+    assert large == pytest.approx(whole["corp"] / 3, abs=9)
+    assert by_model["acme", "small"] == pytest.approx(whole["acme"] - large, abs=18)
+    hours = found(town, "by use", "hour")["data"]
+    plain = [found(town, "unallocated", "hour")["data"], hours]
+    assert [row["cost_usd"] for row in plain[0]] == [row["cost_usd"] for row in plain[1]]
+    # All is borne: each hour has the idle time that it had.
+    prices = 2 * nanousd("2.5") + nanousd("9.81")
+    assert [row["full_cost_nanousd"] for row in hours] == pytest.approx([prices] * 3, abs=9)
 
 
 @pytest.mark.parametrize(
