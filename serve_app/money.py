@@ -14,7 +14,7 @@ from serve_app.audit import Audit
 from serve_app.books import Books
 from serve_app.core.budget import BudgetKey, scopes_of
 from serve_app.core.pricing import FREE, Priced, Rates
-from serve_app.core.purses import LINGER_S, Lacking, Overdrawn, Reserved
+from serve_app.core.purses import Lacking, Overdrawn, Reserved
 from serve_app.core.types import RequestId, Usage
 from serve_app.engine.transport import Cap
 from serve_app.errors import ApiError, InsufficientQuota, RateLimited, Unavailable
@@ -107,7 +107,7 @@ class Money:
 
     def reserve(self, fare: Fare) -> Answer:
         """Reserve at once, without waiting: all of it, or a part of what is left."""
-        left = min(self._link.purses.left(key) for key in fare.keys)
+        left = self._link.left(fare.request_id, fare.keys)
         amount = min(fare.most, max(fare.useful, left // SHARE_OF_LEFT))
         answer = self._link.reserve(fare.request_id, fare.keys, amount, fare.least)
         if isinstance(answer, Reserved):
@@ -161,17 +161,15 @@ class Money:
 
     def acknowledge(self, payloads: Sequence[bytes]) -> None:
         """Let go of what these records cost: the ledger has them."""
+        purses, now_s = self._link.purses, self._link.now_s()
         for request_id in self._told(payloads):
-            self._link.purses.acknowledge(request_id)
+            purses.acknowledge(request_id, now_s)
+        purses.heard(now_s)
 
     def lose(self, payloads: Sequence[bytes]) -> None:
-        """Let go, after a while, of what these records cost: no ledger will have them.
-
-        By then it has what the engines say of the same requests.
-        """
-        loop = asyncio.get_running_loop()
+        """Let go, after a while, of what these records cost: no ledger will have them."""
         for request_id in self._told(payloads):
-            loop.call_later(LINGER_S, self._link.purses.acknowledge, request_id)
+            self._link.purses.lose(request_id)
 
     def _told(self, payloads: Sequence[bytes]) -> list[RequestId]:
         """Return the requests that routers' records are of: an engine's tells of one attempt."""

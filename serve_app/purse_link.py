@@ -1,7 +1,9 @@
 """A router's money: reserved for a request before it is admitted, settled when it ends.
 
 ``core/purses.py`` decides. Nothing is awaited where the router's purses suffice; what they
-lack is fetched from Control, and what the ledger has is let go of once a second.
+lack is fetched from Control, and what the ledger has is let go of once a second. A request is
+paid for by the period in which it came as its id tells, where the ledger books it: the wall
+clock says only whose periods' money need not be kept at hand.
 """
 
 from __future__ import annotations
@@ -13,9 +15,10 @@ from typing import Protocol
 
 from serve_app.contact import Contact
 from serve_app.core.budget import Account, BudgetKey, BudgetList, Line
-from serve_app.core.purses import Lacking, Overdrawn, Purses, Reserved
+from serve_app.core.purses import Lacking, Overdrawn, Purses, Reserved, Statement
 from serve_app.core.types import RequestId
 from serve_app.treasury import MoneyBell
+from serve_app.usage import arrived_at_s
 
 logger = logging.getLogger("headrace.purses")
 
@@ -52,7 +55,6 @@ class PurseLink:
         self._link = link
         self._clock = clock
         self._wall_clock = wall_clock
-        self._wall_s = wall_clock()
         self._expired_at_s = clock()
         self._waiting: dict[RequestId, Lacking] = {}
         self._recalled: set[BudgetKey] = set()
@@ -67,13 +69,13 @@ class PurseLink:
     async def stop(self) -> None:
         """Let go of everything that is free, if Control is there, and end both tasks."""
         await self._contact.stop()
-        self.purses.give_back(self.purses.keys())
-        accounts = self.purses.accounts()
-        if not accounts:
+        self.purses.give_back(self.purses.budgets())
+        statement = self.purses.state()
+        if not statement.accounts:
             return
         try:
             async with asyncio.timeout(LEAVE_TIMEOUT_S):
-                await self._link.lend(self._router, accounts)
+                await self._link.lend(self._router, list(statement.accounts))
         except Exception as error:  # noqa: BLE001  # away in whatever way
             logger.info("money was not given back: %.200s", error)
 
@@ -85,13 +87,18 @@ class PurseLink:
         self, request_id: RequestId, keys: Sequence[BudgetKey], amount: int, least: int
     ) -> Answer:
         """Reserve of every budget or of none, at once."""
+        at_s = int(arrived_at_s(request_id))
         return self.purses.reserve(
-            request_id, keys, amount, least=least, wall_s=self._wall(), now_s=self._clock()
+            request_id, keys, amount, least=least, at_s=at_s, now_s=self._clock()
         )
+
+    def left(self, request_id: RequestId, keys: Sequence[BudgetKey]) -> int:
+        """Return what the budget that is nearest to its end had left when last heard of."""
+        at_s = arrived_at_s(request_id)
+        return min(self.purses.left(key, at_s) for key in keys)
 
     def extend(self, request_id: RequestId, more: int, least: int) -> Answer | None:
         """Reserve more for a request that runs, at once; None if it has ended."""
-        self._wall()
         return self.purses.extend(request_id, more, least=least, now_s=self._clock())
 
     async def fetch(
@@ -108,17 +115,16 @@ class PurseLink:
         finally:
             self._waiting.pop(request_id, None)
 
-    def _wall(self) -> float:
-        """Return the wall clock's time, which here never goes back over a period's edge."""
-        self._wall_s = max(self._wall_s, self._wall_clock())
-        return self._wall_s
-
     async def _exchange(self) -> None:
         while True:
             self._expire()
-            accounts = self._accounts()
-            if accounts and not await self._tell(accounts):
-                continue
+            statement = self._state()
+            if statement.accounts or self.purses.awaits_ledger:
+                if not await self._tell(statement):
+                    continue
+            else:
+                # What is waited for came free here.
+                self._contact.wake()
             # Who has got what it lacked need not be asked for again.
             await asyncio.sleep(0)
             await self._contact.kicked(RECALL_WAIT_S if self._waiting else PERIOD_S)
@@ -128,31 +134,29 @@ class PurseLink:
         now_s = self._clock()
         if now_s - self._expired_at_s >= PERIOD_S:
             self._expired_at_s = now_s
-            self.purses.expire(now_s, self._wall())
+            known = self.list.version >= 0
+            gone = [each for each in self.purses.budgets() if known and each not in self.list.keys]
+            self.purses.expire(now_s, self._wall_clock(), gone)
 
-    def _accounts(self) -> list[Account]:
+    def _state(self) -> Statement:
         """Return what is to be told: what requests lack, recalls, what was let go of."""
-        needs: dict[BudgetKey, int] = {}
-        for lacking in self._waiting.values():
-            for key, need in lacking.needs:
-                needs[key] = needs.get(key, 0) + need
         recalled, self._recalled = self._recalled, set()
         # Also of what is lacked here, which then is asked for later: of two routers that hold
         # too little each, one must get enough.
         self.purses.give_back(recalled)
-        accounts = self.purses.accounts(
-            (key, need) for key, need in needs.items() if key not in recalled
-        )
-        told = {each.key for each in accounts}
-        return accounts + [self.purses.account(key) for key in recalled - told]
+        needs = [need for lacking in self._waiting.values() for need in lacking.needs]
+        return self.purses.state([each for each in needs if each.key not in recalled], recalled)
 
-    async def _tell(self, accounts: list[Account]) -> bool:
-        call = self._link.lend(self._router, accounts)
+    async def _tell(self, statement: Statement) -> bool:
+        call = self._link.lend(self._router, list(statement.accounts))
         lines = await self._contact.ask(call, EXCHANGE_TIMEOUT_S)
         if lines is None:
             return False
         self._contact.away = False
-        self.purses.accept(accounts, lines, self._clock())
+        now_s = self._clock()
+        self.purses.accept(statement, lines, now_s)
+        # Money and the ledger are in one database.
+        self.purses.heard(now_s)
         self._contact.wake()
         return True
 

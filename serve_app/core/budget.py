@@ -5,11 +5,15 @@ was granted and has not released; the three together never exceed the budget. Bo
 of a router only grow, so messages may be lost, doubled or late. A router spends what it
 was granted (``core/purses.py``), and releases what a request cost only when the ledger has
 it, so that at no moment a nano-dollar is counted nowhere.
+
+Which period pays follows from when a request came, and from nothing else: the ledger books it
+in the hour that its id tells, and the money reserved for it is that of the same hour. Nobody's
+clock is asked again, so one that is wrong, or is set, moves no money to another window.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -113,12 +117,12 @@ class Balance:
 FOREVER = Period(0, 1 << 62)
 
 
-def period_of(budget: Budget, wall_s: int, begun_s: int = 0) -> Period:
-    """Return the period to spend in: that of ``wall_s``, or the one begun if that is later.
+def period_of(budget: Budget, at_s: int) -> Period:
+    """Return the period that pays for a request that came at ``at_s``, wall seconds.
 
-    So a clock that goes back across a window's edge begins nothing a second time.
+    A rolling window's begins with that hour and does not end: money that was lent when the
+    hours before it were counted pays for later requests, and for no earlier one.
     """
-    at_s = max(wall_s, begun_s)
     if budget.window is Window.DAY:
         start_s = day_start_s(at_s)
         return Period(start_s, start_s + DAY_S)
@@ -127,14 +131,27 @@ def period_of(budget: Budget, wall_s: int, begun_s: int = 0) -> Period:
         return Period(start_s, start_s + WEEK_S)
     if budget.window is Window.MONTH:
         return Period(month_start_s(at_s), next_month_start_s(at_s))
+    if budget.window is Window.ROLLING:
+        return Period(at_s // HOUR_S * HOUR_S, FOREVER.end_s)
     return FOREVER
 
 
-def counted(budget: Budget, period: Period, wall_s: int) -> Period:
-    """Return the whole hours whose spending counts: for a rolling window those it touches."""
+def counted(budget: Budget, period: Period) -> Period:
+    """Return the hours whose spending counts in a period: of a rolling window those before too."""
     if budget.window is not Window.ROLLING:
         return period
-    return Period((wall_s - budget.rolling_s) // HOUR_S * HOUR_S, period.end_s)
+    return Period(period.start_s - budget.rolling_s, period.end_s)
+
+
+def shares(budget: Budget, period: Period, start_s: int) -> bool:
+    """Whether money lent for the period that began at ``start_s`` may be spent in this one.
+
+    That of an earlier one may if the window was changed since; that of the one just before it
+    is its own.
+    """
+    if budget.window in (Window.ROLLING, Window.NONE):
+        return True
+    return start_s < period.end_s and start_s != period_of(budget, period.start_s - 1).start_s
 
 
 def allot(available: int, need: int, routers: int) -> int:
@@ -160,7 +177,8 @@ def crossed(budget: Budget, before_nanousd: int, after_nanousd: int) -> list[flo
 class Account:
     """A router's side of one budget's period: all that it ever got and let go of.
 
-    It knows of ``granted``, has let go of ``released``, and lacks ``need`` more.
+    It knows of ``granted``, has let go of ``released``, and lacks ``need`` more for requests
+    that came at ``at_s``, which may be of another period than the account.
     """
 
     key: BudgetKey
@@ -168,13 +186,15 @@ class Account:
     granted: int
     released: int
     need: int = 0
+    at_s: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Control's side: ``granted`` in all. ``left`` is the budget less what was spent.
+    """Control's side: ``granted`` and ``released`` in all. ``left`` is what is not spent.
 
-    ``unmet`` says that the need was not met, and ``pending`` that others are being asked.
+    ``needed`` says that it answers a need, ``unmet`` that this was not met, and ``pending`` that
+    others are being asked.
     """
 
     key: BudgetKey
@@ -183,6 +203,8 @@ class Line:
     left: int
     unmet: bool = False
     pending: bool = False
+    released: int = 0
+    needed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,30 +220,78 @@ class Grant:
         return self.granted - self.released
 
 
-def lend(
+class Lent(NamedTuple):
+    """Names a grant: to which router, and when the period that it is of begins."""
+
+    router: str
+    start_s: int
+
+
+def answer(
     budget: Budget,
     account: Account,
     *,
     router: str,
-    period: Period,
-    spent: int,
-    grants: Mapping[str, Grant],
+    grants: Mapping[Lent, Grant],
+    spent: Callable[[Period], int],
     routers: int,
-) -> tuple[Grant, Line]:
-    """Return a router's grant after it has told its account, and the line to answer with.
+) -> tuple[dict[Lent, Grant], list[Line]]:
+    """Return the grants that change by what a router tells, and the lines to answer it with.
 
-    ``spent`` is what the ledger has for ``period`` and ``grants`` what routers have of it,
-    all as they are now; the new grant must be kept before the line is given out.
+    ``grants`` are all of the budget, and ``spent`` what the ledger has of some hours, as they are
+    now; what changed must be kept before a line is given out.
     """
-    own = grants.get(router, Grant())
+    changed: dict[Lent, Grant] = {}
+    lines: list[Line] = []
+    told = Lent(router, account.start_s)
+    period = period_of(budget, account.at_s if account.need else account.start_s)
+    settles_only = not account.need and period.start_s != account.start_s
+    if period.start_s != account.start_s and told in grants:
+        own = grants[told]
+        changed[told] = Grant(own.granted, max(own.released, account.released))
+    if not settles_only:
+        mine = Lent(router, period.start_s)
+        others = [
+            each.outstanding
+            for name, each in {**grants, **changed}.items()
+            if name != mine and shares(budget, period, name.start_s)
+        ]
+        left = budget.amount_nanousd - spent(counted(budget, period))
+        changed[mine], line = _lend(
+            account, period, left, grants.get(mine, Grant()), others=sum(others), routers=routers
+        )
+        lines.append(line)
+    for name, each in grants.items():
+        # Of a grant that never arrived a router knows nothing: it lets go of it when told.
+        if name.router == router and each.outstanding and name not in changed:
+            lines.append(_reminder(budget, name.start_s, each, spent))
+    return changed, lines
+
+
+def _lend(
+    account: Account, period: Period, left: int, own: Grant, *, others: int, routers: int
+) -> tuple[Grant, Line]:
+    """Return a router's grant of a period after it has told its account, and its line.
+
+    ``others`` is all else that is outstanding and may be spent in that period.
+    """
     known = 0
     if account.start_s == period.start_s:
         # A router may know of more than is kept only if the database went back in time.
         known = account.granted
         own = Grant(max(own.granted, known), max(own.released, account.released))
-    left = budget.amount_nanousd - spent
-    others = sum(each.outstanding for name, each in grants.items() if name != router)
-    need = account.need - (own.granted - known)
+    # A router that closed its account of the period has let go of all that it knew.
+    need = account.need - (own.granted - max(known, own.released))
     given = allot(left - others - own.outstanding, need, routers) if need > 0 else 0
     own = Grant(own.granted + given, own.released)
-    return own, Line(budget.key, period, own.granted, left, unmet=given < need)
+    needed, unmet = account.need > 0, given < need
+    return own, Line(
+        account.key, period, own.granted, left, unmet, released=own.released, needed=needed
+    )
+
+
+def _reminder(budget: Budget, start_s: int, own: Grant, spent: Callable[[Period], int]) -> Line:
+    period = period_of(budget, start_s)
+    left = budget.amount_nanousd - spent(counted(budget, period))
+    period = Period(start_s, max(period.end_s, start_s + HOUR_S))
+    return Line(budget.key, period, own.granted, left, released=own.released)

@@ -9,16 +9,26 @@ Source of the two phases (pending; then posted, voided or expired): TigerBeetle'
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Collection, Container, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from serve_app.core.budget import Account, BudgetKey, Line, Period
+from serve_app.core.calendar import HOUR_S
 from serve_app.core.types import RequestId
 
-# How long what a cut-off request may still be billed stays reserved: by then the ledger has
-# the engine's own account.
+# How long what a cut-off request may still be billed stays reserved after the ledger has the
+# router's account of it: by then it has the engine's own.
 LINGER_S = 30.0
 DENIED_S = 1.0
+
+
+class Need(NamedTuple):
+    """So much more of a budget is lacked, for requests that came in the hour ``at_s``."""
+
+    key: BudgetKey
+    at_s: int
+    amount: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +42,7 @@ class Reserved:
 class Lacking:
     """Nothing was reserved: more may be had from Control."""
 
-    needs: tuple[tuple[BudgetKey, int], ...]
+    needs: tuple[Need, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +66,7 @@ class _Purse:
     told: int = 0
     left: int = 0
     denied_until_s: float = float("-inf")
+    denied_hour_s: int = 0
 
     @property
     def free(self) -> int:
@@ -63,29 +74,69 @@ class _Purse:
 
     @property
     def is_settled(self) -> bool:
-        return self.granted == self.released and not self.reserved and not self.posted
+        open_ = self.granted != self.released or self.reserved or self.posted
+        return not open_ and self.told >= self.released
+
+    def pays_for(self, at_s: float) -> bool:
+        return self.period.start_s <= at_s < self.period.end_s
+
+    def denied(self, hour_s: int, now_s: float) -> bool:
+        """Whether Control has just said that no more is to be had for what came in an hour.
+
+        A rolling window may have more for later ones.
+        """
+        return self.denied_until_s > now_s and hour_s <= self.denied_hour_s
+
+    def overlaps(self, other: _Purse) -> bool:
+        mine, its = self.period, other.period
+        return mine.start_s < its.end_s and its.start_s < mine.end_s
+
+    def let_go(self) -> bool:
+        """Release what is free; tell whether there was some."""
+        free = max(0, self.free)
+        self.released += free
+        return free > 0
 
 
 @dataclass(slots=True)
 class _Hold:
-    """What a request reserved of each of its purses, and what it cost once that is known."""
+    """What a request reserved of each of its purses, and what it cost once that is known.
+
+    It came in the hour ``at_s``. ``keep_until_s`` is when no engine has more to say of it.
+    """
 
     purses: tuple[_Purse, ...]
     amount: int
+    at_s: int
     posted: int = 0
     acknowledged: bool = False
     settled: bool = False
     keep_until_s: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """What a router tells Control at one time; one of a higher ``number`` is a later one."""
+
+    number: int
+    accounts: tuple[Account, ...]
+
+
 @dataclass(slots=True)
 class Purses:
-    """One router's money. Pure: ``now_s`` is monotonic, ``wall_s`` the wall clock's."""
+    """One router's money. Pure: ``now_s`` is monotonic, ``wall_s`` the wall clock's.
 
-    _purses: dict[BudgetKey, _Purse] = field(default_factory=dict)
-    _old: list[_Purse] = field(default_factory=list)
+    Requests are paid for by the purse of the hour ``at_s`` in which they came, wall seconds, and
+    by no other, whatever a clock says by now: it is the hour that the ledger books them in.
+    """
+
+    # Of each budget, what was lent last first: of two that overlap it is of the window in force.
+    _purses: dict[BudgetKey, list[_Purse]] = field(default_factory=dict)
     _holds: dict[RequestId, _Hold] = field(default_factory=dict)
     _lingering: dict[RequestId, _Hold] = field(default_factory=dict)
+    _lost: set[RequestId] = field(default_factory=set)
+    _said: int = 0
+    _answered: int = 0
 
     @property
     def open_requests(self) -> int:
@@ -97,13 +148,18 @@ class Purses:
         """Whether some request reserved something that was not let go of yet."""
         return bool(self._holds)
 
-    def keys(self) -> list[BudgetKey]:
+    @property
+    def awaits_ledger(self) -> bool:
+        """Whether something is kept until the ledger is heard of."""
+        return bool(self._lost)
+
+    def budgets(self) -> list[BudgetKey]:
         """Return the budgets that there are purses for."""
         return list(self._purses)
 
-    def left(self, key: BudgetKey) -> int:
+    def left(self, key: BudgetKey, at_s: float) -> int:
         """Return what a budget had left when Control last spoke of it; 0 if it never did."""
-        purse = self._purses.get(key)
+        purse = self._purse(key, at_s)
         return 0 if purse is None else max(0, purse.left)
 
     def reserve(
@@ -113,7 +169,7 @@ class Purses:
         amount: int,
         *,
         least: int,
-        wall_s: float,
+        at_s: int,
         now_s: float,
     ) -> Reserved | Lacking | Overdrawn:
         """Reserve ``amount`` of every budget, or nothing of any; 0 <= least <= amount.
@@ -123,12 +179,13 @@ class Purses:
         """
         assert request_id not in self._holds, "a request reserves once"
         assert 0 <= least <= amount
-        needs: list[tuple[BudgetKey, int]] = []
+        hour_s = at_s // HOUR_S * HOUR_S
+        needs: list[Need] = []
         found: list[_Purse] = []
         for key in keys:
-            purse = self._purse(key, wall_s)
-            if purse is None or (purse.free < amount and purse.denied_until_s <= now_s):
-                needs.append((key, amount))
+            purse = self._purse(key, at_s)
+            if purse is None or (purse.free < amount and not purse.denied(hour_s, now_s)):
+                needs.append(Need(key, hour_s, amount))
             elif purse.free < least:
                 return Overdrawn(key, exhausted=purse.left < least)
             else:
@@ -138,7 +195,7 @@ class Purses:
         amount = min(amount, *(purse.free for purse in found)) if found else amount
         for purse in found:
             purse.reserved += amount
-        self._holds[request_id] = _Hold(tuple(found), amount)
+        self._holds[request_id] = _Hold(tuple(found), amount, hour_s)
         return Reserved(amount)
 
     def extend(
@@ -146,17 +203,18 @@ class Purses:
     ) -> Reserved | Lacking | Overdrawn | None:
         """Reserve ``more`` for a request that runs, as ``reserve`` does; None if it has ended.
 
-        Of the periods in which it was admitted: of one that is over no more is to be had.
+        Of the purses that it was admitted by: of one whose window was changed no more is to be
+        had.
         """
         assert 0 <= least <= more
         hold = self._holds.get(request_id)
         if hold is None or hold.settled:
             return None
-        needs: list[tuple[BudgetKey, int]] = []
+        needs: list[Need] = []
         for purse in hold.purses:
-            current = self._purses.get(purse.key) is purse
-            if current and purse.free < more and purse.denied_until_s <= now_s:
-                needs.append((purse.key, more))
+            current = self._purse(purse.key, hold.at_s) is purse
+            if current and purse.free < more and not purse.denied(hold.at_s, now_s):
+                needs.append(Need(purse.key, hold.at_s, more))
             elif purse.free < least:
                 return Overdrawn(purse.key, exhausted=current and purse.left < least)
         if needs:
@@ -172,7 +230,8 @@ class Purses:
     ) -> None:
         """Post what a request cost; the rest is free again. Unknown ids have no effect.
 
-        A cost that is not ``final`` may still grow: the rest stays reserved for a while.
+        A cost that is not ``final`` may still grow: the rest stays reserved until the ledger has
+        this router's account of it, and for a while after that.
         """
         hold = self._holds.get(request_id)
         if hold is None or hold.settled:
@@ -184,17 +243,14 @@ class Purses:
             purse.posted += cost
         hold.amount, hold.posted = rest, cost
         if hold.acknowledged:
-            self._release(hold)
-        if rest:
-            hold.keep_until_s = now_s + LINGER_S
-            self._lingering[request_id] = hold
+            self._release(request_id, hold, now_s)
         self._close(request_id, hold)
 
     def void(self, request_id: RequestId) -> None:
         """Free what a request reserved: it cost nothing. Unknown ids have no effect."""
         self.settle(request_id, 0)
 
-    def acknowledge(self, request_id: RequestId) -> None:
+    def acknowledge(self, request_id: RequestId, now_s: float) -> None:
         """Let go of what a request cost, once it is known: the ledger has it.
 
         Unknown ids have no effect.
@@ -202,113 +258,174 @@ class Purses:
         hold = self._holds.get(request_id)
         if hold is not None:
             hold.acknowledged = True
-            self._release(hold)
+            if hold.settled:
+                self._release(request_id, hold, now_s)
             self._close(request_id, hold)
 
-    def expire(self, now_s: float, wall_s: float) -> None:
-        """Let go of what lingered long enough, and of what is left of periods that are over.
+    def lose(self, request_id: RequestId) -> None:
+        """No ledger will have this router's account of a request; unknown ids have no effect.
 
-        What lingered may have been billed, without a word to this router, by the engine's own
-        account: only Control, which has the ledger, knows what of it there still is.
+        What it cost is kept for a while after the ledger was next ``heard``: then it has what
+        the engine says.
+        """
+        if request_id in self._holds:
+            self._lost.add(request_id)
+
+    def heard(self, now_s: float) -> None:
+        """Take note that the ledger is there."""
+        for request_id in list(self._lost):
+            hold = self._holds.get(request_id)
+            if hold is None or hold.settled:
+                self._lost.discard(request_id)
+            if hold is not None and hold.settled:
+                self._linger(request_id, hold, now_s)
+
+    def expire(self, now_s: float, wall_s: float, gone: Container[BudgetKey] = ()) -> None:
+        """Let go of what lingered long enough, and of what is free of periods that are not now.
+
+        And of budgets that are ``gone``. What lingered may have been billed, without a word to
+        this router, by the engine's own account: only Control, which has the ledger, knows what
+        of it there still is.
         """
         for request_id, hold in list(self._lingering.items()):
             if hold.keep_until_s is not None and hold.keep_until_s > now_s:
                 break
             for purse in hold.purses:
                 purse.reserved -= hold.amount
-                purse.released += hold.amount
-            hold.amount = 0
+                purse.posted -= hold.posted
+                purse.released += hold.amount + hold.posted
+            hold.amount = hold.posted = 0
             del self._lingering[request_id]
             self._close(request_id, hold)
-        for key in list(self._purses):
-            self._purse(key, wall_s)
-        for purse in self._old:
-            purse.released += max(0, purse.free)
-        self._old = [each for each in self._old if not each.is_settled or each.told < each.released]
+        for key, purses in list(self._purses.items()):
+            kept = []
+            for number, purse in enumerate(purses):
+                used = key not in gone and purse.pays_for(wall_s)
+                used = used and not any(purse.overlaps(each) for each in purses[:number])
+                if not used:
+                    purse.let_go()
+                if used or not purse.is_settled:
+                    kept.append(purse)
+            self._purses[key] = kept
+            if not kept:
+                del self._purses[key]
 
     def give_back(self, keys: Iterable[BudgetKey]) -> None:
         """Let go of all that is free of these budgets: another router needs it."""
         for key in keys:
-            purse = self._purses.get(key)
-            if purse is not None and purse.free > 0:
-                purse.released += purse.free
+            for purse in self._purses.get(key, ()):
+                purse.let_go()
 
-    def accounts(self, needs: Iterable[tuple[BudgetKey, int]] = ()) -> list[Account]:
-        """Return what to tell Control: budgets that are lacked, and all that was let go of."""
-        wanted = dict(needs)
-        accounts = []
-        for purse in [*self._purses.values(), *self._old]:
-            need = wanted.pop(purse.key, 0) if self._purses.get(purse.key) is purse else 0
-            need = max(0, need - purse.free)
-            if need or purse.told < purse.released:
-                accounts.append(_account(purse, need))
-        return accounts + [Account(key, 0, 0, 0, need) for key, need in wanted.items()]
+    def state(self, needs: Iterable[Need] = (), recalled: Collection[BudgetKey] = ()) -> Statement:
+        """Return what to tell Control: budgets that are lacked, and all that was let go of.
 
-    def account(self, key: BudgetKey) -> Account:
-        """Return a budget's account though nothing changed: the answer to a recall."""
-        purse = self._purses.get(key)
-        return Account(key, 0, 0, 0) if purse is None else _account(purse, 0)
-
-    def accept(self, sent: Iterable[Account], lines: Iterable[Line], now_s: float) -> None:
-        """Take Control's answer to accounts that were sent."""
-        released = {(each.key, each.start_s): each.released for each in sent}
-        for purse in [*self._purses.values(), *self._old]:
-            told = released.get((purse.key, purse.period.start_s), 0)
-            purse.told = max(purse.told, told)
-        for line in lines:
-            known = self._purses.get(line.key)
-            if known is None or _follows(line, known, released):
-                if known is not None:
-                    self._old.append(known)
-                known = self._purses[line.key] = self._opened(line)
-            if known.period.start_s != line.period.start_s:
+        And how those stand that were ``recalled``, though nothing changed. What was let go of
+        comes first: it may be what is lacked.
+        """
+        unknown: dict[tuple[BudgetKey, int], int] = {}
+        lacked: dict[tuple[BudgetKey, int], Need] = {}
+        for need in needs:
+            purse = self._purse(need.key, need.at_s)
+            if purse is None:
+                unknown[need.key, need.at_s] = unknown.get((need.key, need.at_s), 0) + need.amount
                 continue
-            known.period = line.period
-            known.granted = max(known.granted, line.granted)
-            known.left = line.left
-            if line.unmet and not line.pending:
-                known.denied_until_s = now_s + DENIED_S
+            name = (need.key, purse.period.start_s)
+            before = lacked.get(name, need._replace(amount=0))
+            at_s = max(before.at_s, need.at_s)
+            lacked[name] = Need(need.key, at_s, before.amount + need.amount)
+        told: list[Account] = []
+        asked = [Account(key, 0, 0, 0, need, at_s) for (key, at_s), need in unknown.items()]
+        for purse in [each for purses in self._purses.values() for each in purses]:
+            want = lacked.get((purse.key, purse.period.start_s))
+            amount = 0 if want is None else max(0, want.amount - purse.free)
+            if want is not None and amount:
+                asked.append(_account(purse, amount, want.at_s))
+            elif purse.told < purse.released or purse.key in recalled:
+                told.append(_account(purse))
+        told += [Account(key, 0, 0, 0) for key in recalled if key not in self._purses]
+        self._said += 1
+        return Statement(self._said, (*told, *asked))
 
-    def _opened(self, line: Line) -> _Purse:
-        """Return the purse of a line's period, which may have been closed too early."""
-        for purse in self._old:
-            if purse.key == line.key and purse.period.start_s == line.period.start_s:
-                self._old = [each for each in self._old if each is not purse]
+    def accept(self, statement: Statement, lines: Iterable[Line], now_s: float) -> None:
+        """Take Control's answer to a statement; one to an earlier statement than the last is late.
+
+        All that it says was said again since, and the purses that it is of may be gone.
+        """
+        if statement.number <= self._answered:
+            return
+        self._answered = statement.number
+        for account in statement.accounts:
+            purse = self._at(account.key, account.start_s)
+            if purse is not None:
+                purse.told = max(purse.told, account.released)
+        freed: set[BudgetKey] = set()
+        for line in sorted(lines, key=lambda line: line.needed):
+            purse = self._at(line.key, line.period.start_s)
+            is_new = purse is None
+            if purse is None:
+                purse = _Purse(line.key, line.period, 0, line.released, told=line.released)
+                self._purses.setdefault(line.key, []).append(purse)
+            purse.granted = max(purse.granted, line.granted)
+            purse.left = line.left
+            if line.needed:
+                purse.period = line.period
+                if self._put_first(purse):
+                    freed.add(line.key)
+            elif is_new and purse.let_go():
+                freed.add(line.key)
+            # What was just let go of here may be what lacked: it is asked for again.
+            if line.unmet and not line.pending and line.key not in freed:
+                purse.denied_until_s = now_s + DENIED_S
+                purse.denied_hour_s = _hour_of(line, statement)
+
+    def _put_first(self, purse: _Purse) -> bool:
+        """Have a purse pay before those it overlaps; tell whether these let go of anything."""
+        others = [each for each in self._purses.get(purse.key, ()) if each is not purse]
+        self._purses[purse.key] = [purse, *others]
+        gave = [each for each in others if each.overlaps(purse) and each.let_go()]
+        return bool(gave)
+
+    def _purse(self, key: BudgetKey, at_s: float) -> _Purse | None:
+        """Return the purse that pays for what came at ``at_s``."""
+        for purse in self._purses.get(key, ()):
+            if purse.pays_for(at_s):
                 return purse
-        return _Purse(line.key, line.period)
+        return None
 
-    def _purse(self, key: BudgetKey, wall_s: float) -> _Purse | None:
-        """Return the purse of the period of now; one whose period is over is closed."""
-        purse = self._purses.get(key)
-        if purse is not None and wall_s >= purse.period.end_s:
-            self._old.append(self._purses.pop(key))
-            return None
-        return purse
+    def _at(self, key: BudgetKey, start_s: int) -> _Purse | None:
+        for purse in self._purses.get(key, ()):
+            if purse.period.start_s == start_s:
+                return purse
+        return None
 
-    @staticmethod
-    def _release(hold: _Hold) -> None:
+    def _release(self, request_id: RequestId, hold: _Hold, now_s: float) -> None:
         for purse in hold.purses:
             purse.posted -= hold.posted
             purse.released += hold.posted
         hold.posted = 0
+        if hold.amount:
+            self._linger(request_id, hold, now_s)
+
+    def _linger(self, request_id: RequestId, hold: _Hold, now_s: float) -> None:
+        if request_id not in self._lingering:
+            hold.keep_until_s = now_s + LINGER_S
+            self._lingering[request_id] = hold
 
     def _close(self, request_id: RequestId, hold: _Hold) -> None:
         if hold.settled and not hold.posted and not hold.amount:
             self._holds.pop(request_id, None)
 
 
-def _follows(line: Line, known: _Purse, sent: Container[tuple[BudgetKey, int]]) -> bool:
-    """Whether a line is of a period after the known one, or of that of a changed window.
-
-    Such a period and the known one overlap, and either may have begun first. As the answer to
-    what was said of the known one it is no late word of a window before.
-    """
-    if line.period.start_s >= known.period.end_s:
-        return True
-    if line.period.start_s == known.period.start_s or line.period.end_s <= known.period.start_s:
-        return False
-    return (known.key, known.period.start_s) in sent
+def _account(purse: _Purse, need: int = 0, at_s: int = 0) -> Account:
+    return Account(purse.key, purse.period.start_s, purse.granted, purse.released, need, at_s)
 
 
-def _account(purse: _Purse, need: int) -> Account:
-    return Account(purse.key, purse.period.start_s, purse.granted, purse.released, need)
+def _hour_of(line: Line, statement: Statement) -> int:
+    """Return the latest hour of what a line denies."""
+    start_s, end_s = line.period
+    denied = (
+        each.at_s
+        for each in statement.accounts
+        if each.key == line.key and each.need and start_s <= each.at_s < end_s
+    )
+    return max(denied, default=start_s)

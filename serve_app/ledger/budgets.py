@@ -2,33 +2,38 @@
 
 A grant is decided and kept in one transaction that holds the epoch's row: with what the
 ledger has at that moment, and by no Control but the latest. Nothing is kept in memory, so
-nothing is lost with a Control.
+nothing is lost with a Control; and nothing is read off a clock, so that one that is wrong
+lends nothing twice.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, Final
 
 from sqlalchemy import Connection, Row, and_, delete, insert, select, update
 
 from serve_app.changes import PROGRAM, Actor
 from serve_app.core.budget import (
+    FOREVER,
     Account,
     Balance,
     Budget,
     BudgetKey,
     BudgetScope,
     Grant,
+    Lent,
     Line,
     Period,
     Window,
+    answer,
     counted,
-    lend,
     period_of,
+    shares,
 )
 from serve_app.core.calendar import HOUR_S
 from serve_app.core.pricing import amount_in_all, dollars
@@ -37,6 +42,8 @@ from serve_app.ledger.grants import fenced
 from serve_app.ledger.schema import API_KEY, BUDGET, BUDGET_GRANT, BUDGET_VERSION, META
 from serve_app.ledger.spending import spent
 from serve_app.ledger.trail import note_change
+
+_SETTLED: Final = BUDGET_GRANT.c.released >= BUDGET_GRANT.c.granted
 
 
 class BudgetStore:
@@ -67,8 +74,7 @@ class BudgetStore:
             budget = replace(budget, key=_account(connection, budget.key))
             row = connection.execute(select(BUDGET).where(_is(budget.key))).first()
             connection.execute(delete(BUDGET).where(_is(budget.key)))
-            begun_s = 0 if row is None else row.begun_s
-            connection.execute(insert(BUDGET).values(_row(budget, begun_s)))
+            connection.execute(insert(BUDGET).values(_row(budget)))
             before = None if row is None else _budget(row)
             self._note(connection, by, "budget.set", budget.key, before, budget)
 
@@ -104,18 +110,22 @@ class BudgetStore:
             return True
 
     def balances(self) -> Sequence[Balance]:
-        """Return how every budget stands."""
+        """Return how every budget stands in the period of this clock's time."""
         now_s = int(self._wall_clock())
         found = []
         with self._database.snapshot() as connection:
             for row in connection.execute(select(BUDGET).order_by(BUDGET.c.scope, BUDGET.c.id)):
                 budget = _budget(row)
-                period = period_of(budget, now_s, row.begun_s)
+                period = period_of(budget, now_s)
                 outstanding = sum(
-                    each.outstanding for each in _grants(connection, budget.key, period).values()
+                    each.outstanding
+                    for lent, each in _grants(connection, budget.key).items()
+                    if shares(budget, period, lent.start_s)
                 )
-                used = spent(connection, budget.key, counted(budget, period, now_s))
-                found.append(Balance(budget, period, used, outstanding))
+                used = spent(connection, budget.key, counted(budget, period))
+                begins_anew = budget.window is not Window.ROLLING
+                shown = period if begins_anew else FOREVER
+                found.append(Balance(budget, shown, used, outstanding))
         return found
 
     def lend(
@@ -128,34 +138,31 @@ class BudgetStore:
         Raises:
             Superseded: another Control has begun.
         """
-        now_s = int(self._wall_clock())
         lines: list[Line] = []
         holders: dict[BudgetKey, set[str]] = {}
         with fenced(self._database, epoch) as connection:
             for account in accounts:
                 row = connection.execute(select(BUDGET).where(_is(account.key))).first()
-                period = None if row is None else _period(connection, row, now_s)
-                if row is None or period is None or _is_past(account, period):
+                if row is None:
                     _note_released(connection, router, account)
                     continue
-                grants = _grants(connection, account.key, period)
                 budget = _budget(row)
-                used = spent(connection, account.key, counted(budget, period, now_s))
-                grant, line = lend(
+                grants = _grants(connection, account.key)
+                changed, answered = answer(
                     budget,
                     account,
                     router=router,
-                    period=period,
-                    spent=used,
                     grants=grants,
+                    spent=partial(spent, connection, account.key),
                     routers=routers,
                 )
-                if grant != grants.get(router):
-                    _keep(connection, account.key, period.start_s, router, grant)
-                lines.append(line)
-                if line.unmet:
-                    others = {n for n, each in grants.items() if n != router and each.outstanding}
-                    holders[account.key] = others
+                for lent, grant in changed.items():
+                    if grant != grants.get(lent, Grant()):
+                        _keep(connection, account.key, lent, grant)
+                lines += answered
+                for line in answered:
+                    if line.unmet:
+                        holders[line.key] = _holders(budget, line.period, grants) - {router}
         return lines, holders
 
     def holders(self) -> set[str]:
@@ -212,56 +219,51 @@ def _is(key: BudgetKey) -> Any:
     return and_(BUDGET.c.scope == key.scope.value, BUDGET.c.id == key.id)
 
 
-def _is_past(account: Account, period: Period) -> bool:
-    """Whether an account only settles a period that is over."""
-    return not account.need and account.start_s != period.start_s
+def _of(key: BudgetKey) -> Any:
+    return and_(BUDGET_GRANT.c.scope == key.scope.value, BUDGET_GRANT.c.id == key.id)
 
 
-def _period(connection: Connection, row: Row[Any], now_s: int) -> Period:
-    """Return a budget's period, and remember it: a clock that goes back does not reopen one."""
-    budget = _budget(row)
-    period = period_of(budget, now_s, row.begun_s)
-    if period.start_s > row.begun_s:
-        connection.execute(update(BUDGET).where(_is(budget.key)).values(begun_s=period.start_s))
-    return period
+def _grants(connection: Connection, key: BudgetKey) -> dict[Lent, Grant]:
+    rows = connection.execute(select(BUDGET_GRANT).where(_of(key)))
+    return {Lent(row.router, row.start_s): Grant(row.granted, row.released) for row in rows}
 
 
-def _grants(connection: Connection, key: BudgetKey, period: Period) -> dict[str, Grant]:
-    query = select(BUDGET_GRANT).where(
-        BUDGET_GRANT.c.scope == key.scope.value,
-        BUDGET_GRANT.c.id == key.id,
-        BUDGET_GRANT.c.start_s == period.start_s,
-    )
-    return {row.router: Grant(row.granted, row.released) for row in connection.execute(query)}
+def _holders(budget: Budget, period: Period, grants: Mapping[Lent, Grant]) -> set[str]:
+    """Return the routers that hold something that may be spent in a period."""
+    return {
+        lent.router
+        for lent, each in grants.items()
+        if each.outstanding and shares(budget, period, lent.start_s)
+    }
 
 
-def _keep(connection: Connection, key: BudgetKey, start_s: int, router: str, grant: Grant) -> None:
+def _keep(connection: Connection, key: BudgetKey, lent: Lent, grant: Grant) -> None:
     values = {"granted": grant.granted, "released": grant.released}
-    where = {"scope": key.scope.value, "id": key.id, "start_s": start_s, "router": router}
-    of_router = and_(*(BUDGET_GRANT.c[name] == value for name, value in where.items()))
-    kept = connection.execute(update(BUDGET_GRANT).where(of_router).values(values))
+    mine = and_(
+        _of(key), BUDGET_GRANT.c.router == lent.router, BUDGET_GRANT.c.start_s == lent.start_s
+    )
+    kept = connection.execute(update(BUDGET_GRANT).where(mine).values(values))
     if not kept.rowcount:
-        connection.execute(insert(BUDGET_GRANT).values(where | values))
+        named = {"scope": key.scope.value, "id": key.id, **lent._asdict()}
+        connection.execute(insert(BUDGET_GRANT).values(named | values))
+        # One that is settled is kept until then: a late message would open it once more.
+        earlier = BUDGET_GRANT.c.start_s < lent.start_s
+        connection.execute(delete(BUDGET_GRANT).where(_of(key), earlier, _SETTLED))
 
 
 def _note_released(connection: Connection, router: str, account: Account) -> None:
-    """Keep what a router let go of in a period that is over, or of a budget that is gone."""
-    of_router = and_(
-        BUDGET_GRANT.c.scope == account.key.scope.value,
-        BUDGET_GRANT.c.id == account.key.id,
+    """Keep what a router let go of of a budget that is gone."""
+    mine = and_(
+        _of(account.key),
         BUDGET_GRANT.c.start_s == account.start_s,
         BUDGET_GRANT.c.router == router,
+        BUDGET_GRANT.c.released < account.released,
     )
-    connection.execute(
-        update(BUDGET_GRANT)
-        .where(of_router, BUDGET_GRANT.c.released < account.released)
-        .values(released=account.released)
-    )
-    closed = BUDGET_GRANT.c.released >= BUDGET_GRANT.c.granted
-    connection.execute(delete(BUDGET_GRANT).where(of_router, closed))
+    connection.execute(update(BUDGET_GRANT).where(mine).values(released=account.released))
+    connection.execute(delete(BUDGET_GRANT).where(_of(account.key), _SETTLED))
 
 
-def _row(budget: Budget, begun_s: int) -> dict[str, Any]:
+def _row(budget: Budget) -> dict[str, Any]:
     return {
         "scope": budget.key.scope.value,
         "id": budget.key.id,
@@ -270,7 +272,7 @@ def _row(budget: Budget, begun_s: int) -> dict[str, Any]:
         "rolling_s": budget.rolling_s,
         "alerts_json": json.dumps(budget.alert_ratios),
         "hard": budget.hard,
-        "begun_s": begun_s if budget.window not in (Window.ROLLING, Window.NONE) else 0,
+        "begun_s": 0,
     }
 
 

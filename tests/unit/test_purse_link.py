@@ -69,7 +69,9 @@ class Site:
 
     def __init__(self, folder: Path, count: int) -> None:
         self.database = Database(f"sqlite:///{folder}/books.db")
-        self.budgets = BudgetStore(self.database, lambda: START_S)
+        # Control's clock, the routers', and when requests come as their ids tell.
+        self.control_s = self.routers_s = self.at_s = START_S
+        self.budgets = BudgetStore(self.database, lambda: self.control_s)
         prices = PriceStore(self.database)
         prices.replace([RateCard("all", RATES)], "")
         self.ledger = UsageLedger(self.database, prices)
@@ -78,14 +80,14 @@ class Site:
         names = [f"router-{number}" for number in range(count)]
         clock = asyncio.get_running_loop().time
         self.line = Wire(Treasury(self.budgets, clock, lambda: names, lambda: epoch))
-        self.links = [PurseLink(name, self.line, clock, lambda: START_S) for name in names]
+        self.links = [PurseLink(name, self.line, clock, lambda: self.routers_s) for name in names]
         self.numbers = itertools.count(1)
 
     async def reserve(
         self, place: int, amount: int, keys: Sequence[BudgetKey] = (ACME,), least: int | None = None
     ) -> tuple[int, Reserved | Overdrawn | None]:
         number = next(self.numbers)
-        name = charge(number).request_id
+        name = charge(number, self.at_s).request_id
         link = self.links[place]
         least = amount if least is None else least
 
@@ -97,14 +99,14 @@ class Site:
             return number, await link.fetch(name, answer, attempt)
         return number, answer
 
-    async def pay(self, place: int, number: int, tokens: int) -> None:
+    async def pay(self, place: int, number: int, tokens: int, at_s: int = START_S) -> None:
         """End a request as the router does: settle, have the ledger commit, let go."""
-        of = charge(number, price_version=1)
+        of = charge(number, at_s, price_version=1)
         purses = self.links[place].purses
         purses.settle(of.request_id, RATES.output_nanousd * tokens)
         seen = record(of, prompt_tokens=0, cached_prompt_tokens=0, output_tokens=tokens)
         await self.writer.write([encode(seen)])
-        purses.acknowledge(of.request_id)
+        purses.acknowledge(of.request_id, self.links[place].now_s())
 
     def spent(self) -> int:
         [balance] = [each for each in self.budgets.balances() if each.budget.key == ACME]
@@ -212,6 +214,94 @@ async def test_control_away_is_nothing_known_and_not_a_budget_spent(tmp_path: Pa
         await until_reserved(site, 0, 10)
 
 
+async def spend_all(site: Site, at_s: int) -> int:
+    """Ask for requests that come at a time until the budget is spent; return what they cost."""
+    site.at_s = at_s
+    cost = 0
+    async with asyncio.timeout(60):
+        while True:
+            number, answer = await site.reserve(0, 1000 * MOST_TOKENS)
+            assert answer is not None, "Control is there"
+            if isinstance(answer, Reserved):
+                await site.pay(0, number, MOST_TOKENS, at_s)
+                cost += 1000 * MOST_TOKENS
+            elif answer.exhausted:
+                return cost
+            else:
+                await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("window", [Window.DAY, Window.MONTH, Window.ROLLING])
+async def test_clocks_that_jump_and_come_back_move_no_money_to_another_window(
+    tmp_path: Path, window: Window
+) -> None:
+    amount = 200_000
+    async with made(tmp_path, 1) as site:
+        site.budgets.put(Budget(ACME, amount, window, 7200 if window is Window.ROLLING else 0))
+        number, answer = await site.reserve(0, 1000 * MOST_TOKENS)
+        assert answer == Reserved(1000 * MOST_TOKENS)
+        await site.pay(0, number, MOST_TOKENS)
+        later_s = START_S + 40 * 86_400
+        # Control alone is wrong, then a router alone, then both; and all is right again.
+        for site.control_s, site.routers_s in ((later_s, START_S), (START_S, later_s)):
+            site.at_s = site.routers_s
+            number, answer = await site.reserve(0, 1000 * MOST_TOKENS)
+            assert answer == Reserved(1000 * MOST_TOKENS)
+            await site.pay(0, number, MOST_TOKENS, site.at_s)
+        site.control_s = site.routers_s = START_S
+        # To a rolling window what is booked ahead of its hours counts as well.
+        ahead = 1000 * MOST_TOKENS if window is Window.ROLLING else 0
+        assert await spend_all(site, START_S) == amount - 2 * 1000 * MOST_TOKENS - ahead
+        if window is not Window.ROLLING:
+            assert site.spent() == amount
+        assert await spend_all(site, later_s) == amount - 1000 * MOST_TOKENS
+        assert verify(site.database).differences == 0
+
+
+async def test_a_body_that_came_slowly_over_midnight_is_paid_and_booked_by_the_day_it_began_in(
+    tmp_path: Path,
+) -> None:
+    amount = 100_000
+    before_s, after_s = START_S + 86_399, START_S + 86_400
+    async with made(tmp_path, 1) as site:
+        site.budgets.put(Budget(ACME, amount, Window.DAY))
+        site.control_s = site.routers_s = before_s
+        assert await spend_all(site, before_s) == amount
+        site.control_s = site.routers_s = after_s
+        answer = (await site.reserve(0, 1000 * MOST_TOKENS))[1]
+        assert answer == Overdrawn(ACME, exhausted=True), "it came before midnight"
+        assert await spend_all(site, after_s) == amount
+        site.at_s = before_s
+        assert (await site.reserve(0, 1000 * MOST_TOKENS))[1] == answer
+        assert site.spent() == amount
+        assert verify(site.database).differences == 0
+
+
+async def test_a_removed_budgets_requests_end_and_leave_nothing_behind(tmp_path: Path) -> None:
+    async with made(tmp_path, 2) as site:
+        site.budgets.put(Budget(ACME, 10**6, Window.MONTH))
+        await site.line.treasury.follow()
+        for link in site.links:
+            link.list = site.line.treasury.list
+        open_ = [(place, await site.reserve(place, 1000 * MOST_TOKENS)) for place in (0, 1)]
+        assert site.budgets.remove(ACME)
+        await site.line.treasury.follow()
+        for link in site.links:
+            link.list = site.line.treasury.list
+        for place, (number, answer) in open_:
+            assert answer == Reserved(1000 * MOST_TOKENS)
+            assert site.links[place].purses.open_requests == 1
+            await site.pay(place, number, 7)
+        async with asyncio.timeout(20):
+            while site.budgets.holders() or any(link.purses.budgets() for link in site.links):  # noqa: ASYNC110  # other tasks'
+                await asyncio.sleep(0.05)
+        assert not any(link.purses.unreleased for link in site.links)
+        site.budgets.put(Budget(ACME, 10**6, Window.MONTH))
+        [balance] = site.budgets.balances()
+        assert (balance.spent_nanousd, balance.outstanding_nanousd) == (2 * 7000, 0)
+        assert verify(site.database).differences == 0
+
+
 async def test_what_lingers_is_let_go_of_however_often_there_is_something_to_say() -> None:
     class Silent:
         async def lend(self, router: str, accounts: list[Account]) -> list[Line]:
@@ -222,10 +312,11 @@ async def test_what_lingers_is_let_go_of_however_often_there_is_something_to_say
 
     now_s = 0.0
     link = PurseLink("router", Silent(), lambda: now_s, lambda: START_S)
-    link.purses.accept([], [Line(ACME, FOREVER, 100, 100)], now_s)
+    link.purses.accept(link.purses.state(), [Line(ACME, FOREVER, 100, 100, needed=True)], now_s)
     cut_off = charge(1).request_id
     assert link.reserve(cut_off, [ACME], 100, 100) == Reserved(100)
     link.purses.settle(cut_off, 0, final=False, now_s=now_s)
+    link.purses.acknowledge(cut_off, now_s)
     link.start()
     for _ in range(400):
         now_s += 0.1
@@ -257,7 +348,7 @@ async def test_what_was_lent_of_a_budget_that_is_less_now_comes_back(
         site.budgets.put(Budget(ACME, 10**6, Window.NONE))
         await site.line.treasury.follow()
         await site.reserve(0, 1000)
-        purse = site.links[0].purses._purses[ACME]
+        [purse] = site.links[0].purses._purses[ACME]
         assert purse.free > 0, "more was lent than one request needs"
         site.budgets.put(less)
         await site.line.treasury.follow()

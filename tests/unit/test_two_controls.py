@@ -166,7 +166,7 @@ class Site:
                 of = charge(price_version=1, request_id=name)
                 seen = record(of, prompt_tokens=0, cached_prompt_tokens=0, output_tokens=tokens)
                 await way.record_usage(encode(seen))
-                link.purses.acknowledge(name)
+                link.purses.acknowledge(name, link.now_s())
                 self.served += 1
             elif isinstance(answer, Overdrawn) and answer.exhausted:
                 return

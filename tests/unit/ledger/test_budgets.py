@@ -19,6 +19,7 @@ from serve_app.core.budget import (
     Window,
     period_of,
 )
+from serve_app.core.calendar import DAY_S
 from serve_app.core.pricing import AMOUNT_NANOUSD_MAX, AmountTooLarge, RateCard, Rates
 from serve_app.keys import KeyWish
 from serve_app.ledger.budgets import BudgetStore
@@ -58,8 +59,10 @@ class Site:
         self.count = 0
 
     def lend(self, router: str, need: int = 0, **fields: int) -> Line:
-        account = Account(ACME, **{"start_s": 0, "granted": 0, "released": 0, **fields}, need=need)
-        [line] = self.budgets.lend(router, [account], self.epoch, 2)[0]
+        """Lend for requests that come now, or ``at_s``."""
+        values = {"start_s": 0, "granted": 0, "released": 0, "at_s": int(self.wall.at_s)}
+        account = Account(ACME, **(values | fields), need=need)
+        [line, *_] = self.budgets.lend(router, [account], self.epoch, 2)[0]
         return line
 
     def spend(self, requests: int, at_s: float | None = None) -> None:
@@ -144,42 +147,69 @@ def test_a_superseded_control_lends_nothing(site: Site) -> None:
     assert not site.grants.is_latest(site.epoch)
 
 
-def test_a_new_month_begins_with_nothing_spent_and_never_twice(site: Site) -> None:
-    march = datetime(2027, 3, 31, 23, 59, tzinfo=UTC).timestamp()
-    april = datetime(2027, 4, 1, 0, 1, tzinfo=UTC).timestamp()
-    site.wall.at_s = march
+def test_a_new_month_begins_with_nothing_spent(site: Site) -> None:
+    march = int(datetime(2027, 3, 31, 23, 59, tzinfo=UTC).timestamp())
+    april = int(datetime(2027, 4, 1, 0, 1, tzinfo=UTC).timestamp())
     site.budgets.put(Budget(ACME, 1000, Window.MONTH))
-    site.spend(10)
-    assert site.lend("a", need=100).granted == 0
-    site.wall.at_s = april
-    fresh = site.lend("a", need=100)
-    assert fresh.granted >= 100
-    assert fresh.left == 1000
-    site.wall.at_s = march
-    back = site.lend("b", need=1000)
-    assert back.period == fresh.period, "the clock went back over the edge"
-    assert back.granted == 1000 - fresh.granted
+    site.spend(10, march)
+    assert site.lend("a", need=100, at_s=march).granted == 0
+    fresh = site.lend("a", need=100, at_s=april)
+    assert (fresh.granted >= 100, fresh.left) == (True, 1000)
+    assert site.lend("b", need=100, at_s=march).left == 0, "the clock of who asks went back"
+
+
+@pytest.mark.parametrize(
+    "window", [Window.DAY, Window.WEEK, Window.MONTH, Window.ROLLING, Window.NONE]
+)
+def test_controls_clock_has_no_say_in_which_window_pays(site: Site, window: Window) -> None:
+    now = int(site.wall.at_s)
+    rolling_s = 7200 if window is Window.ROLLING else 0
+    site.budgets.put(Budget(ACME, 1000, window, rolling_s))
+    site.spend(8, now)
+    # It jumps past a month's end, and comes back.
+    for wall_s in (now, now + 40 * DAY_S, now - 40 * DAY_S, now):
+        site.wall.at_s = wall_s
+        lent = site.lend("a", need=300, at_s=now)
+        assert (lent.granted, lent.left, lent.unmet) == (200, 200, True)
+        assert lent.period.start_s <= now < lent.period.end_s
+    [balance] = site.budgets.balances()
+    assert (balance.spent_nanousd, balance.outstanding_nanousd) == (800, 200)
 
 
 def test_a_rolling_window_forgets_by_the_hour(site: Site) -> None:
     site.budgets.put(Budget(ACME, 1000, Window.ROLLING, 7200))
     site.spend(10)
+    now = int(site.wall.at_s)
     assert site.lend("a", need=100).granted == 0
-    site.wall.at_s += 3600
-    assert site.lend("a", need=100).granted == 0
-    site.wall.at_s += 7200
-    assert site.lend("a", need=100).granted >= 100
+    assert site.lend("a", need=100, at_s=now + 3600).granted == 0
+    assert site.lend("a", need=100, at_s=now + 3 * 3600).granted >= 100
+    assert site.lend("a", need=100).granted == 0, "the clock of who asks went back"
 
 
-def test_a_past_period_is_settled_and_forgotten(site: Site, database: Database) -> None:
+def test_a_past_period_is_settled_and_forgotten_with_the_next(
+    site: Site, database: Database
+) -> None:
     budget = Budget(ACME, 1000, Window.DAY)
     site.budgets.put(budget)
-    today = period_of(budget, int(site.wall.at_s))
+    now = int(site.wall.at_s)
+    today = period_of(budget, now)
     first = site.lend("a", need=100)
-    site.wall.at_s += 86_400
-    site.budgets.lend(
-        "a", [Account(ACME, today.start_s, first.granted, first.granted)], site.epoch, 2
-    )
+    site.lend("a", start_s=today.start_s, granted=first.granted, released=first.granted)
+    site.lend("a", need=100, at_s=now + DAY_S)
+    with database.transaction() as connection:
+        [start_s] = connection.execute(text("SELECT start_s FROM budget_grant")).scalars()
+    assert start_s == today.end_s
+
+
+def test_what_is_held_of_a_budget_that_is_gone_is_forgotten_when_it_comes_back(
+    site: Site, database: Database
+) -> None:
+    site.budgets.put(Budget(ACME, 1000, Window.NONE))
+    first = site.lend("a", need=100)
+    site.budgets.remove(ACME)
+    assert site.budgets.holders() == {"a"}
+    told = Account(ACME, 0, first.granted, first.granted)
+    assert site.budgets.lend("a", [told], site.epoch, 2) == ([], {})
     with database.transaction() as connection:
         rows = connection.execute(text("SELECT COUNT(*) FROM budget_grant")).scalar_one()
     assert rows == 0
