@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +67,9 @@ class Town:
     seed: int = 1
     # Changes a person for an hour: a runaway agent, a model that got dearer.
     change: Callable[[Person, int], Person] = field(default=lambda person, hour: person)
+    # The part of a full hour's engine time that steps take whoever is in them: in a quiet hour
+    # fewer share it, and a request takes longer.
+    batched: float = 0.0
 
     def records(self) -> Iterator[LedgerRecord]:
         """Yield both witnesses of every request, and every replica's account of every hour."""
@@ -136,10 +139,15 @@ class Town:
         for index in range(self.hours):
             hour = self.start_s + index * HOUR_S
             busy = dict.fromkeys(self.replicas, 0)
-            for standing in self.people:
-                person = self.change(standing, index)
-                count = _about(person.hourly, index, chance)
-                engine_ns = round(count * person.engine_ms * 1e6 * chance.uniform(0.8, 1.25))
+            there = [
+                (person, _about(person.hourly, index, chance))
+                for person in (self.change(standing, index) for standing in self.people)
+            ]
+            for person, count in there:
+                longer = self._longer(person.model, there)
+                engine_ns = round(
+                    count * person.engine_ms * 1e6 * longer * chance.uniform(0.8, 1.25)
+                )
                 busy[person.model] += engine_ns
                 whose = {
                     "hour": hour,
@@ -184,6 +192,12 @@ class Town:
         with database.transaction() as connection:
             for table, rows in tables.items():
                 connection.execute(insert(table), rows)
+
+    def _longer(self, model: str, there: Sequence[tuple[Person, int]]) -> float:
+        """Return how much longer a request takes than with everybody there."""
+        usual = sum(each.hourly * each.prompt for each in self.people if each.model == model)
+        now = sum(count * each.prompt for each, count in there if each.model == model)
+        return 1 - self.batched + self.batched * usual / now if now else 1.0
 
 
 def _about(hourly: int, index: int, chance: random.Random) -> int:

@@ -2,6 +2,7 @@
 
 Dollars are compared with dollars. Hours of which a part has no price are compared by engine
 seconds with all hours before them, so that one unpriced hour hides nothing and spoils no other.
+What a token or a request costs is compared with what it cost at a similar load.
 """
 
 from __future__ import annotations
@@ -17,15 +18,23 @@ from serve_app.core.anomalies import (
     Anomaly,
     Point,
     Sensitivity,
+    Work,
+    dearer,
+    dearer_at_load,
     jumps,
     median,
     outbreaks,
-    rise,
     usual_of,
 )
 from serve_app.core.calendar import DAY_S, HOUR_S, day_start_s
 from serve_app.core.pricing import CURRENCY
-from serve_app.ledger.cost_sums import HourSums, Spent, hour_sums, tokens_by_hour
+from serve_app.ledger.cost_sums import (
+    HourSums,
+    Spent,
+    hour_sums,
+    loads_by_hour,
+    tokens_by_hour,
+)
 from serve_app.ledger.schema import ENGINE_TIME
 from serve_app.usage_report import UsageQuery, iso_time
 
@@ -54,8 +63,9 @@ def anomalies(connection: Connection, query: UsageQuery, settings: CostSettings)
     until_s = query.to_s if query.to_s is not None else int(latest) + HOUR_S
     from_s = query.from_s if query.from_s is not None else until_s - DAY_S
     read = UsageQuery((), from_s - HISTORY_S, until_s)
-    sums = hour_sums(connection, read, settings.prices())
     tokens = tokens_by_hour(connection, read)
+    loads = loads_by_hour(connection, read, tokens)
+    sums = hour_sums(connection, read, settings.prices(), loads)
     data = [*_of_users(sums, from_s), *_of_models(sums, tokens, from_s)]
     data.sort(key=lambda each: -each["score"])
     spent = [each for hours in sums.users.values() for each in hours.values()]
@@ -89,7 +99,7 @@ def _of_users(sums: HourSums, from_s: int) -> Iterable[dict[str, Any]]:
             for kind, found in (
                 ("spending_per_hour", jumps(hourly, from_s, _SPENDING)),
                 ("spending_from_nothing", outbreaks(hourly, from_s, usual, news)),
-                ("cost_per_request", jumps(each, from_s, _PER_REQUEST)),
+                ("cost_per_request", _dearer_requests(each, hours, from_s)),
             ):
                 yield from _worst(kind, subject, unit, [one for one in found if odd(one.at_s)])
 
@@ -98,23 +108,33 @@ def _of_models(
     sums: HourSums, tokens: Mapping[tuple[str, int], int], from_s: int
 ) -> Iterable[dict[str, Any]]:
     for model, hours in sorted(sums.models.items()):
-        days: dict[int, Spent] = {}
-        counts: dict[int, int] = {}
-        for hour, spent in hours.items():
-            day = day_start_s(hour)
-            whole = days.setdefault(day, Spent())
-            whole.add(spent.requests, spent.time_ns, spent.cost_nanousd)
-            counts[day] = counts.get(day, 0) + tokens.get((model, hour), 0)
-        used = {day: spent for day, spent in sorted(days.items()) if counts[day]}
-        recent = list(used.values())[-_RECENT_DAYS:]
-        unit = CURRENCY if all(each.cost_nanousd is not None for each in recent) else SECONDS
-        points = [
-            Point(point.at_s, point.value * 10**6 / counts[point.at_s])
+        # Without a load there is nothing to compare with.
+        used = {at_s: each for at_s, each in hours.items() if tokens.get((model, at_s), 0) > 0}
+        used = {at_s: each for at_s, each in used.items() if each.load > 0}
+        recent = sorted({day_start_s(at_s) for at_s in used})[-_RECENT_DAYS:]
+        if not recent or recent[-1] < from_s - DAY_S:
+            continue
+        late = [each for at_s, each in used.items() if day_start_s(at_s) in recent]
+        unit = CURRENCY if all(each.cost_nanousd is not None for each in late) else SECONDS
+        work = [
+            Work(point.at_s, used[point.at_s].load, tokens[model, point.at_s] / 10**6, point.value)
             for point in _points(unit, used)
         ]
-        if points and points[-1].at_s >= from_s - DAY_S:
-            found = rise(points, _RECENT_DAYS, _UNIT_COST)
-            yield from _worst("cost_per_million_tokens", model, unit, [found] if found else [])
+        found = dearer(work, _RECENT_DAYS, _UNIT_COST)
+        yield from _worst("cost_per_million_tokens", model, unit, [found] if found else [])
+
+
+def _dearer_requests(each: Sequence[Point], hours: _Hours, from_s: int) -> list[Anomaly]:
+    """Return the hours whose requests cost unlike before, and unlike at a similar load."""
+    found = jumps(each, from_s, _PER_REQUEST)
+    if not found:
+        return []
+    work = [
+        Work(point.at_s, hours[point.at_s].load, 1.0, point.value)
+        for point in each
+        if hours[point.at_s].load > 0
+    ]
+    return dearer_at_load(found, work, _PER_REQUEST)
 
 
 def _points(unit: str, hours: _Hours) -> list[Point]:

@@ -10,12 +10,13 @@ from typing import Final
 from sqlalchemy import Connection, and_, func, or_, select
 
 from serve_app.core.attribution import Use
+from serve_app.core.calendar import NS_PER_S
 from serve_app.core.savings import ModelUse, Repetition
 from serve_app.core.true_cost import HourCost, InstancePrice, Overhead
 from serve_app.core.types import Outcome, PriorityClass
 from serve_app.core.unit_economics import PoolUse, Product
 from serve_app.ledger.costs import SplitHour, split_hours
-from serve_app.ledger.schema import ENGINE_TIME, USAGE_EVENT, USAGE_ROLLUP
+from serve_app.ledger.schema import ENGINE_TIME, REPLICA_HOUR, USAGE_EVENT, USAGE_ROLLUP
 from serve_app.ledger.statements import within
 from serve_app.usage import Witness
 from serve_app.usage_report import UsageQuery
@@ -158,16 +159,26 @@ def token_rows(connection: Connection, query: UsageQuery) -> dict[str, list[tupl
 
 @dataclass(slots=True)
 class Spent:
-    """What one subject took in an hour; ``cost_nanousd`` is None if a part of it has no price."""
+    """What one subject took in an hour; ``cost_nanousd`` is None if a part of it has no price.
+
+    ``loads`` is the load of the pools it was on (``loads_by_hour``) times its time there.
+    """
 
     requests: int = 0
     time_ns: int = 0
     cost_nanousd: int | None = 0
+    loads: float = 0.0
 
-    def add(self, requests: int, time_ns: int, cost_nanousd: int | None) -> None:
+    @property
+    def load(self) -> float:
+        """The load at which it was served, on average; 0 if nobody knows."""
+        return self.loads / self.time_ns if self.time_ns > 0 else 0.0
+
+    def add(self, requests: int, time_ns: int, cost_nanousd: int | None, load: float = 0.0) -> None:
         """Take in a part of a replica-hour."""
         self.requests += requests
         self.time_ns += time_ns
+        self.loads += load * time_ns
         known = self.cost_nanousd is not None and cost_nanousd is not None
         self.cost_nanousd = (self.cost_nanousd or 0) + (cost_nanousd or 0) if known else None
 
@@ -181,13 +192,51 @@ class HourSums:
 
 
 def hour_sums(
-    connection: Connection, query: UsageQuery, instances: Mapping[str, InstancePrice]
+    connection: Connection,
+    query: UsageQuery,
+    instances: Mapping[str, InstancePrice],
+    loads: Mapping[tuple[str, int], float],
 ) -> HourSums:
-    """Return what users and models spent by hour, with and without a price."""
+    """Return what users and models spent by hour, with and without a price.
+
+    ``loads`` is by model and hour, as ``loads_by_hour`` has it.
+    """
     sums = HourSums()
     for each in split_hours(connection, query, ("tenant", "user_id", "model"), instances):
-        _add_hour(sums, each)
+        _add_hour(sums, each, loads)
     return sums
+
+
+def loads_by_hour(
+    connection: Connection, query: UsageQuery, tokens: Mapping[tuple[str, int], int]
+) -> dict[tuple[str, int], float]:
+    """Return the load of the pool that a model was on, by ``(model, hour)``.
+
+    It is the tokens of all of the pool's models per second of its replicas, idle ones as
+    well. A model that several pools served is where most of its engine time was.
+    """
+    time, lived = ENGINE_TIME.c, REPLICA_HOUR.c
+    columns = (time.model, time.hour, lived.pool)
+    same = (lived.hour == time.hour) & (lived.replica == time.replica)
+    used = select(*columns, func.sum(time.engine_ns)).join_from(ENGINE_TIME, REPLICA_HOUR, same)
+    homes: dict[tuple[str, int], tuple[int, str]] = {}
+    for row in connection.execute(within(used, time.hour, query).group_by(*columns)):
+        mostly = (int(row[3]), row[2])
+        place = (str(row[0]), int(row[1]))
+        homes[place] = max(homes.get(place, mostly), mostly)
+    lives = select(lived.pool, lived.hour, func.sum(lived.until_ns - lived.from_ns))
+    lives = within(lives, lived.hour, query).group_by(lived.pool, lived.hour)
+    lived_ns: dict[tuple[str, int], int] = {}
+    for row in connection.execute(lives):
+        lived_ns[row[0], row[1]] = int(row[2])
+    made: dict[tuple[str, int], int] = defaultdict(int)
+    for (model, hour), (_, pool) in homes.items():
+        made[pool, hour] += tokens.get((model, hour), 0)
+    return {
+        (model, hour): made[pool, hour] * NS_PER_S / lived_ns[pool, hour]
+        for (model, hour), (_, pool) in homes.items()
+        if lived_ns[pool, hour] > 0
+    }
 
 
 def tokens_by_hour(connection: Connection, query: UsageQuery) -> dict[tuple[str, int], int]:
@@ -199,7 +248,7 @@ def tokens_by_hour(connection: Connection, query: UsageQuery) -> dict[tuple[str,
     return {(row[0], row[1]): int(row[2]) for row in rows}
 
 
-def _add_hour(sums: HourSums, each: SplitHour) -> None:
+def _add_hour(sums: HourSums, each: SplitHour, loads: Mapping[tuple[str, int], float]) -> None:
     hour = each.cost.hour.hour
     for part in each.cost.parts:
         if isinstance(part.key, Overhead):
@@ -210,7 +259,8 @@ def _add_hour(sums: HourSums, each: SplitHour) -> None:
             sums.users.setdefault((tenant, user), {}),
             sums.models.setdefault(model, {}),
         ):
-            series.setdefault(hour, Spent()).add(requests, part.time_ns, part.cost_nanousd)
+            load = loads.get((model, hour), 0.0)
+            series.setdefault(hour, Spent()).add(requests, part.time_ns, part.cost_nanousd, load)
 
 
 def _homes(sums: PoolSums) -> dict[str, str]:

@@ -10,15 +10,19 @@ import pytest
 from serve_app.core.anomalies import (
     Point,
     Sensitivity,
+    UsualCost,
+    Work,
+    dearer,
+    dearer_at_load,
     deviation,
     jumps,
     median,
     outbreaks,
-    rise,
     usual_of,
 )
 
 HOUR_S = 3600
+DAY_S = 24 * HOUR_S
 BY = Sensitivity(score_min=6.0, ratio_min=3.0, history_min=24)
 HOURLY = replace(BY, ratio_min=4.0, history_span_s=7 * 24 * HOUR_S)
 
@@ -104,21 +108,88 @@ def test_who_has_a_usual_value_is_not_judged_by_others_and_nobody_is_where_there
     assert outbreaks([Point(59, 50.0)], 60, OTHERS, BY) == []
 
 
-def test_a_unit_cost_that_doubles_is_found_and_one_that_wavers_is_not() -> None:
-    chance = random.Random(1)
-    by = Sensitivity(score_min=4.0, ratio_min=1.3, history_min=5)
-    quiet = [Point(day, chance.uniform(0.9, 1.1)) for day in range(28)]
-    assert rise(quiet, 2, by) is None
-    slow = [Point(day, each.value * (1 + max(0, day - 13) / 14)) for day, each in enumerate(quiet)]
-    found = rise(slow, 2, by)
-    assert found is not None
-    assert 1.5 < found.ratio < 2.2
-    assert rise(quiet[:2], 2, by) is None
-    assert rise([], 2, by) is None
-
-
 def test_the_middle_and_the_deviation_of_few_values() -> None:
     assert median([3.0, 1.0]) == 2.0
     assert median([3.0, 1.0, 9.0]) == 3.0
     assert deviation([2.0, 2.0, 2.0]) == pytest.approx(0.1)
     assert deviation([1.0, 2.0, 3.0]) == pytest.approx(1.4826)
+
+
+def work(at_s: int, load: float, times: float = 1.0) -> Work:
+    """Return an hour whose unit costs what a batch's does: half the load, 1.7 times as much."""
+    return Work(at_s, load, units=load, cost=times * load * (0.7 / load + 0.3))
+
+
+def days(count: int, dear_from: int = 99, quiet_from: int = 99, times: float = 2.0) -> list[Work]:
+    """Return hours of days and nights, dearer from one day on, much quieter from another."""
+    chance = random.Random(4)
+    return [
+        work(
+            index * HOUR_S,
+            (1.0 if 8 <= index % 24 < 20 else 0.4)
+            * (0.1 if index // 24 >= quiet_from else 1.0)
+            * chance.uniform(0.8, 1.2),
+            times if index // 24 >= dear_from else 1.0,
+        )
+        for index in range(24 * count)
+    ]
+
+
+UNIT = Sensitivity(score_min=4.0, ratio_min=1.3, history_min=5)
+
+
+def test_what_a_unit_costs_is_compared_at_a_similar_load() -> None:
+    usual = UsualCost(days(14))
+    for load in (0.4, 1.0):
+        assert usual.at(load) == pytest.approx(0.7 / load + 0.3, rel=0.03)
+    # Never seen at so little: no more than in proportion; nor at so much: no less than ever.
+    lowest = min(each.load for each in days(14))
+    assert usual.at(lowest / 4) == pytest.approx(4 * (0.7 / lowest + 0.3), rel=0.1)
+    highest = max(each.load for each in days(14))
+    assert usual.at(4 * highest) == pytest.approx(0.7 / highest + 0.3, rel=0.1)
+    assert UsualCost([]).at(1.0) is None
+    assert UsualCost([work(5, 1.0)]).at(1.0, not_day_s=0) is None
+
+
+def test_a_quiet_day_is_no_drift_and_a_drift_on_a_quiet_day_is_one() -> None:
+    assert dearer(days(14), 2, UNIT) is None
+    assert dearer(days(14, quiet_from=12), 2, UNIT) is None
+    found = dearer(days(14, dear_from=12), 2, UNIT)
+    assert found is not None
+    assert found.ratio == pytest.approx(2.0, rel=0.1)
+    assert found.at_s == 13 * 24 * HOUR_S
+    both = dearer(days(14, dear_from=12, quiet_from=12, times=3.0), 2, UNIT)
+    assert both is not None
+    # Some of it may be what so little a load explains.
+    assert 1.3 < both.ratio < 3.0
+    assert dearer(days(5, dear_from=3), 2, UNIT) is None
+    assert dearer(days(2), 2, UNIT) is None
+    assert dearer([], 2, UNIT) is None
+
+
+def test_an_hour_that_its_load_explains_is_no_jump_and_another_stays_one() -> None:
+    by = replace(BY, ratio_min=2.5, history_min=24)
+    for load, times, odd in ((0.1, 1.0, False), (1.0, 9.0, True)):
+        hours = [*days(14), work(14 * 24 * HOUR_S, load, times)]
+        points = [Point(each.at_s, each.cost / each.units) for each in hours]
+        found = jumps(points, 14 * 24 * HOUR_S, by)
+        assert len(found) == 1
+        each_one = [Work(each.at_s, each.load, 1.0, each.cost / each.units) for each in hours]
+        kept = dearer_at_load(found, each_one, by)
+        assert bool(kept) is odd
+        if kept:
+            assert kept[0].usual == pytest.approx(1.0, rel=0.1)
+            assert kept[0].ratio == pytest.approx(9.0, rel=0.1)
+        # Nobody knows the load: it stays as it was found.
+        assert dearer_at_load(found, [], by) == found
+
+
+def test_a_slow_rise_is_found_where_no_single_day_stands_out() -> None:
+    assert dearer(days(28), 2, UNIT) is None
+    slow = [
+        replace(each, cost=each.cost * (1 + max(0.0, each.at_s / DAY_S - 13) / 14))
+        for each in days(28)
+    ]
+    found = dearer(slow, 2, UNIT)
+    assert found is not None
+    assert 1.5 < found.ratio < 2.2

@@ -89,6 +89,66 @@ def test_a_quiet_month_gives_no_alarm(sqlite: Database) -> None:
         assert ask(sqlite, "anomalies", UsageQuery((), end_s - DAY_S, end_s))["data"] == []
 
 
+# With half of the batch a request takes 1.7 times as long, with a fifth nearly four times.
+BATCHED = replace(MONTH, batched=0.7)
+
+
+def test_a_month_in_which_quiet_hours_cost_more_a_token_gives_no_alarm(sqlite: Database) -> None:
+    BATCHED.write_sums(sqlite)
+    quiet, busy = (unit_cost_of_small(sqlite, day_of(day, days=2)) for day in (26, 23))
+    assert quiet > 1.6 * busy
+    # Days 5 and 6 of each week are its weekend; the first comes before there was any.
+    for day in (6, 12, 13, 20, 26, 27, 29):
+        assert ask(sqlite, "anomalies", day_of(day))["data"] == [], day
+    whole = UsageQuery((), START_S + 15 * DAY_S, START_S + 30 * DAY_S)
+    assert ask(sqlite, "anomalies", whole)["data"] == []
+
+
+def test_a_holiday_quieter_than_any_day_before_gives_no_alarm(sqlite: Database) -> None:
+    def holiday(person: Person, hour: int) -> Person:
+        return replace(person, hourly=person.hourly // 6) if hour >= 24 * 28 else person
+
+    replace(BATCHED, change=holiday).write_sums(sqlite)
+    assert ask(sqlite, "anomalies", day_of(29))["data"] == []
+
+
+@pytest.mark.parametrize("start", [12 * 24, 26 * 24, 28 * 24], ids=["weekend", "later", "weekday"])
+def test_twice_the_unit_cost_at_the_same_load_is_found_whatever_the_load(
+    sqlite: Database, start: int
+) -> None:
+    def double(person: Person, hour: int) -> Person:
+        dear = person.model == "large" and hour >= start
+        return replace(person, engine_ms=2 * person.engine_ms) if dear else person
+
+    replace(BATCHED, change=double).write_sums(sqlite)
+    found = ask(sqlite, "anomalies", day_of(start // 24 + 1))["data"]
+    (found,) = [each for each in found if each["kind"] == "cost_per_million_tokens"]
+    assert found["subject"] == "large"
+    assert 1.6 < found["ratio"] < 2.4
+    assert found["usual"] == pytest.approx(found["value"] / found["ratio"], rel=0.01)
+
+
+def test_a_runaway_agent_is_found_though_it_makes_requests_cheaper(sqlite: Database) -> None:
+    def run_away(person: Person, hour: int) -> Person:
+        mad = person.user == "bob" and hour >= LAST_DAY + 10
+        return replace(person, hourly=person.hourly * 15) if mad else person
+
+    replace(BATCHED, change=run_away).write_sums(sqlite)
+    (found,) = ask(sqlite, "anomalies")["data"]
+    assert (found["kind"], found["subject"]) == ("spending_per_hour", "acme/bob")
+
+
+def unit_cost_of_small(database: Database, query: UsageQuery) -> float:
+    rows = report(database, replace(query, by=("model",)), SETTINGS.prices())["data"]
+    (row,) = [row for row in rows if row["model"] == "small"]
+    return float(row["cost_nanousd"] / (row["prompt_tokens"] + row["output_tokens"]))
+
+
+def day_of(day: int, days: int = 1) -> UsageQuery:
+    begun_s = START_S + day * DAY_S
+    return UsageQuery((), begun_s, begun_s + days * DAY_S)
+
+
 def test_a_runaway_agent_is_found_and_named(sqlite: Database) -> None:
     def run_away(person: Person, hour: int) -> Person:
         mad = person.user == "bob" and hour >= LAST_DAY + 10
