@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from tests.e2e.keys import make_key
+from tests.e2e.keys import ASKED_IN_A_ROW, make_key
 from tests.e2e.waiting import until
 from tests.stack import Stack
 
@@ -182,3 +182,78 @@ def test_prices_corrections_and_who_changed_what_are_had_over_http(stack: Stack)
         assert limits["after"]["tenants.quiet.limits.concurrent"] == 5000
     verified = stack.headrace("usage", "--verify", "--config", stack.folder / "stack.yaml")
     assert verified.returncode == 0, verified.stdout
+
+
+def test_a_budget_that_would_be_too_large_is_refused_by_the_fields_name(stack: Stack) -> None:
+    where = "/admin/budgets/tenant/vast"
+    with stack.http() as admin:
+        admin.put(where, json={"amount_usd": "1000000000"}).raise_for_status()
+        refused = admin.post(f"{where}/credits", json={"amount_usd": "1"})
+        assert refused.status_code == 400, refused.text
+        assert refused.json()["error"]["param"] == "amount_usd"
+        assert "at most 1000000000" in refused.json()["error"]["message"]
+        found = {each["id"]: each for each in admin.get("/admin/budgets").json()["data"]}
+    assert found["vast"]["amount_usd"] == "1000000000"
+
+
+def grants(stack: Stack, name: str) -> int:
+    """Return what routers hold of a budget, whether it is still there or not."""
+    file = f"file:{stack.folder}/.headrace/sim.db?mode=ro"
+    query = "SELECT COALESCE(SUM(granted - released), 0) FROM budget_grant WHERE id = ?"
+    with contextlib.closing(sqlite3.connect(file, uri=True, timeout=30)) as database:
+        return int(database.execute(query, (name,)).fetchone()[0])
+
+
+def refused_by_all(stack: Stack, key: str) -> bool:
+    """Whether every router refuses a key: each is met, by connections of their own."""
+    for _ in range(ASKED_IN_A_ROW):
+        with stack.http(key) as client:
+            if client.get("/v1/models").status_code != 401:
+                return False
+    return True
+
+
+def test_a_tenant_that_is_removed_ends_its_open_requests_and_leaves_nothing(stack: Stack) -> None:
+    """Its key, its budget and the key's, revoked and removed while answers run."""
+    with stack.http() as admin:
+        secret = make_key(stack, tenant="leaving", name="leaving-1")
+        keys = admin.get("/admin/keys").json()["data"]
+        [name] = [each["id"] for each in keys if each["name"] == "leaving-1"]
+        where = ("/admin/budgets/tenant/leaving", f"/admin/budgets/key/{name}")
+        for each in where:
+            admin.put(each, json={"amount_usd": "1", "window": "month"}).raise_for_status()
+        # A router that knows a key that was made later knows the budgets.
+        make_key(stack, tenant="leaving", name="leaving-2")
+        body = {"model": "small", "prompt": "x", "max_tokens": 200, "stream": True}
+        body |= {"stream_options": {"include_usage": True}}
+        with contextlib.ExitStack() as open_:
+            streams = []
+            for _ in range(6):
+                client = open_.enter_context(stack.http(secret))
+                stream = open_.enter_context(client.stream("POST", "/v1/completions", json=body))
+                assert stream.status_code == 200
+                lines = stream.iter_lines()
+                assert next(lines).startswith("data: {")
+                streams.append((stream.headers["x-headrace-request-id"], lines))
+            assert grants(stack, "leaving") > 0
+            for each in where:
+                assert admin.delete(each).json()["deleted"]
+            assert admin.delete(f"/admin/keys/{name}").json()["state"] == "revoked"
+            until(lambda: refused_by_all(stack, secret), "no router takes the key")
+            for _, lines in streams:
+                assert [line for line in lines if line][-1] == "data: [DONE]"
+
+    def billed() -> dict[str, int]:
+        file = f"file:{stack.folder}/.headrace/sim.db?mode=ro"
+        query = (
+            "SELECT request_id, SUM(billed_requests) FROM usage_event "
+            "WHERE tenant = 'leaving' GROUP BY 1"
+        )
+        with contextlib.closing(sqlite3.connect(file, uri=True, timeout=30)) as database:
+            return dict(database.execute(query).fetchall())
+
+    until(lambda: {each for each, _ in streams} <= set(billed()), "the ledger has them")
+    assert set(billed().values()) == {1}
+    until(lambda: grants(stack, "leaving") == 0, "routers hold nothing of the tenant's")
+    until(lambda: grants(stack, name) == 0, "routers hold nothing of the key's")
+    headrace(stack, "usage", "--verify")

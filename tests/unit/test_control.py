@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from serve_app.changes import PROGRAM
+from serve_app.config import ControlArgs, ControlLinkSettings
 from serve_app.core.budget import Balance
 from serve_app.keys import KeyWish
 from serve_app.ledger.budgets import BudgetStore
 from serve_app.ledger.database import Database
 from serve_app.ledger.store import KeyStore
+from tests.stack import ROOT
 
 
 @pytest.mark.slow
@@ -60,3 +62,16 @@ async def test_a_long_look_at_budgets_does_not_delay_a_revocation(
             for each in (control._following, control._costs, control._sweeper):
                 await each.stop()
             control._database.close()
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda each: each.stem
+)
+def test_a_revocation_waits_for_less_than_two_seconds_of_periods(file: Path) -> None:
+    """On the command line: until Control looks, then until a router's heartbeat."""
+    text = file.read_text()
+    assert "follow_period_s" not in text
+    assert "heartbeat_period_s" not in text
+    looks_s = ControlArgs.model_fields["follow_period_s"].default
+    beats_s = ControlLinkSettings.model_fields["heartbeat_period_s"].default
+    assert looks_s + beats_s <= 1.5

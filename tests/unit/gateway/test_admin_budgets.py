@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 
 from serve_app.changes import Actor, Via
 from serve_app.core.budget import FOREVER, Balance, Budget, BudgetKey, BudgetScope, Window
-from serve_app.core.pricing import amount_in_all
+from serve_app.core.pricing import AmountTooLarge, amount_in_all
 from serve_app.gateway.admin_budgets import BudgetAdministration
 from serve_app.gateway.auth import authenticate
 from serve_app.gateway.http import exception_handlers
@@ -145,3 +145,21 @@ def test_only_an_admin_may(client: TestClient, budgets: Budgets) -> None:
         )
         assert answer.status_code == 403
     assert not budgets.kept
+
+
+def test_an_amount_too_large_is_the_clients_error_however_a_call_wraps_it(
+    client: TestClient, budgets: Budgets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through a Serve handle it comes as an exception of both kinds."""
+
+    class OfATask(RuntimeError, AmountTooLarge):  # type: ignore[misc]  # as Ray makes it
+        """What a handle raises."""
+
+    async def add(*_: object) -> None:
+        raise OfATask("1000000001 dollars in all are too much")
+
+    monkeypatch.setattr(budgets, "add_credit", add)
+    answer = client.post("/admin/budgets/tenant/acme/credits", json={"amount_usd": "1"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "amount_usd"
+    assert "at most 1000000000" in answer.json()["error"]["message"]
