@@ -2,7 +2,8 @@
 
 An account begins where the one before it ended, so that pieces follow one another without a
 gap and their uses add up to the replica's life. What ends between two cuts is on the account
-that is open then: a request's time and the piece that holds it are in the same hour.
+that is open then: a request's time and the piece that holds it are in the same hour. Time that
+holds no request's, a start above all, is on the account of the hour that it was in.
 """
 
 from __future__ import annotations
@@ -46,26 +47,40 @@ class Periods:
         """The account that what ends now is on, wall seconds."""
         return self._reached_ns // HOUR_NS * HOUR_S
 
-    def cut(self, use: ReplicaUse) -> Period | None:
-        """Return the piece since the last cut; None if no time has passed."""
+    def cut(self, use: ReplicaUse) -> list[Period]:
+        """Return the piece since the last cut, and before it one for each hour of a start.
+
+        Nothing is returned if no time has passed. Time of which nothing is known is divided
+        as a start is where there is no other.
+        """
         lasted_ns = use.lifetime_ns - self._lived_ns
         if lasted_ns <= 0:
-            return None
-        self._number += 1
+            return []
         uses = {name: time_ns - self._used[name] for name, time_ns in use.uses.items()}
-        period = Period(
-            self._number,
-            self.hour,
-            self._reached_ns,
-            self._reached_ns + lasted_ns,
-            {name: time_ns for name, time_ns in uses.items() if time_ns},
-            use.provisional_ns - self._provisional_ns,
-        )
+        uses = {name: time_ns for name, time_ns in uses.items() if time_ns}
+        # It is the first in a life: the others come after it.
+        alone = Use.UNATTRIBUTED if set(uses) == {Use.UNATTRIBUTED} else Use.START_UP
+        until_ns = self._reached_ns + lasted_ns
+        pieces: list[Period] = []
+        while True:
+            hour_ns = HOUR_NS - self._reached_ns % HOUR_NS
+            if hour_ns > uses.get(alone, 0) or hour_ns >= until_ns - self._reached_ns:
+                break
+            uses[alone] -= hour_ns
+            pieces.append(self._piece(self._reached_ns + hour_ns, {alone: hour_ns}, 0))
+        uses = {name: time_ns for name, time_ns in uses.items() if time_ns}
+        provisional_ns = use.provisional_ns - self._provisional_ns
+        pieces.append(self._piece(until_ns, uses, provisional_ns))
         self._used.update(use.uses)
         self._provisional_ns = use.provisional_ns
         self._lived_ns = use.lifetime_ns
-        self._reached_ns = period.until_ns
-        return period
+        return pieces
+
+    def _piece(self, until_ns: int, uses_ns: dict[Use, int], provisional_ns: int) -> Period:
+        self._number += 1
+        from_ns, hour = self._reached_ns, self.hour
+        self._reached_ns = until_ns
+        return Period(self._number, hour, from_ns, until_ns, uses_ns, provisional_ns)
 
     def until_next_hour_s(self) -> float:
         """Return how long after the last cut the account's hour ends."""

@@ -91,8 +91,7 @@ class PeriodReporter:
             self._report()
 
     def _report(self) -> None:
-        period = self._periods.cut(self._read())
-        if period is not None:
+        for period in self._periods.cut(self._read()):
             self._note(
                 ReplicaPeriod(
                     replica=self._place.replica,

@@ -58,6 +58,27 @@ async def test_a_life_is_reported_from_birth_to_end_with_its_place() -> None:
     assert len(noted) == 2
 
 
+async def test_a_start_across_the_hour_is_reported_for_both() -> None:
+    clock, noted = Clock(), list[ReplicaPeriod]()
+    born_s = 100.0 - 20
+    life = ReplicaTime(round(born_s * NS_PER_S))
+    clock.now_s = 130.0
+    life.ready(130 * NS_PER_S)
+
+    def costs() -> Costs:
+        return Costs(life.read(round(clock.now_s * NS_PER_S)))
+
+    reporter = PeriodReporter(
+        PLACE, costs, noted.append, clock=clock, wall_ns=clock.wall_ns, born_s=born_s
+    )
+    reporter.start()
+    await reporter.stop()
+    assert [(each.number, each.hour, each.uses_ns) for each in noted] == [
+        (1, START_S - HOUR_S, {"start_up": 20 * NS_PER_S}),
+        (2, START_S, {"start_up": 30 * NS_PER_S}),
+    ]
+
+
 async def test_an_engine_that_measures_nothing_has_lived_all_the_same() -> None:
     clock, noted = Clock(), list[ReplicaPeriod]()
     clock.now_s = 101.5
