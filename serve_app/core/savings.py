@@ -4,6 +4,10 @@ Nothing is suggested that the ledger does not show: a smaller pool only where th
 hour of all fits into it as it ran, without any more batching; a cheaper model only if it
 has served requests as long and is idle enough. What a model's answers are worth, nobody
 knows here: that is for an evaluation.
+
+Only what has a price is counted, so that no more is promised than is paid: hours that no
+bill has priced yet save nothing, what a token costs is of the hours that have a price, and
+how much of a pool's time has none is said.
 """
 
 from __future__ import annotations
@@ -25,8 +29,6 @@ BUSY_TARGET: Final = Fraction(7, 10)
 # Less a month is not worth reading about, nano-dollars.
 SAVING_MIN: Final = NANOUSD
 _CHEAPER_RATIO: Final = Fraction(7, 10)
-# The latest hours may not have been billed yet.
-_UNPRICED_MAX_RATIO: Final = Fraction(1, 10)
 _REPEATS_MIN: Final = 20
 _REPEATED_TOKENS_MIN: Final = 256
 
@@ -43,7 +45,10 @@ class Suggestion:
 
 @dataclass(frozen=True, slots=True)
 class ModelUse:
-    """A model over some hours: engine time and its cost, tokens, its longest request."""
+    """A model over some hours: engine time and its cost, tokens, its longest request.
+
+    ``cost_nanousd`` and ``priced_tokens`` are of the hours that have a price.
+    """
 
     model: str
     pool: str
@@ -51,6 +56,7 @@ class ModelUse:
     cost_nanousd: int
     tokens: int
     longest_tokens: int
+    priced_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +92,7 @@ def smaller_pools(pools: Iterable[PoolUse], hours: int) -> list[Suggestion]:
             pool.pool,
             _monthly(spared, hours),
             f"{float(replicas):.1f} replicas were busy {pool.busy_ratio:.0%} of the time, the "
-            f"busiest hour with {float(pool.peak_busy):.1f}; {needed} would do",
+            f"busiest hour with {float(pool.peak_busy):.1f}; {needed} would do" + _unsaid(pool),
         )
     return found
 
@@ -96,28 +102,23 @@ def cheaper_models(
 ) -> list[Suggestion]:
     """Suggest for each model the one that would save most, if there is any.
 
-    Where much of a pool's time has no price, nobody knows what its models cost: they are left
-    out.
+    A model without any hour that has a price is left out: nobody knows what it costs.
     """
-    pools = list(pools)
-    idle_ns = {pool.pool: pool.time_ns[Use.IDLE] for pool in pools}
-    unpriced = {
-        pool.pool for pool in pools if pool.unpriced_ns > _UNPRICED_MAX_RATIO * pool.total_ns
-    }
-    known = [each for each in models if each.tokens and each.pool not in unpriced]
+    by_name = {pool.pool: pool for pool in pools}
+    known = [each for each in models if each.priced_tokens]
     found: list[Suggestion] = []
     for model in known:
         best: tuple[Fraction, ModelUse] | None = None
         for other in known:
             if other.pool == model.pool or not model.cost_nanousd:
                 continue
-            ours = Fraction(model.cost_nanousd, model.tokens)
-            theirs = Fraction(other.cost_nanousd, other.tokens)
-            needed_ns = Fraction(other.engine_ns * model.tokens, other.tokens)
-            fits = model.longest_tokens <= other.longest_tokens
-            if not fits or theirs > ours * _CHEAPER_RATIO or needed_ns > idle_ns[other.pool]:
+            ours, theirs = _unit(model), _unit(other)
+            if model.longest_tokens > other.longest_tokens or theirs > ours * _CHEAPER_RATIO:
                 continue
-            saving = (ours - theirs) * model.tokens
+            needed_ns = Fraction(other.engine_ns * model.tokens, other.tokens)
+            if needed_ns > by_name[other.pool].time_ns[Use.IDLE]:
+                continue
+            saving = (ours - theirs) * model.priced_tokens
             if best is None or saving > best[0]:
                 best = saving, other
         if best is not None:
@@ -127,8 +128,9 @@ def cheaper_models(
                 model.model,
                 _monthly(saving, hours),
                 f"{other.model} has served requests as long, is idle enough, and a token costs "
-                f"{float(1 - Fraction(other.cost_nanousd, other.tokens) / _unit(model)):.0%} "
-                "less there; compare their answers first",
+                f"{float(1 - _unit(other) / _unit(model)):.0%} "
+                "less there; compare their answers first"
+                + _unsaid(*(by_name[each.pool] for each in (model, other))),
             )
     return found
 
@@ -188,7 +190,15 @@ def fit_token_cost(rows: Iterable[tuple[int, int, int]]) -> TokenCost | None:
 
 
 def _unit(model: ModelUse) -> Fraction:
-    return Fraction(model.cost_nanousd, model.tokens)
+    return Fraction(model.cost_nanousd, model.priced_tokens)
+
+
+def _unsaid(*pools: PoolUse) -> str:
+    """Return what a suggestion has to add where pools' time has no price, in part."""
+    parts = [
+        f"{pool.unpriced_ratio:.1%} of {pool.pool}'s time" for pool in pools if pool.unpriced_ns
+    ]
+    return f"; without {' and '.join(parts)}, which has no price" if parts else ""
 
 
 def _monthly(amount: Fraction, hours: int) -> int:

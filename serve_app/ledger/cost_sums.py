@@ -30,12 +30,15 @@ class PoolSums:
 
     ``priced`` are the pools over the hours whose time has a price, with what they produced in
     them; one that has none of these is not there. ``unpriced`` are the others, by pool.
+    ``models`` is time and cost by model and pool, and ``model_costs`` the cost in the hours
+    whose time has a price.
     """
 
     pools: dict[str, PoolUse] = field(default_factory=dict)
     priced: dict[str, PoolUse] = field(default_factory=dict)
     unpriced: set[tuple[str, int]] = field(default_factory=set)
     models: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
+    model_costs: dict[tuple[str, str], int] = field(default_factory=dict)
     hours: int = 0
 
 
@@ -56,6 +59,7 @@ def pool_sums(
     """
     sums = PoolSums()
     hours: dict[tuple[str, int], PoolUse] = {}
+    spent: dict[tuple[str, str, int], int] = defaultdict(int)
     for each in split_hours(connection, query, ("model",), instances):
         account = each.cost.hour
         use = hours.setdefault((account.pool, account.hour), PoolUse(account.pool))
@@ -66,12 +70,16 @@ def pool_sums(
                 key = (str(part.key[0]), account.pool)
                 time_ns, cost = sums.models.get(key, (0, 0))
                 sums.models[key] = time_ns + part.time_ns, cost + (part.cost_nanousd or 0)
+                spent[(*key, account.hour)] += part.cost_nanousd or 0
     for (name, hour), use in hours.items():
         sums.pools.setdefault(name, PoolUse(name)).add_hour(use)
         if use.priced:
             sums.priced.setdefault(name, PoolUse(name)).add_hour(use)
         else:
             sums.unpriced.add((name, hour))
+    for (model, name, hour), cost in spent.items():
+        if (name, hour) not in sums.unpriced:
+            sums.model_costs[model, name] = sums.model_costs.get((model, name), 0) + cost
     sums.hours = len({hour for _, hour in hours})
     _add_products(connection, query, sums)
     return sums
@@ -115,12 +123,23 @@ def model_uses(connection: Connection, query: UsageQuery, sums: PoolSums) -> lis
     longest = func.max(event.prompt_tokens + event.output_tokens)
     statement = within(select(event.model, longest), event.hour, query).group_by(event.model)
     longest_of = {row[0]: int(row[1]) for row in connection.execute(statement)}
-    tokens_of: dict[str, int] = defaultdict(int)
-    for name, _, values in _products(connection, query):
-        tokens_of[name] += values[1] + values[3]
     homes = _homes(sums)
+    tokens_of: dict[str, int] = defaultdict(int)
+    priced_of: dict[str, int] = defaultdict(int)
+    for name, hour, values in _products(connection, query):
+        tokens_of[name] += values[1] + values[3]
+        if (homes.get(name, ""), hour) not in sums.unpriced:
+            priced_of[name] += values[1] + values[3]
     return [
-        ModelUse(model, pool, *sums.models[model, pool], tokens_of[model], longest_of[model])
+        ModelUse(
+            model,
+            pool,
+            sums.models[model, pool][0],
+            sums.model_costs.get((model, pool), 0),
+            tokens_of[model],
+            longest_of[model],
+            priced_of[model],
+        )
         for model, pool in sorted(homes.items())
         if model in longest_of
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -45,8 +46,14 @@ def test_a_pool_that_needs_its_replicas_once_is_left_alone(use: PoolUse) -> None
     assert smaller_pools([use], MONTH) == []
 
 
-def model(name: str, cost: int, longest: int = 4000, engine_hours: int = 100) -> ModelUse:
-    return ModelUse(name, f"pool-{name}", engine_hours * HOUR_NS, cost * DOLLAR, 10**9, longest)
+def model(
+    name: str, cost: int, longest: int = 4000, engine_hours: int = 100, *, priced: bool = True
+) -> ModelUse:
+    tokens = 10**9
+    return ModelUse(
+        *(name, f"pool-{name}", engine_hours * HOUR_NS, cost * DOLLAR, tokens, longest),
+        tokens if priced else 0,
+    )
 
 
 def idle(name: str, hours: int) -> PoolUse:
@@ -80,7 +87,7 @@ def test_a_model_that_does_not_fit_is_not_suggested(cheaper: ModelUse, hours: in
 def test_a_model_whose_time_has_no_price_is_not_taken_for_free(large: int) -> None:
     unpriced = PoolUse("pool-small")
     unpriced.add({Use.IDLE: 500 * HOUR_NS}, None)
-    models = [model("large", large), model("small", 0)]
+    models = [model("large", large), model("small", 0, priced=False)]
     assert cheaper_models(models, [idle("large", 500), unpriced], MONTH) == []
 
 
@@ -93,7 +100,28 @@ def test_a_few_hours_that_have_not_been_billed_yet_hide_nothing() -> None:
     small = idle("small", 500)
     small.add({Use.IDLE: 20 * HOUR_NS}, None)
     models = [model("large", 1000), model("small", 100)]
-    assert cheaper_models(models, [idle("large", 500), small], MONTH) != []
+    (found,) = cheaper_models(models, [idle("large", 500), small], MONTH)
+    assert found.why.endswith("; without 3.8% of pool-small's time, which has no price")
+
+
+def test_only_what_has_a_price_is_saved_and_what_has_none_is_said() -> None:
+    # A fifth of both models' tokens came in hours that nobody has billed yet.
+    large, small = model("large", 800), model("small", 80)
+    models = [replace(each, priced_tokens=8 * 10**8) for each in (large, small)]
+    pools = [idle("large", 500), idle("small", 500)]
+    (found,) = cheaper_models(models, pools, MONTH)
+    assert found.saving_nanousd == (800 - 80) * DOLLAR
+    # Half of a pool's time without a price: what can be saved of the rest, and it is said.
+    whole = pool(4, 0.2, 1.3)
+    partly = pool(4, 0.2, 1.3)
+    for _ in range(4):
+        partly.add({Use.IDLE: MONTH * HOUR_NS}, None)
+    (known,), (found,) = smaller_pools([whole], MONTH), smaller_pools([partly], MONTH)
+    assert "no price" not in known.why
+    assert "without 50.0% of p's time, which has no price" in found.why
+    nothing = pool(4, 0.2, 1.3)
+    nothing.cost_nanousd = dict.fromkeys(Use, 0)
+    assert smaller_pools([nothing], MONTH) == []
 
 
 def test_prompts_that_repeat_uncached_cost_what_their_tokens_take() -> None:

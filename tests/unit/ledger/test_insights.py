@@ -346,6 +346,37 @@ def test_savings_name_the_pool_the_model_and_the_prompts(database: Database) -> 
     assert Fraction(pool["saving_usd_per_month"]) == Fraction("2.5") * 3 * 730
 
 
+def test_savings_go_by_the_hours_that_have_a_price(database: Database) -> None:
+    prices = PriceStore(database)
+    prices.replace([], "none")
+    people = (
+        Person("acme", "ann", "small", 40, prompt=800, output=150, engine_ms=300),
+        Person("coil", "", "large", 15, prompt=700, engine_ms=6000),
+    )
+    town = Town(people, {"small": 1, "large": 1}, hours=6)
+    UsageLedger(database, prices).commit(list(town.records()))
+
+    def saved(query: UsageQuery) -> dict[str, Any]:
+        found = insight(database, "savings", query, SETTINGS)["data"]
+        (one,) = [each for each in found if each["kind"] == "cheaper_model"]
+        return dict(one)
+
+    known = saved(UsageQuery((), START_S, START_S + 4 * HOUR_S))
+    with database.transaction() as connection:
+        connection.execute(
+            update(REPLICA_HOUR)
+            .where(REPLICA_HOUR.c.hour >= START_S + 4 * HOUR_S)
+            .values(instance="unlisted")
+        )
+    partly = saved(UsageQuery())
+    # The same dollars, of six hours and not of four.
+    assert Fraction(partly["saving_usd_per_month"]) == pytest.approx(
+        Fraction(known["saving_usd_per_month"]) * 4 / 6, rel=1e-9
+    )
+    assert "33.3% of large's time and 33.3% of small's time, which has no price" in partly["why"]
+    assert "no price" not in known["why"]
+
+
 @pytest.mark.parametrize("name", INSIGHTS)
 def test_an_empty_ledger_has_nothing_to_say(database: Database, name: str) -> None:
     found = ask(database, name)
