@@ -23,8 +23,11 @@ import pytest
 import yaml
 from sqlalchemy import create_engine, text
 
+from serve_app.core.pricing import dollars
+from serve_app.treasury import ABANDON_S
 from tests.e2e import fleet, policies
 from tests.e2e.fleet import ENGINES
+from tests.e2e.keys import make_key
 from tests.e2e.traffic import Load, wait_s
 from tests.e2e.waiting import until
 from tests.postgres import Server, fresh_database, running_server
@@ -33,6 +36,8 @@ from tests.stack import ROOT, Stack, running_stack
 PRICES = "currency: USD\ncards:\n  all: {input: 1, cached_input: 0.1, output: 10, request: 0.001}\n"
 REQUEST, INPUT, CACHED, OUTPUT = 1_000_000, 1000, 100, 10_000
 KILL_EVERY_S = 8
+# What sixteen clients would spend in a second is more.
+A_SECOND_NANOUSD = 20_000_000
 QUESTION = {"model": "quick", "messages": [{"role": "user", "content": "tell me a story"}]}
 
 
@@ -156,7 +161,14 @@ def test_who_leaves_pays_for_what_was_generated_and_the_report_shows_the_waste(
 
 
 async def completed_under(
-    stack: Stack, lasting_s: float, seed: int, kill: Any, model: str = "quick", kills: int = 1
+    stack: Stack,
+    lasting_s: float,
+    seed: int,
+    kill: Any,
+    *,
+    model: str = "quick",
+    kills: int = 1,
+    key: str | None = None,
 ) -> set[str]:
     """Ask for ``lasting_s`` while ``kill`` does its work; return who got a whole answer.
 
@@ -181,7 +193,7 @@ async def completed_under(
             else:
                 await asyncio.sleep(0.05)
 
-    headers = {"authorization": f"Bearer {stack.key}"}
+    headers = {"authorization": f"Bearer {key or stack.key}"}
     async with (
         httpx.AsyncClient(base_url=stack.url, headers=headers, timeout=60) as http,
         asyncio.TaskGroup() as group,
@@ -295,8 +307,15 @@ def are_billed_once(ask: Callable[[str], Iterable[Any]], whole: set[str], witnes
 def test_whoever_is_killed_at_random_no_request_hangs_and_the_books_add_up(
     stack: Stack, lasting_s: int
 ) -> None:
-    """A router, an engine or Control, every eight seconds or so."""
+    """A router, an engine or Control, every eight seconds or so; a budget that is spent meanwhile.
+
+    In the end routers hold nothing of it: the living gave it back, and the dead are forgotten.
+    """
     chance = random.Random(lasting_s)
+    tenant, amount_nanousd = f"stormy-{lasting_s}", lasting_s * A_SECOND_NANOUSD
+    import_prices(stack)
+    set_budget(stack, tenant, amount_nanousd)
+    key = make_key(stack, tenant=tenant)
     killed: Counter[str] = Counter()
 
     def kill() -> None:
@@ -307,13 +326,33 @@ def test_whoever_is_killed_at_random_no_request_hangs_and_the_books_add_up(
             killed[role] += 1
 
     whole = asyncio.run(
-        completed_under(stack, lasting_s, lasting_s, kill, kills=lasting_s // KILL_EVERY_S)
+        completed_under(stack, lasting_s, lasting_s, kill, kills=lasting_s // KILL_EVERY_S, key=key)
     )
     print(f"{len(whole)} whole answers; killed: {dict(killed)}")
     assert len(whole) > lasting_s
     fleet.settle(stack)
     are_billed_once(functools.partial(rows, stack), whole, "router")
+    # One that is made smaller is called back from whoever has it.
+    set_budget(stack, tenant, 1)
+    until(lambda: held(stack, tenant) == 0, "routers hold nothing", within_s=3 * ABANDON_S)
+    [[spent]] = rows(stack, "SELECT SUM(amount_nanousd) FROM usage_event WHERE tenant = ?", tenant)
+    print(f"{spent} of {amount_nanousd} nano-dollars spent")
+    assert 0 < spent <= amount_nanousd
     adds_up(stack)
+
+
+def set_budget(stack: Stack, tenant: str, amount_nanousd: int) -> None:
+    words = ("budgets", "set", "tenant", tenant, dollars(amount_nanousd), "--window", "month")
+    done = stack.headrace(*words, "--config", config(stack))
+    assert done.returncode == 0, done.stderr
+
+
+def held(stack: Stack, tenant: str) -> float:
+    """Return the dollars at routers, as ``headrace budgets`` tells them."""
+    done = stack.headrace("budgets", "list", "--config", config(stack))
+    assert done.returncode == 0, done.stderr
+    [line] = [each for each in done.stdout.splitlines() if f" {tenant} " in each]
+    return float(line.split()[5])
 
 
 @pytest.mark.proof

@@ -12,12 +12,12 @@ from tests.stack import Stack
 WAIT_S = 120.0
 
 
-def until(condition: Callable[[], bool], what: str) -> None:
+def until(condition: Callable[[], bool], what: str, within_s: float = WAIT_S) -> None:
     """Wait until a condition of another process holds.
 
     How long it takes is not what is tested: the time-out only ends a broken test.
     """
-    give_up_at_s = time.monotonic() + WAIT_S
+    give_up_at_s = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < give_up_at_s, f"never happened: {what}"
         time.sleep(0.1)
