@@ -504,8 +504,8 @@ MUTANTS: Sequence[Mutant] = (
     Mutant(
         "cost: a piece of a life is on the account of the hour it ends in",
         "periods.py",
-        "            self.hour,\n",
-        "            (self._reached_ns + lasted_ns) // HOUR_NS * HOUR_S,\n",
+        "from_ns, hour = self._reached_ns, self.hour\n",
+        "from_ns, hour = self._reached_ns, until_ns // HOUR_NS * HOUR_S\n",
         ("periods",),
     ),
     Mutant(
@@ -539,8 +539,8 @@ MUTANTS: Sequence[Mutant] = (
     Mutant(
         "cost: a cheaper model need not be idle enough",
         "savings.py",
-        " or needed_ns > idle_ns[other.pool]:",
-        ":",
+        "if needed_ns > by_name[other.pool].time_ns[Use.IDLE]:",
+        "if needed_ns < 0:",
         ("savings",),
     ),
 )
