@@ -105,7 +105,7 @@ def test_usage_is_shown_as_a_table_csv_and_json(
     assert lines[1] == ["acme", "small", "1", "20", "5", "0", "0.0010628"]
     assert lines[2] == ["TOTAL", "1", "20", "5", "0", "0.0010628"]
     assert main([*asked, "--format", "csv"]) == 0
-    assert capsys.readouterr().out.splitlines()[1].endswith(",0.0010628,0,0,0,0,0")
+    assert capsys.readouterr().out.splitlines()[1].endswith(",0.0010628,0,0,0,0,0,0,0,0,")
     assert main([*asked, "--format", "json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["total"]["amount_nanousd"] == 1_062_800
