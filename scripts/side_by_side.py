@@ -77,9 +77,10 @@ def _step_back(pid: int) -> None:
     Where the kernel groups sessions (autogroup), niceness counts within one only, and the
     session has a niceness of its own.
     """
-    os.setpriority(os.PRIO_PROCESS, pid, NICE)
+    niceness = os.getpriority(os.PRIO_PROCESS, 0) + NICE
+    os.setpriority(os.PRIO_PROCESS, pid, niceness)
     with contextlib.suppress(OSError):
-        Path(f"/proc/{pid}/autogroup").write_text(str(NICE))
+        Path(f"/proc/{pid}/autogroup").write_text(str(min(niceness, 19)))
 
 
 def _end(

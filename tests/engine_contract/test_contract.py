@@ -31,7 +31,7 @@ from .conftest import start_sim_engine
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
-WAIT_S = 60
+WAIT_S = 300
 CONTEXT_TOKENS = 1024
 DONE = b"data: [DONE]\n\n"
 IDS = itertools.count(1)
