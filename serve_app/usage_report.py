@@ -108,9 +108,7 @@ def to_csv(report: Mapping[str, Any]) -> str:
     writer.writerows([*(row[column] for column in columns), ""] for row in rows)
     for row in _overheads(report):
         told = row | {"engine_s": row["time_s"]}
-        unsaid = [*report["by"], *FIELDS]
-        cells = [told.get(column, "" if column in report["by"] else "0") for column in unsaid]
-        cells += [row[column] for column in columns[len(unsaid) :]]
+        cells = [told.get(column, "" if column in report["by"] else "0") for column in columns]
         writer.writerow([*cells, row["what"]])
     return text.getvalue()
 

@@ -207,12 +207,12 @@ def dearer(
     for work in hours:
         days.setdefault(day_start_s(work.at_s), []).append(work)
     known = sorted(days)
+    if len(known) <= recent:
+        return None
     before = _history(known[:-recent], history_max, by)
     usual = UsualCost(work for day in before for work in days[day])
     late = known[-recent:]
     ratios = [Point(day, usual.ratio(days[day], day)) for day in before]
-    if len(known) <= recent:
-        return None
     now = median([usual.ratio(days[day], day) for day in late])
     # What was free, or alone, says nothing.
     found = _judge(Point(known[-1], now), [point for point in ratios if point.value], by)

@@ -109,8 +109,11 @@ def _of_models(
 ) -> Iterable[dict[str, Any]]:
     for model, hours in sorted(sums.models.items()):
         # Without a load there is nothing to compare with.
-        used = {at_s: each for at_s, each in hours.items() if tokens.get((model, at_s), 0) > 0}
-        used = {at_s: each for at_s, each in used.items() if each.load > 0}
+        used = {
+            at_s: each
+            for at_s, each in hours.items()
+            if tokens.get((model, at_s), 0) > 0 and each.load > 0
+        }
         recent = sorted({day_start_s(at_s) for at_s in used})[-_RECENT_DAYS:]
         if not recent or recent[-1] < from_s - DAY_S:
             continue

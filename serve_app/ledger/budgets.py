@@ -272,7 +272,6 @@ def _row(budget: Budget) -> dict[str, Any]:
         "rolling_s": budget.rolling_s,
         "alerts_json": json.dumps(budget.alert_ratios),
         "hard": budget.hard,
-        "begun_s": 0,
     }
 
 

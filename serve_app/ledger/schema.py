@@ -29,7 +29,7 @@ from serve_app.core.attribution import Use
 METADATA: Final = MetaData()
 
 # The last migration: a database at this revision has the tables below.
-REVISION: Final = "0009"
+REVISION: Final = "0010"
 
 API_KEY: Final = Table(
     "api_key",
@@ -206,7 +206,6 @@ RATE_CARD: Final = Table(
     *_numbers("input_nanousd", "cached_input_nanousd", "output_nanousd", "request_nanousd"),
 )
 
-# ``begun_s`` is not read: which period pays follows from when a request came.
 BUDGET: Final = Table(
     "budget",
     METADATA,
@@ -217,7 +216,6 @@ BUDGET: Final = Table(
     Column("rolling_s", BigInteger, nullable=False),
     Column("alerts_json", Text, nullable=False),
     Column("hard", Boolean, nullable=False),
-    Column("begun_s", BigInteger, nullable=False),
 )
 
 # What a router was granted of a budget's period and has let go of, in all.

@@ -129,13 +129,15 @@ def test_twice_the_unit_cost_at_the_same_load_is_found_whatever_the_load(
 
 
 def test_a_runaway_agent_is_found_though_it_makes_requests_cheaper(sqlite: Database) -> None:
-    def run_away(person: Person, hour: int) -> Person:
-        mad = person.user == "bob" and hour >= LAST_DAY + 10
-        return replace(person, hourly=person.hourly * 15) if mad else person
-
     replace(BATCHED, change=run_away).write_sums(sqlite)
     (found,) = ask(sqlite, "anomalies")["data"]
     assert (found["kind"], found["subject"]) == ("spending_per_hour", "acme/bob")
+
+
+def run_away(person: Person, hour: int) -> Person:
+    """From ten o'clock of the last day on, Bob's agent asks fifteen times as much."""
+    mad = person.user == "bob" and hour >= LAST_DAY + 10
+    return replace(person, hourly=person.hourly * 15) if mad else person
 
 
 def unit_cost_of_small(database: Database, query: UsageQuery) -> float:
@@ -150,10 +152,6 @@ def day_of(day: int, days: int = 1) -> UsageQuery:
 
 
 def test_a_runaway_agent_is_found_and_named(sqlite: Database) -> None:
-    def run_away(person: Person, hour: int) -> Person:
-        mad = person.user == "bob" and hour >= LAST_DAY + 10
-        return replace(person, hourly=person.hourly * 15) if mad else person
-
     replace(MONTH, change=run_away).write_sums(sqlite)
     (found,) = ask(sqlite, "anomalies")["data"]
     assert (found["kind"], found["subject"]) == ("spending_per_hour", "acme/bob")
@@ -187,10 +185,6 @@ def test_a_unit_cost_that_drifts_to_its_double_is_found(sqlite: Database) -> Non
 
 
 def test_without_prices_engine_time_is_what_is_watched(sqlite: Database) -> None:
-    def run_away(person: Person, hour: int) -> Person:
-        mad = person.user == "bob" and hour >= LAST_DAY + 10
-        return replace(person, hourly=person.hourly * 15) if mad else person
-
     replace(MONTH, change=run_away).write_sums(sqlite)
     found = insight(sqlite, "anomalies", UsageQuery(), CostSettings())
     assert found["unit"] == "engine seconds"
@@ -200,10 +194,6 @@ def test_without_prices_engine_time_is_what_is_watched(sqlite: Database) -> None
 def test_one_hour_without_a_price_leaves_the_rest_in_dollars_and_hides_nothing(
     sqlite: Database,
 ) -> None:
-    def run_away(person: Person, hour: int) -> Person:
-        mad = person.user == "bob" and hour >= LAST_DAY + 10
-        return replace(person, hourly=person.hourly * 15) if mad else person
-
     replace(MONTH, change=run_away).write_sums(sqlite)
     unpriced = (START_S + (LAST_DAY + 12) * HOUR_S, START_S + 40 * HOUR_S)
     with sqlite.transaction() as connection:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -99,17 +100,7 @@ def test_engine_time_from_before_it_was_whole_is_kept(database: Database) -> Non
         "outcome": "'cancelled'",
         "replica": "'r1'",
     }
-    with database.transaction() as connection:
-        columns = inspect(connection).get_columns("usage_event")
-        boolean = {"billable", "batch", "exact"}
-        values = {
-            each["name"]: filled.get(
-                each["name"], "'0'" if each["name"] in boolean else _zero(each["type"])
-            )
-            for each in columns
-        }
-        names, literals = ", ".join(values), ", ".join(values.values())
-        connection.execute(text(f"INSERT INTO usage_event ({names}) VALUES ({literals})"))
+    insert_row(database, "usage_event", filled)
     database.migrate("head")
     with database.transaction() as connection:
         event = connection.execute(text("SELECT engine_ns, engine_hour FROM usage_event")).one()
@@ -133,11 +124,7 @@ def test_periods_from_before_the_mark_of_provisional_time_have_none(database: Da
     database.migrate("0006")
     tables = ("replica_period", "replica_hour")
     for name in tables:
-        with database.transaction() as connection:
-            columns = inspect(connection).get_columns(name)
-            values = {each["name"]: _zero(each["type"]) for each in columns}
-            names, literals = ", ".join(values), ", ".join(values.values())
-            connection.execute(text(f"INSERT INTO {name} ({names}) VALUES ({literals})"))
+        insert_row(database, name)
     for revision in ("head", "0006", "head"):
         database.migrate(revision)
     for name in tables:
@@ -152,17 +139,8 @@ def test_events_from_before_what_they_held_of_the_cache_was_known_say_none(
     database.migrate("0008")
     tables = ("usage_event", "engine_time")
     for name in tables:
-        with database.transaction() as connection:
-            columns = inspect(connection).get_columns(name)
-            assert "kv_block_us" not in {each["name"] for each in columns}
-            values = {
-                each["name"]: "'0'" if isinstance(each["type"], Boolean) else _zero(each["type"])
-                for each in columns
-            }
-            if database.engine.dialect.name == "sqlite":
-                values |= dict.fromkeys(values.keys() & {"billable", "batch", "exact"}, "0")
-            names, literals = ", ".join(values), ", ".join(values.values())
-            connection.execute(text(f"INSERT INTO {name} ({names}) VALUES ({literals})"))
+        assert f"{name}.kv_block_us" not in shape(database)
+        insert_row(database, name)
     for revision in ("head", "0008", "head"):
         database.migrate(revision)
     for name in tables:
@@ -175,7 +153,18 @@ def test_events_from_before_what_they_held_of_the_cache_was_known_say_none(
         assert rows.scalar_one() == 1
 
 
-def _zero(kind: object) -> str:
+def insert_row(database: Database, table: str, filled: Mapping[str, str] = {}) -> None:
+    """Insert a row of nothing but what is filled in, into a table as it is just now."""
+    with database.transaction() as connection:
+        columns = inspect(connection).get_columns(table)
+        values = {each["name"]: _nothing(each["type"]) for each in columns} | dict(filled)
+        names, literals = ", ".join(values), ", ".join(values.values())
+        connection.execute(text(f"INSERT INTO {table} ({names}) VALUES ({literals})"))
+
+
+def _nothing(kind: object) -> str:
+    if isinstance(kind, Boolean):
+        return "FALSE"
     return "''" if isinstance(kind, String) else "0"
 
 
