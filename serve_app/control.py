@@ -26,6 +26,7 @@ from serve_app.core.demand import EngineNews
 from serve_app.core.pricing import PriceBook, RateCard
 from serve_app.core.slice_messages import Bell, Message, Reply
 from serve_app.cost_watch import CostWatch
+from serve_app.errors import StoreUnavailable
 from serve_app.granter import GrantDesk
 from serve_app.journal import Sweeper
 from serve_app.keys import KeyRecord, KeyTable, KeyWish, bootstrap_record
@@ -80,6 +81,7 @@ class Control:
         self._store = KeyStore(database)
         logger.info("keys are kept in %s", self._store.place)
         self._bootstrap = os.environ.get("HEADRACE_BOOTSTRAP_KEY")
+        self._refreshing = asyncio.Lock()
         self._processes: dict[str, _Process] = {}
         self._metrics = ControlMetrics(CollectorRegistry())
         self._scaler = Scaler(time.monotonic, time.time, self._metrics.sized)
@@ -302,7 +304,20 @@ class Control:
         return table.with_record(bootstrap_record(self._bootstrap)) if self._bootstrap else table
 
     async def _refresh(self) -> None:
-        self._table = await asyncio.to_thread(self._read_table)
+        # Of two at once, the one that began first must not end last.
+        async with self._refreshing:
+            table = await asyncio.to_thread(self._read_table)
+            # No router may serve a key without the prices and budgets that were there before it.
+            try:
+                await self._look_at_prices()
+                await self._treasury.look()
+            except StoreUnavailable:
+                logger.exception("prices or budgets cannot be read; they stay as they are")
+            self._table = table
+
+    async def _look_at_prices(self) -> None:
+        if await asyncio.to_thread(self._price_store.version) != self._prices.version:
+            self._prices = await asyncio.to_thread(self._price_store.current)
 
     async def _follow_store(self) -> None:
         """Notice keys that the command line changed in the same database."""
@@ -314,8 +329,7 @@ class Control:
                 version = await asyncio.to_thread(self._store.version)
                 if version != self._table.version:
                     await self._refresh()
-                if await asyncio.to_thread(self._price_store.version) != self._prices.version:
-                    self._prices = await asyncio.to_thread(self._price_store.current)
+                await self._look_at_prices()
                 await self._grants.follow()
             except asyncio.CancelledError:
                 raise

@@ -125,6 +125,7 @@ class Treasury:
         self._told: dict[tuple[BudgetKey, int], int] = {}
         self._alerts_at_s = clock()
         self._budgets: Mapping[BudgetKey, Budget] = {}
+        self._looking = asyncio.Lock()
         self.list = BudgetList()
 
     async def lend(self, router: str, accounts: list[Account]) -> list[Line]:
@@ -161,15 +162,22 @@ class Treasury:
 
     async def follow(self) -> None:
         """Notice budgets that changed, thresholds passed, routers gone; twice a second."""
-        version = await asyncio.to_thread(self._record.version)
-        if version != self.list.version:
-            budgets = await asyncio.to_thread(self._record.every)
-            self.list = BudgetList(version, frozenset(each.key for each in budgets if each.hard))
-            self._recall_what_changed({each.key: each for each in budgets})
+        await self.look()
         if self._clock() - self._alerts_at_s >= ALERTS_PERIOD_S:
             self._alerts_at_s = self._clock()
             self._tell_alerts(await asyncio.to_thread(self._record.balances))
             await self._forget_gone()
+
+    async def look(self) -> None:
+        """Notice budgets that changed, whoever changed them."""
+        # Of two looks at once, the one that began first must not end last.
+        async with self._looking:
+            version = await asyncio.to_thread(self._record.version)
+            if version == self.list.version:
+                return
+            budgets = await asyncio.to_thread(self._record.every)
+            self.list = BudgetList(version, frozenset(each.key for each in budgets if each.hard))
+            self._recall_what_changed({each.key: each for each in budgets})
 
     async def balances(self) -> Sequence[Balance]:
         """Return how every budget stands."""
@@ -178,7 +186,7 @@ class Treasury:
     async def put(self, budget: Budget, by: Actor) -> None:
         """Set a budget; routers learn of it with their next heartbeat."""
         await asyncio.to_thread(self._record.put, budget, by)
-        await self.follow()
+        await self.look()
 
     async def add(self, key: BudgetKey, amount_nanousd: int, by: Actor) -> Budget | None:
         """Add to a budget's amount; None if there is none."""
@@ -187,7 +195,7 @@ class Treasury:
     async def remove(self, key: BudgetKey, by: Actor) -> bool:
         """Remove a budget; tell whether there was one."""
         removed = await asyncio.to_thread(self._record.remove, key, by)
-        await self.follow()
+        await self.look()
         return removed
 
     def _recall_what_changed(self, budgets: Mapping[BudgetKey, Budget]) -> None:

@@ -155,7 +155,8 @@ def fresh_database(
 
 def _admin(cluster_url: str) -> psycopg.Connection[tuple[object, ...]]:
     plain = cluster_url.replace("+psycopg", "") + "postgres"
-    return psycopg.connect(plain, autocommit=True, connect_timeout=5)
+    # A busy machine may leave the server nothing for long.
+    return psycopg.connect(plain, autocommit=True, connect_timeout=120)
 
 
 def client_programs() -> Path:
