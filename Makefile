@@ -12,6 +12,8 @@ RAY_ENV := set -a; source configs/ray.env; set +a
 OUT ?= out
 # Where the chart is rendered for: kind, gke, eks.
 PROFILE ?= kind
+# Where it is set, each of a stack's thirty processes compiles Ray, vLLM and us anew.
+unexport PYTHONDONTWRITEBYTECODE
 # Tests that belong together (one engine) stay with one worker.
 WORKERS ?= --numprocesses 2 --dist loadgroup
 

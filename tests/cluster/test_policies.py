@@ -7,7 +7,7 @@ import re
 import pytest
 import yaml
 
-from serve_app.config import GatewayArgs
+from serve_app.config import GatewayArgs, PoolArgs
 from serve_app.kubernetes import rbac
 from tests.cluster.conftest import PROFILES, Render, parsed
 from tests.cluster.manifests import CHART, ROOT, Manifests
@@ -118,6 +118,11 @@ def test_nothing_ends_before_the_longest_response_but_spot_nodes(
     manifests = parsed(profile, render(profile, *words))
     assert longest_response_s(manifests) == longest_s
     assert manifests.service["rayClusterDeletionDelaySeconds"] > longest_s
+    for application in manifests.serve_config["applications"]:
+        if application["name"] != "control":
+            kinds = {"gateway": GatewayArgs}
+            args = kinds.get(application["name"], PoolArgs).model_validate(application["args"])
+            assert args.replicas.graceful_shutdown_timeout_s > longest_s, application["name"]
     for pod in manifests.pods():
         if pod.labels["headrace.io/component"] not in RAY:
             continue
@@ -154,6 +159,31 @@ def test_googles_load_balancer_waits_as_long_and_asks_what_there_is(manifests: M
     assert health["spec"] == {
         "default": {"config": {"type": "HTTP", "httpHealthCheck": check}},
         "targetRef": service,
+    }
+
+
+def test_awss_load_balancer_waits_as_long_and_asks_what_there_is(manifests: Manifests) -> None:
+    """Fields as in the controller's own definitions, which are not among the CRDs beside us."""
+    kinds = ("LoadBalancerConfiguration", "TargetGroupConfiguration")
+    if manifests.profile != "eks":
+        assert not any(manifests.of(kind) for kind in kinds)
+        return
+    [[balancer], [targets]] = [manifests.of(kind) for kind in kinds]
+    [route] = manifests.of("HTTPRoute")
+    wanted = route["spec"]["rules"][0]["timeouts"]["request"].removesuffix("s")
+    assert int(wanted) > longest_response_s(manifests)
+    assert balancer["spec"] == {
+        "loadBalancerAttributes": [{"key": "idle_timeout.timeout_seconds", "value": wanted}]
+    }
+    assert targets["spec"] == {
+        "targetReference": {"kind": "Service", "name": "headrace-serve-svc"},
+        "defaultConfiguration": {
+            "targetType": "ip",
+            "healthCheckConfig": {"healthCheckPath": "/-/healthz"},
+            "targetGroupAttributes": [
+                {"key": "deregistration_delay.timeout_seconds", "value": wanted}
+            ],
+        },
     }
 
 
@@ -222,6 +252,8 @@ def test_images_are_made_of_what_is_there(variant: str) -> None:
     assert "USER 1000:1000" in last_stage
     assert re.search(r"install .*\bbash\b.*\bwget\b", last_stage), "KubeRay's probes call them"
     assert f"requirements/image-{variant}.lock" in text
+    before, _, _ = text.partition("/uv pip install")
+    assert re.search(r"^ENV .*\bUV_COMPILE_BYTECODE=1\b", before, re.MULTILINE), "starts are slow"
     haproxy = "/opt/headrace/bin/headrace-haproxy"
     assert haproxy in (CHART / "templates" / "_helpers.tpl").read_text()
     assert "COPY --from=build /opt/headrace /opt/headrace" in last_stage
