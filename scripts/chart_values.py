@@ -22,10 +22,23 @@ SCHEMA = CHART / "values.schema.json"
 Count = Annotated[int, Field(ge=0)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Name = Annotated[str, Field(min_length=1)]
-Quantity = Annotated[str | int | float, WithJsonSchema({"type": ["string", "number"]})]
+QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|E|Ki|Mi|Gi|Ti|Pi|Ei)?$"
+Size = Annotated[str, Field(pattern=QUANTITY)]
+Quantity = Annotated[
+    Size | int | float,
+    WithJsonSchema({"type": ["string", "number"], "pattern": QUANTITY}),
+]
+# No user and no password: whoever may read the release reads its values.
+Url = Annotated[str, Field(pattern=r"^(https?://[^@]*)?$")]
 # Parts of Kubernetes' own kinds, handed on as they are.
 Labels = dict[str, str]
 Objects = list[dict[str, Any]]
+# Of network policies, in which nothing named is everything.
+Cidr = Annotated[str, Field(pattern=r"^[0-9a-fA-F.:]+/[0-9]{1,3}$")]
+Cidrs = Annotated[list[Cidr], Field(min_length=1)]
+Ports = Annotated[list[Port], Field(min_length=1)]
+Peers = Annotated[Objects, Field(min_length=1)]
+Selector = Annotated[Labels, Field(min_length=1)]
 
 
 class Values(BaseModel):
@@ -68,14 +81,23 @@ class Serve(Values):
     overrides: dict[str, Any]
 
 
+class Certificate(Values):
+    """Of the authority that signed a server's own."""
+
+    existing_secret: str
+    key: Name
+
+
 class Database(Values):
     existing_secret: Name
+    certificate: Certificate
 
 
 class Redis(Values):
-    address: Name
+    address: Annotated[str, Field(pattern=r"^(rediss?://)?[^@/\s]+$")]
     existing_secret: Name
     password_key: Name
+    certificate: Certificate
 
 
 class Auth(Values):
@@ -172,7 +194,7 @@ class Pool(Values):
     tolerations: Objects = []
     annotations: Labels = {}
     models: Models | None = None
-    shm_size: str = "2Gi"
+    shm_size: Size = "2Gi"
     on_demand: Group | None = None
     spot: Spot | None = None
 
@@ -195,20 +217,20 @@ class Switch(Values):
 
 
 class ApiServer(Values):
-    cidrs: list[str]
-    ports: list[Port]
+    cidrs: Cidrs
+    ports: Ports
 
 
 class Outside(Values):
-    cidrs: list[str]
+    cidrs: Cidrs
     port: Port
 
 
 class NetworkPolicy(Switch):
     gateway_from: Objects
-    prometheus_namespace: Labels
-    operator_namespace: Labels
-    dns: Annotated[Objects, Field(min_length=1)]
+    prometheus_namespace: Selector
+    operator_namespace: Selector
+    dns: Peers
     api_server: ApiServer
     postgres: Outside
     redis: Outside
@@ -219,6 +241,7 @@ class Route(Switch):
     parent_refs: Objects
     hostnames: list[str]
     gke: bool
+    aws: bool
 
 
 class KeySecret(Values):
@@ -242,8 +265,8 @@ class Monitoring(Switch):
 
 
 class OpenCost(Values):
-    url: Annotated[str, Field(pattern=r"^(https?://.*)?$")]
-    namespace: Labels
+    url: Url
+    namespace: Selector
     port: Port
 
 
@@ -252,8 +275,8 @@ class Jaeger(Switch):
 
 
 class Tracing(Values):
-    endpoint: Annotated[str, Field(pattern=r"^(https?://.*)?$")]
-    collector: Objects
+    endpoint: Url
+    collector: Peers
     port: Port
     jaeger: Jaeger
 
@@ -324,7 +347,7 @@ class ChartValues(Values):
     autoscaler: Autoscaler
     cpu: Cpu
     pools: dict[PoolName, Pool]
-    cache_size: Name
+    cache_size: Size
     disruption: Switch
     network_policy: NetworkPolicy
     route: Route

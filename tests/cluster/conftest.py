@@ -75,7 +75,7 @@ def render(helm: Path) -> Render:
         # Without a cluster helm takes one as old as itself.
         command += ["--kube-version", "1.37.0"]
         command += ["--values", str(CHART / f"values-{profile}.yaml"), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
     return run
 

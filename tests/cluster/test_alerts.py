@@ -75,7 +75,7 @@ def names(rules: Path) -> set[str]:
 def run(promtool: Path, *arguments: str | Path) -> str:
     """Return what promtool has to complain of, nothing if nothing."""
     command = [promtool, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     return "" if done.returncode == 0 else done.stdout + done.stderr
 
 

@@ -42,7 +42,7 @@ def kubectl() -> Path:
 def built(kubectl: Path, folder: Path) -> list[dict[str, Any]]:
     """Return what a real kustomize makes of a folder."""
     done = subprocess.run(
-        [kubectl, "kustomize", folder], capture_output=True, text=True, timeout=60, check=False
+        [kubectl, "kustomize", folder], capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stderr
     return [each for each in yaml.safe_load_all(done.stdout) if each]
@@ -82,6 +82,7 @@ def test_operators_come_before_what_they_operate(
     if cloud == "eks":
         order = ["karpenter", "karpenter-nodes", *order]
         assert wave(found["nvidia-device-plugin"]) < wave(found["headrace"])
+        assert wave(found["dcgm-exporter"]) < wave(found["headrace"])
     waves = [wave(found[name]) for name in order]
     assert waves == sorted(set(waves))
 
@@ -130,7 +131,7 @@ def rendered(
     for name in source["helm"]["valueFiles"]:
         path = (CHART / name).resolve()
         command += ["--values", images if path == ARGOCD / "images.yaml" else path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     return Manifests(cloud.split("-")[0], [d for d in yaml.safe_load_all(done.stdout) if d])
 
@@ -147,7 +148,7 @@ def test_what_is_synced_runs_by_digest(
 def test_without_a_release_nothing_is_rendered(helm: Path) -> None:
     command = [helm, "template", "headrace", CHART, "--values", CHART / "values-gke.yaml"]
     command += ["--values", ARGOCD / "values" / "production.yaml"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode != 0
     assert "digest" in done.stderr
 
@@ -168,6 +169,20 @@ def test_policies_are_as_narrow_as_terraforms_ranges(
     assert {each for each in blocks if not each.startswith("169.254.")} == known
 
 
+def test_redis_is_asked_by_tls_and_its_own_authority_trusted(
+    applications: tuple[str, dict[str, dict[str, Any]]], helm: Path, tmp_path: Path
+) -> None:
+    """Google's Memorystore signs its certificates itself; Amazon's are known to everybody."""
+    manifests = rendered(applications, helm, tmp_path)
+    options = manifests.cluster["gcsFaultToleranceOptions"]
+    assert options["redisAddress"].startswith("rediss://")
+    head = next(iter(manifests.pods()))
+    secrets = [v["secret"]["secretName"] for v in head.spec["volumes"] if "secret" in v]
+    assert secrets == ([] if applications[0] == "eks" else ["headrace-redis-authority"])
+    runbook = (ROOT / "docs" / "runbooks" / "install.md").read_text()
+    assert all(f"secret generic {name} " in runbook for name in secrets)
+
+
 def test_autopilot_lets_pods_end_in_its_time(kubectl: Path, helm: Path, tmp_path: Path) -> None:
     cloud = "gke-autopilot"
     found = {d["metadata"]["name"]: d for d in built(kubectl, ARGOCD / "apps" / cloud)}
@@ -178,6 +193,23 @@ def test_autopilot_lets_pods_end_in_its_time(kubectl: Path, helm: Path, tmp_path
         assert not any("hostPath" in each for each in pod.spec.get("volumes", [])), pod.owner
     gateway = next(a for a in manifests.serve_config["applications"] if a["name"] == "gateway")
     assert GatewayArgs.model_validate(gateway["args"]).limits.max_stream_s == 480
+
+
+def test_the_gpu_watcher_is_answered_by_the_exporter_of_its_own_node(
+    kubectl: Path, helm: Path, tmp_path: Path
+) -> None:
+    found = {d["metadata"]["name"]: d for d in built(kubectl, ARGOCD / "apps" / "eks")}
+    exporter = found["dcgm-exporter"]
+    values = exporter["spec"]["source"]["helm"]["valuesObject"]
+    assert values["service"]["internalTrafficPolicy"] == "Local", "another node's faults"
+    host = f"{values['fullnameOverride']}.{exporter['spec']['destination']['namespace']}"
+    [watcher] = rendered(("eks", found), helm, tmp_path).of("DaemonSet")
+    pod = watcher["spec"]["template"]["spec"]
+    assert f"--source=http://{host}:9400/metrics" in pod["containers"][0]["args"]
+    assert (values["affinity"], values["tolerations"]) == (pod["affinity"], pod["tolerations"])
+    counters = (CHART / "files" / "dcgm-counters.csv").read_text()
+    rows = [line for line in counters.splitlines() if not line.startswith("#")]
+    assert values["customMetrics"].splitlines() == rows
 
 
 def test_karpenter_is_given_terraforms_names(kubectl: Path) -> None:

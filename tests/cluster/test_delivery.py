@@ -216,6 +216,12 @@ def test_a_deployment_is_a_commit_with_the_digests(repository: Path) -> None:
     assert git(repository, "status", "--porcelain") == "", "the checkout stays as it is"
 
 
+def test_without_its_arguments_it_says_which() -> None:
+    done = run(ROOT / "scripts" / "deploy", "HEAD")
+    assert done.returncode == 2
+    assert done.stderr == "usage: scripts/deploy COMMIT REGISTRY DIGESTS\n"
+
+
 def test_what_is_no_digest_is_not_deployed(repository: Path) -> None:
     git(repository, "add", ".")
     git(repository, "commit", "-qm", "first")

@@ -42,7 +42,7 @@ def run(folder: Path, action: str, **environment: str) -> tuple[int, str, list[s
         env={**os.environ, "PATH": path, "CALLS": str(calls), **environment},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     return done.returncode, done.stdout + done.stderr, calls.read_text().splitlines()

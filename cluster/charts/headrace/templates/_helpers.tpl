@@ -17,7 +17,26 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end -}}
 
 {{- define "headrace.image" -}}
-{{- if .digest -}}{{ printf "%s@%s" .repository .digest }}{{- else -}}{{ printf "%s:%s" .repository .tag }}{{- end -}}
+{{- if .digest -}}{{ printf "%s@%s" .repository .digest }}
+{{- else if has .tag (list nil "" "latest") -}}{{ fail (printf "image %s: name it by a digest, or a tag that stays the same" .repository) }}
+{{- else -}}{{ printf "%s:%s" .repository .tag }}{{- end -}}
+{{- end -}}
+
+{{- /* Fails where a value can be understood, and cannot be meant. */ -}}
+{{- define "headrace.checks" -}}
+{{- $config := include "headrace.serveConfig" . -}}
+{{- if regexMatch "://[^/\\s]*:[^/\\s]*@" $config }}{{ fail "serve: a URL in the configuration holds a password; the chart hands on Secrets only (database.existingSecret)" }}{{ end -}}
+{{- $groups := dict "cpu" .Values.cpu -}}
+{{- range $name, $pool := .Values.pools }}{{ range $kind := list "spot" "onDemand" }}{{ with get $pool $kind }}{{ $_ := set $groups (printf "pools.%s.%s" $name $kind) . }}{{ end }}{{ end }}{{ end -}}
+{{- range $name, $group := $groups }}{{ if gt ($group.minReplicas | int) ($group.maxReplicas | int) }}{{ fail (printf "%s.minReplicas: %v is above maxReplicas, %v" $name $group.minReplicas $group.maxReplicas) }}{{ end }}{{ end -}}
+{{- /* Serve waits for ever for a node that holds a replica. */ -}}
+{{- range (fromYaml $config).applications }}{{ if eq .import_path "serve_app.app:pool" -}}
+{{- $name := .args.name -}}
+{{- $pool := get $.Values.pools $name -}}
+{{- range $value, $asked := dict "rayCpus" (dig "replicas" "num_cpus" 0 .args) "gpus" (dig "replicas" "num_gpus" 0 .args) -}}
+{{- if gt ($asked | float64) (get $pool $value | float64) }}{{ fail (printf "pools.%s.%s: %v, and a replica takes %v: replicas.%s of the configuration" $name $value (get $pool $value) $asked (ternary "num_gpus" "num_cpus" (eq $value "gpus"))) }}{{ end -}}
+{{- end -}}
+{{- end }}{{ end -}}
 {{- end -}}
 
 {{- /* Fails where something would run that is not named by its digest. */ -}}
@@ -59,6 +78,14 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end -}}
 {{- end -}}
 {{- with get $.Values.serve.overrides $application.name }}{{- $_ := mergeOverwrite $application (deepCopy .) -}}{{- end -}}
+{{- end -}}
+{{- /* Serve kills a replica that has not ended by then: its own 630 s are for a response of 600 s. */ -}}
+{{- $longest := 600 -}}
+{{- range $config.applications }}{{ if eq .import_path "serve_app.app:gateway" }}{{ $longest = dig "args" "limits" "max_stream_s" 600 . }}{{ end }}{{ end -}}
+{{- if not (or (kindIs "float64" $longest) (kindIs "int64" $longest) (kindIs "int" $longest)) }}{{ fail (printf "serve: limits.max_stream_s of the gateway is %v; a number of seconds is wanted" $longest) }}{{ end -}}
+{{- $grace := add (ceil $longest | int) 30 -}}
+{{- if gt $grace 630 -}}
+{{- range $config.applications }}{{ if has .import_path (list "serve_app.app:gateway" "serve_app.app:pool") }}{{ $_ := set .args "replicas" (merge (dict) (.args.replicas | default dict) (dict "graceful_shutdown_timeout_s" $grace)) }}{{ end }}{{ end -}}
 {{- end -}}
 {{- $names := list -}}
 {{- range $config.applications }}{{ $names = append $names .name }}{{ end -}}
@@ -167,6 +194,9 @@ shm, models, claim of database, grace, account, selector, tolerations, annotatio
 */ -}}
 {{- define "headrace.rayPod" -}}
 {{- $root := .root -}}
+{{- /* The head asks Redis, CPU pods PostgreSQL: whose certificate they are to trust. */ -}}
+{{- $server := get (dict "head" $root.Values.redis "cpu" $root.Values.database) .component | default dict -}}
+{{- $certificate := dig "certificate" "existingSecret" "" $server -}}
 metadata:
   # Ours only. The usual app.kubernetes.io labels are KubeRay's on these pods, its services select
   # by them; and a label with the chart's version would make a new RayCluster of each release.
@@ -229,6 +259,9 @@ spec:
         - {name: metrics, containerPort: 8080}
       env:
         {{- include "headrace.environment" (list $root .drain) | nindent 8 }}
+        {{- if $certificate }}
+        - {name: {{ ternary "RAY_REDIS_CA_CERT" "PGSSLROOTCERT" (eq .component "head") }}, value: /etc/headrace/certificate/ca.crt}
+        {{- end }}
         {{- if eq .component "cpu" }}
         {{- range $name := list "PGHOST" "PGPORT" "PGUSER" "PGDATABASE" "PGPASSWORD" "PGSSLMODE" }}
         - name: {{ $name }}
@@ -248,6 +281,9 @@ spec:
         - {name: cache, mountPath: /var/cache/headrace}
         - {name: state, mountPath: /var/lib/headrace}
         - {name: shm, mountPath: /dev/shm}
+        {{- if $certificate }}
+        - {name: certificate, mountPath: /etc/headrace/certificate, readOnly: true}
+        {{- end }}
         {{- with .models }}
         - {name: models, mountPath: /models, readOnly: true}
         {{- end }}
@@ -258,6 +294,10 @@ spec:
     # Journals: they outlive a container and not the pod. The other witness is on another node.
     - {name: state, emptyDir: {}}
     - {name: shm, emptyDir: {medium: Memory, sizeLimit: {{ .shm }}}}
+    {{- if $certificate }}
+    - name: certificate
+      secret: {secretName: {{ $certificate }}, items: [{key: {{ $server.certificate.key }}, path: ca.crt}]}
+    {{- end }}
     {{- with .models }}
     - name: models
       {{- if .claim }}
@@ -330,14 +370,18 @@ template:
 - {port: 8500}                      # Serve's own proxy: every HAProxy's way out while it has no router
 {{- end -}}
 
-{{- /* Where a DaemonSet for GPU nodes runs. */ -}}
+{{- /* Where a DaemonSet for GPU nodes runs: wherever a pool's engines may. */ -}}
 {{- define "headrace.gpuNodes" -}}
+{{- $tolerations := index . 1 | default list -}}
+{{- range $_, $pool := (index . 0).Values.pools }}{{ if $pool.gpus -}}
+{{- $tolerations = concat $tolerations ($pool.tolerations | default list) (dig "spot" "tolerations" list $pool) (dig "onDemand" "tolerations" list $pool) -}}
+{{- end }}{{ end -}}
 affinity:
   nodeAffinity:
     requiredDuringSchedulingIgnoredDuringExecution:
       nodeSelectorTerms:
         - matchExpressions: [{key: {{ (index . 0).Values.gpuNodeLabel }}, operator: Exists}]
-{{- with index . 1 }}
+{{- with uniq $tolerations }}
 tolerations: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end -}}
