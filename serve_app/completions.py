@@ -10,7 +10,12 @@ import asyncio
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+)
 
 from starlette.types import Receive, Scope, Send
 
@@ -43,7 +48,7 @@ from serve_app.gateway.auth import authenticate, require_model
 from serve_app.gateway.edge import request_names, server_send
 from serve_app.gateway.http import ClientGone, internal_error, read_body, require_json
 from serve_app.gateway.wire import ParsedRequest, parse_chat, parse_completions
-from serve_app.hold import Hold
+from serve_app.hold import hold
 from serve_app.keys import KeyRecord, KeyTable
 from serve_app.limiter import RouterLimits
 from serve_app.money import Money
@@ -176,7 +181,8 @@ class Completions:
     ) -> None:
         key = audit.key
         assert key is not None, "the caller is known"
-        relay.continuation = self._continuation(parsed)
+        if parsed.stream:
+            relay.continuation = self._continuation(parsed)
         prepared = await self._prepare(scope, parsed, audit, key)
         ticket, scopes = prepared.ticket, prepared.terms.scopes
         audit.pool, audit.served_class = ticket.pool, ticket.priority_class
@@ -252,15 +258,7 @@ class Completions:
         self, endpoint: Endpoint, prepared: Prepared, relay: Relay, audit: Audit
     ) -> None:
         """Wait for a place and deliver the answer while it is held."""
-        limits = self._limits
-        hold = Hold(
-            relay.stream,
-            streamed=prepared.parsed.stream,
-            comment_s=limits.hold_comment_s,
-            plain_s=limits.hold_plain_s,
-        )
-        async with hold, self._gate.place(prepared.ticket) as lease:
-            await hold.over()
+        async with self._gate.place(prepared.ticket, lambda: self._hold(prepared, relay)) as lease:
             dispatch = lease.dispatch
             # A fallback pool may have taken it.
             audit.pool = dispatch.pool
@@ -275,7 +273,7 @@ class Completions:
             bounds = (self.rules.spot(prepared.ticket.pool), spot)
             prepared = _short_enough(prepared, bounds, relay)
             try:
-                async with _in_time(spot, audit):
+                async with nullcontext() if spot is None else _in_time(spot, audit):
                     await relay.run(
                         lease,
                         self._transport(dispatch.pool),
@@ -292,6 +290,14 @@ class Completions:
                 audit.replica = lease.replica
         if lease.usage.prompt_tokens:
             self._tickets.learn(prepared, dispatch.pool, lease.usage.prompt_tokens)
+
+    def _hold(self, prepared: Prepared, relay: Relay) -> AbstractAsyncContextManager[None]:
+        return hold(
+            relay.stream,
+            streamed=prepared.parsed.stream,
+            comment_s=self._limits.hold_comment_s,
+            plain_s=self._limits.hold_plain_s,
+        )
 
     def caller(self, scope: Scope) -> KeyRecord:
         """Return the key that a request came with.
@@ -381,18 +387,17 @@ def _short_enough(
 
 
 @asynccontextmanager
-async def _in_time(spot: SpotLimits | None, audit: Audit) -> AsyncIterator[None]:
+async def _in_time(spot: SpotLimits, audit: Audit) -> AsyncIterator[None]:
     """Bound how long a request stays on a spot node.
 
     Raises:
         DeadlineExceeded: its time is over.
     """
-    within = asyncio.timeout(None if spot is None else spot.max_stream_s)
     try:
-        async with within:
+        async with asyncio.timeout(spot.max_stream_s) as within:
             yield
     except TimeoutError:
-        if spot is None or not within.expired():
+        if not within.expired():
             raise
         audit.reason = "deadline"
         raise DeadlineExceeded(

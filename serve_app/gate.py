@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 
 from serve_app.core.controller import Controller
 from serve_app.core.demand import DemandCounter, PoolDemand
@@ -108,8 +108,14 @@ class Gate:
         self._timer_at_s: float | None = None
 
     @asynccontextmanager
-    async def place(self, ticket: Ticket) -> AsyncIterator[Lease]:
+    async def place(
+        self,
+        ticket: Ticket,
+        while_waiting: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
+    ) -> AsyncIterator[Lease]:
         """Wait for a place for the request; hold it while the block runs.
+
+        What ``while_waiting`` returns surrounds the wait, if the core does not decide at once.
 
         Raises:
             Refused: the core refused the request, at once or after it had waited.
@@ -120,7 +126,10 @@ class Gate:
         lease: Lease | None = None
         try:
             self._apply(self._core.offer(ticket, self._clock()))
-            lease = Lease(self, ticket, await decision, self._clock())
+            if not decision.done():
+                async with while_waiting():
+                    await decision
+            lease = Lease(self, ticket, decision.result(), self._clock())
             yield lease
         finally:
             self._waiting.pop(ticket.request_id, None)

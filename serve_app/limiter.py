@@ -42,10 +42,7 @@ class RouterLimits:
 
     def room_tokens(self, scopes: Sequence[Scope]) -> int | None:
         """Return how many tokens may be used now; None where tokens are not limited."""
-        if not scopes:
-            return None
-        figure = self._limiter.figures(scopes, self._clock()).tokens
-        return None if figure is None else figure.remaining
+        return self._limiter.room_tokens(scopes, self._clock())
 
     def take(
         self, request_id: RequestId, scopes: Sequence[Scope], expected: int, upper: int

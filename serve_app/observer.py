@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry
@@ -32,7 +33,15 @@ class RouterObserver:
         self._process = process
         self._log = log
         self._wall_clock = wall_clock
-        self.metrics = RouterMetrics(CollectorRegistry())
+        self.metrics = metrics = RouterMetrics(CollectorRegistry())
+        # What every request counts in: finding a metric's child costs more than counting.
+        self._requests = cache(metrics.requests_total.labels)
+        self._responses = cache(metrics.responses_total.labels)
+        self._tokens = cache(metrics.tokens_total.labels)
+        self._queue_wait = cache(metrics.queue_wait_seconds.labels)
+        self._first_token = cache(metrics.time_to_first_token_seconds.labels)
+        self._output_token = cache(metrics.time_per_output_token_seconds.labels)
+        self._duration = cache(metrics.request_duration_seconds.labels)
         describe_build(self.metrics, "router")
 
     def audit(self, audit: Audit) -> None:
@@ -40,8 +49,8 @@ class RouterObserver:
         metrics, delivery = self.metrics, audit.delivery
         pool, class_ = audit.pool or NO_POOL, class_label(audit.served_class)
         outcome = audit.outcome.value if audit.outcome else "rejected"
-        metrics.requests_total.labels(pool, class_, outcome).inc()
-        metrics.responses_total.labels(audit.endpoint, str(audit.status)).inc()
+        self._requests(pool, class_, outcome).inc()
+        self._responses(audit.endpoint, str(audit.status)).inc()
         if audit.outcome is None:
             metrics.rejected_total.labels(pool, class_, audit.reason or "unknown").inc()
         if audit.outcome is Outcome.CANCELLED:
@@ -111,28 +120,28 @@ class RouterObserver:
         return render_families(self.metrics.registry, {"process": self._process})
 
     def _count_tokens(self, audit: Audit, pool: str) -> None:
-        delivery, tokens = audit.delivery, self.metrics.tokens_total
+        delivery = audit.delivery
         if delivery.usage is not None:
-            tokens.labels(pool, "input").inc(delivery.usage.prompt_tokens)
-            tokens.labels(pool, "cached_input").inc(delivery.usage.cached_prompt_tokens)
+            self._tokens(pool, "input").inc(delivery.usage.prompt_tokens)
+            self._tokens(pool, "cached_input").inc(delivery.usage.cached_prompt_tokens)
         completed = audit.outcome is Outcome.COMPLETED
         count = delivery.usage.completion_tokens if delivery.usage else delivery.output_tokens
         if count:
-            tokens.labels(pool, "output" if completed else "wasted").inc(count)
+            self._tokens(pool, "output" if completed else "wasted").inc(count)
 
     def _time(self, audit: Audit, pool: str, class_: str) -> None:
-        delivery, metrics = audit.delivery, self.metrics
+        delivery = audit.delivery
         if audit.queued_s is not None:
-            metrics.queue_wait_seconds.labels(pool, class_).observe(audit.queued_s)
+            self._queue_wait(pool, class_).observe(audit.queued_s)
         ttft_s = since(audit.arrived_at_s, delivery.first_byte_at_s)
         if ttft_s is not None and delivery.streamed:
-            metrics.time_to_first_token_seconds.labels(pool, class_).observe(ttft_s)
+            self._first_token(pool, class_).observe(ttft_s)
         duration_s = since(audit.arrived_at_s, audit.ended_at_s)
         if audit.outcome is Outcome.COMPLETED and duration_s is not None:
-            metrics.request_duration_seconds.labels(pool, class_).observe(duration_s)
+            self._duration(pool, class_).observe(duration_s)
             interval_s = token_interval_s(delivery)
             if interval_s is not None:
-                metrics.time_per_output_token_seconds.labels(pool, class_).observe(interval_s)
+                self._output_token(pool, class_).observe(interval_s)
 
 
 def request_line(audit: Audit, ended_wall_s: float) -> RequestLine:

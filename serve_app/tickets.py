@@ -171,20 +171,8 @@ class Tickets:
         )
         _check_policy(prompt, terms)
         salt = hashlib.sha256(key.tenant.encode()).hexdigest()[:SALT_CHARACTERS]
-        ticket = Ticket(
-            request_id=request_id,
-            pool=terms.pool,
-            tenant=key.tenant,
-            key=key.key_id,
-            priority_class=max(asked_class(parsed), terms.ceiling),
-            prompt_tokens=prompt.expected_tokens,
-            max_tokens=asked_output,
-            user=key.user,
-            session=_session(key, parsed, session),
-            adapter=terms.adapter,
-            weight=terms.weight,
-        )
-        pool = choose_pool(ticket, self._rule(terms.pool).heavy)
+        asked_tokens = prompt.expected_tokens + asked_output
+        pool = choose_pool(terms.pool, asked_tokens, self._rule(terms.pool).heavy)
         rule = self._rule(pool)
         if rule.spot is not None:
             max_tokens = min(max_tokens, rule.spot.max_output_tokens * parsed.choices)
@@ -192,11 +180,18 @@ class Tickets:
         hashes: tuple[int, ...] = ()
         if rule.prefixes:
             hashes = prefix_hashes(parsed.prefix, f"{salt}{terms.adapter or ''}")
-        ticket = replace(
-            ticket,
+        ticket = Ticket(
+            request_id=request_id,
             pool=pool,
+            tenant=key.tenant,
+            key=key.key_id,
+            priority_class=max(asked_class(parsed), terms.ceiling),
             prompt_tokens=self._fitting(prompt, least_tokens, parsed, pool),
             max_tokens=max_tokens,
+            user=key.user,
+            session=_session(key, parsed, session),
+            adapter=terms.adapter,
+            weight=terms.weight,
             prefix_hashes=hashes,
         )
         return Prepared(ticket, terms, parsed, salt, prompt, expected_output, output_cap)

@@ -227,6 +227,16 @@ class Limiter:
         now_ns = self._advance(now_s)
         return self._figures(scopes, [self._state(scope) for scope in scopes], now_ns)
 
+    def room_tokens(self, scopes: Sequence[Scope], now_s: float) -> int | None:
+        """Return how many tokens may be used now; None where no scope limits them."""
+        now_ns = self._advance(now_s)
+        rooms = [
+            self._state(scope).tokens.figure(scope.limits.tokens_per_min, now_ns).remaining
+            for scope in scopes
+            if scope.limits.tokens_per_min is not None
+        ]
+        return min(rooms, default=None)
+
     def held(self, key: SliceKey) -> int:
         """Return how many parts of a limit are here."""
         state = self._states.get((key.scope, key.id))

@@ -140,7 +140,8 @@ class RouterChannel:
         extended would end too early without a word.
         """
         outlet = self._sender.outlet(engine)
-        outlet.on_failed = partial(self._cut, engine)
+        if outlet.on_failed is None:
+            outlet.on_failed = partial(self._cut, engine)
         return outlet
 
     def _cut(self, engine: Address, reason: str) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Iterable
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -56,7 +57,7 @@ class EdgeHeaders:
             return
         label = client_label(scope["headers"], MAX_LABEL_BYTES)
         request_id = new_request_id(time.time_ns(), os.urandom(10))
-        kept = [header for header in scope["headers"] if not _is_serves_own(header[0])]
+        kept, body_comes = _sorted_out(scope["headers"])
         inner = {
             **scope,
             "headers": [*kept, (b"x-request-id", request_id.encode())],
@@ -68,10 +69,6 @@ class EdgeHeaders:
             (b"x-request-id", (label or request_id).encode()),
             (b"x-headrace-request-id", request_id.encode()),
         ]
-
-        body_comes = any(
-            name.lower() in _BODY and value != b"0" for name, value in scope["headers"]
-        )
 
         async def receive_noted() -> Message:
             nonlocal body_comes
@@ -131,6 +128,15 @@ class _ServerSend:
         return (_ServerSend, ())
 
 
-def _is_serves_own(name: bytes) -> bool:
-    lowered = name.lower()
-    return lowered in _SERVES_OWN or lowered.replace(b"-", b"_") == _MULTIPLEX
+def _sorted_out(headers: Iterable[tuple[bytes, bytes]]) -> tuple[list[tuple[bytes, bytes]], bool]:
+    """Return the headers that are not Serve's own, and whether a body comes."""
+    kept: list[tuple[bytes, bytes]] = []
+    body_comes = False
+    for header in headers:
+        name = header[0].lower()
+        if name in _SERVES_OWN or name.replace(b"-", b"_") == _MULTIPLEX:
+            continue
+        kept.append(header)
+        if name in _BODY and header[1] != b"0":
+            body_comes = True
+    return kept, body_comes

@@ -188,7 +188,8 @@ class Simulator:
             session=arrival.session,
         )
         if setup.heavy is not None:
-            pool = choose_pool(ticket, setup.heavy)
+            tokens = ticket.prompt_tokens + ticket.max_tokens
+            pool = choose_pool(ticket.pool, tokens, setup.heavy)
             if pool != ticket.pool:
                 ticket = replace(ticket, pool=pool)
         router = run.offered_attempts % setup.routers

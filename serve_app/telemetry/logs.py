@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Protocol
 
+import msgspec
 import orjson
 
 ROOT_LOGGER = "headrace"
@@ -30,8 +30,7 @@ class TextStream(Protocol):
     def flush(self) -> object: ...
 
 
-@dataclass(frozen=True, slots=True)
-class RequestLine:
+class RequestLine(msgspec.Struct, frozen=True):
     """The audit record of one request: who, what, decided how, ended how. Never content.
 
     ``ended_at_s`` is wall time since the epoch; ``*_s`` else are durations in seconds.
@@ -70,7 +69,7 @@ class RequestLine:
     duration_s: float | None = None
 
 
-_REQUEST_FIELDS = tuple(field.name for field in fields(RequestLine) if field.name != "ended_at_s")
+_REQUEST_FIELDS = tuple(name for name in RequestLine.__struct_fields__ if name != "ended_at_s")
 
 
 class RequestLog:
@@ -166,7 +165,8 @@ def render_request_line(line: RequestLine) -> bytes:
 def _bounded(value: str | int | float) -> str | int | float:
     """Return a float to the microsecond, a text cut and without what UTF-8 cannot carry."""
     if isinstance(value, str):
-        return value[:MAX_TEXT_CHARACTERS].encode("utf-8", "replace").decode()
+        text = value[:MAX_TEXT_CHARACTERS]
+        return text if text.isascii() else text.encode("utf-8", "replace").decode()
     return round(value, 6) if isinstance(value, float) else value
 
 

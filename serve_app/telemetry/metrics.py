@@ -9,6 +9,7 @@ registry, so an engine's metrics carry no such label themselves.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -266,6 +267,9 @@ class EngineMetrics(ProcessMetrics):
     def __init__(self, registry: CollectorRegistry) -> None:
         super().__init__(registry)
         self._declare_engine()
+        # Every request counts in them: finding a metric's child costs more than counting.
+        self._requests = cache(self.engine_requests_total.labels)
+        self._tokens = cache(self.engine_tokens_total.labels)
         self._preemptions_seen = 0
         self._costs: CostMetrics | None = None
 
@@ -375,11 +379,10 @@ class EngineMetrics(ProcessMetrics):
         """Count a request that ended in the engine, and its tokens."""
         usage = metered.usage
         completed = metered.outcome is Outcome.COMPLETED
-        self.engine_requests_total.labels(metered.outcome.value).inc()
-        self.engine_tokens_total.labels("input").inc(usage.prompt_tokens)
-        self.engine_tokens_total.labels("cached_input").inc(usage.cached_prompt_tokens)
-        kind = "output" if completed else "wasted"
-        self.engine_tokens_total.labels(kind).inc(usage.completion_tokens)
+        self._requests(metered.outcome.value).inc()
+        self._tokens("input").inc(usage.prompt_tokens)
+        self._tokens("cached_input").inc(usage.cached_prompt_tokens)
+        self._tokens("output" if completed else "wasted").inc(usage.completion_tokens)
 
 
 class ControlMetrics(ProcessMetrics):

@@ -411,9 +411,9 @@ async def test_a_session_header_of_sensible_length_reaches_routing(
     placed: list[Ticket] = []
     place = site.gate.place
 
-    def spy(ticket: Ticket) -> Any:
+    def spy(ticket: Ticket, while_waiting: Any) -> Any:
         placed.append(ticket)
-        return place(ticket)
+        return place(ticket, while_waiting)
 
     monkeypatch.setattr(site.gate, "place", spy)
     assert (await site.ask(question(), session=header)).status == 200
@@ -589,7 +589,7 @@ async def test_a_bug_of_ours_is_a_500_in_the_clients_shape_and_still_raised(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     site = Site()
-    monkeypatch.setattr(site.gate, "place", lambda ticket: 1 / 0)
+    monkeypatch.setattr(site.gate, "place", lambda ticket, while_waiting: 1 / 0)
     answer = Answer()
 
     async def receive() -> Any:

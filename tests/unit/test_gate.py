@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
 import pytest
 
@@ -145,6 +146,49 @@ async def test_a_waiting_request_is_placed_when_another_ends() -> None:
     assert second.lease is not None
     await second.leave()
     assert made.open_requests() == 0
+
+
+async def test_only_a_wait_is_surrounded_and_no_longer_than_it_lasts() -> None:
+    made = gate("r1")
+    said: list[str] = []
+
+    @asynccontextmanager
+    async def waiting() -> AsyncIterator[None]:
+        said.append("begins")
+        try:
+            yield
+        finally:
+            said.append("ends")
+
+    async def ask(name: str) -> None:
+        async with made.place(ticket(name), waiting):
+            said.append(f"{name} has its place")
+
+    async with made.place(ticket("a"), waiting):
+        assert said == [], "the place was there at once"
+        asked = asyncio.create_task(ask("b"))
+        await settled()
+        assert said == ["begins"]
+    await asked
+    assert said == ["begins", "ends", "b has its place"]
+    assert made.open_requests() == 0
+
+
+async def test_a_wait_that_is_given_up_leaves_nothing_behind() -> None:
+    made = gate("r1")
+
+    @asynccontextmanager
+    async def waiting() -> AsyncIterator[None]:
+        async with asyncio.timeout(0):
+            yield
+
+    held = Place(made, "a")
+    await settled()
+    with pytest.raises(TimeoutError):
+        async with made.place(ticket("b"), waiting):
+            pytest.fail("there is no room")
+    assert made.open_requests() == 1
+    await held.leave()
 
 
 async def test_a_full_queue_refuses() -> None:
@@ -291,7 +335,7 @@ async def test_the_timer_refuses_what_waited_too_long() -> None:
     first, second = Place(made, "a"), Place(made, "b")
     await settled()
     clock.now_s += 1.0
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         await second.task
     assert second.refused is not None
     assert second.refused.reject.reason is RejectReason.QUEUE_TIMEOUT

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from serve_app.core.types import PoolName, Ticket
+from serve_app.core.types import PoolName
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +27,11 @@ class HeavyPool:
             raise ValueError(f"threshold_tokens must be at least 1, not {self.threshold_tokens}")
 
 
-def choose_pool(ticket: Ticket, policy: HeavyPool | None) -> PoolName:
-    """Return the pool that shall serve the ticket: its own, or the heavy one where set."""
-    if policy is not None and ticket.prompt_tokens + ticket.max_tokens > policy.threshold_tokens:
+def choose_pool(pool: PoolName, tokens: int, policy: HeavyPool | None) -> PoolName:
+    """Return the pool that shall serve a request for ``pool``: it, or the heavy one where set.
+
+    ``tokens`` are those of its prompt and the most of its answer.
+    """
+    if policy is not None and tokens > policy.threshold_tokens:
         return policy.pool
-    return ticket.pool
+    return pool

@@ -362,8 +362,8 @@ def test_short_and_long_prompts_prefer_different_replicas_within_the_gap() -> No
 
 def test_long_contexts_go_to_the_heavy_pool_and_the_limit_itself_stays() -> None:
     heavy = HeavyPool(PoolName("heavy"), threshold_tokens=32_000)
-    assert choose_pool(ticket(prompt_tokens=31_900), heavy) == POOL
-    assert choose_pool(ticket(prompt_tokens=31_901), heavy) == "heavy"
-    assert choose_pool(ticket(prompt_tokens=31_901), None) == POOL
+    assert choose_pool(POOL, 32_000, heavy) == POOL
+    assert choose_pool(POOL, 32_001, heavy) == "heavy"
+    assert choose_pool(POOL, 32_001, None) == POOL
     with pytest.raises(ValueError, match="threshold_tokens"):
         HeavyPool(PoolName("heavy"), 0)

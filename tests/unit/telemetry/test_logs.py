@@ -64,7 +64,7 @@ def test_a_request_line_is_one_json_object_without_empty_fields() -> None:
 
 
 def test_the_audit_record_has_no_field_for_content_or_keys() -> None:
-    names = set(RequestLine.__dataclass_fields__)
+    names = set(RequestLine.__struct_fields__)
 
     assert not names & {"prompt", "messages", "body", "output", "text", "key", "secret", "headers"}
 
