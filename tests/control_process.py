@@ -104,7 +104,8 @@ async def serve(url: str, socket: str, wall_s: int, dies_after: int | None) -> N
         finally:
             writer.close()
 
-    server = await asyncio.start_unix_server(answer, socket)
+    # While it is stopped nobody takes what comes: without room a connection would be refused.
+    server = await asyncio.start_unix_server(answer, socket, backlog=4096)
     async with server, asyncio.TaskGroup() as tasks:
         tasks.create_task(office.follow())
         tasks.create_task(server.serve_forever())
@@ -133,7 +134,7 @@ class ControlProcess:
 
     async def ready(self) -> None:
         """Return when it has become the Control that grants."""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(240):
             while True:
                 assert self.process.poll() is None, f"see {self._log.name}"
                 with contextlib.suppress(OSError):
@@ -170,7 +171,7 @@ class ControlProcess:
         """End it, stopped or not."""
         if self.process.poll() is None:
             self.process.kill()
-        self.process.wait(30)
+        self.process.wait(120)
         self._log.close()
 
 

@@ -27,7 +27,9 @@ import psycopg
 
 NOBODY = 65534
 _NOBODY = (f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 120.0
+# After a database's URL: a busy machine may leave the server nothing for long.
+PATIENTLY = "?connect_timeout=120"
 POLL_S = 0.05
 SETTINGS = ("max_connections=50",)
 # Tests kill clients, not the machine: nothing here needs the disk.
@@ -74,16 +76,16 @@ class Server:
         """End every process of it at once, as when its machine goes; the data stay."""
         backends = psutil.Process(self._process.pid).children(recursive=True)
         self._process.kill()
-        self._process.wait(30)
+        self._process.wait(120)
         for backend in backends:
             with contextlib.suppress(psutil.NoSuchProcess):
                 backend.kill()
-        psutil.wait_procs(backends, timeout=30)
+        psutil.wait_procs(backends, timeout=120)
 
     def stop(self) -> None:
         """Shut it down at once: the data go anyway."""
         self._process.send_signal(signal.SIGQUIT)
-        self._process.wait(30)
+        self._process.wait(120)
 
 
 @contextmanager
@@ -147,7 +149,7 @@ def fresh_database(
     with _admin(cluster_url) as connection:
         connection.execute(f"CREATE DATABASE {name}{how}".encode())
     try:
-        yield cluster_url + name
+        yield cluster_url + name + PATIENTLY
     finally:
         with _admin(cluster_url) as connection:
             connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
@@ -155,8 +157,7 @@ def fresh_database(
 
 def _admin(cluster_url: str) -> psycopg.Connection[tuple[object, ...]]:
     plain = cluster_url.replace("+psycopg", "") + "postgres"
-    # A busy machine may leave the server nothing for long.
-    return psycopg.connect(plain, autocommit=True, connect_timeout=120)
+    return psycopg.connect(plain + PATIENTLY, autocommit=True)
 
 
 def client_programs() -> Path:

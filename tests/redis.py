@@ -19,7 +19,7 @@ import find_redis
 import pytest
 from fetch_package import NotFetched
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 120.0
 POLL_S = 0.05
 
 
@@ -65,7 +65,7 @@ class Redis:
     def kill(self) -> None:
         """End it at once."""
         self._process.kill()
-        self._process.wait(30)
+        self._process.wait(120)
 
     def _wait(self) -> None:
         deadline_s = time.monotonic() + START_TIMEOUT_S

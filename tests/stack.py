@@ -48,6 +48,11 @@ ROUTER_PORTS = 200
 OWN_PORTS = range(22_000, 30_000)
 _GIVEN: set[int] = set()
 STOP_TIMEOUT_S = 30.0
+# What a busy machine starts slowly is started no sooner by being killed.
+PATIENT = {
+    "RAY_raylet_start_wait_time_s": "120",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+}
 TAIL_CHARACTERS = 6000
 HAPROXY_SOCKET_PATH_CHARACTERS = 97
 
@@ -87,7 +92,7 @@ class Stack:
         return httpx.Client(base_url=self.url, headers=headers, timeout=120, **options)
 
     def command(
-        self, *arguments: str | Path, timeout_s: float = 120
+        self, *arguments: str | Path, timeout_s: float = 300
     ) -> subprocess.CompletedProcess[str]:
         """Run a command among the stack's processes and with its environment."""
         return subprocess.run(
@@ -182,7 +187,7 @@ def running_stack(
     fast_path: bool = True,
     prepare: Callable[[Path], None] = lambda folder: None,
     beside: Callable[[Stack], AbstractContextManager[object]] = nullcontext,
-    ready_timeout_s: float = 240,
+    ready_timeout_s: float = 480,
 ) -> Iterator[Stack]:
     """Start a configuration, yield it once it is ready, and end every process of it.
 
@@ -203,6 +208,7 @@ def running_stack(
     settings = {
         **os.environ,
         **(ray_flags() if fast_path else {}),
+        **PATIENT,
         **_private_paths(folder),
         **_private_ports(),
         "HEADRACE_PORT": str(port),
@@ -263,7 +269,7 @@ def can_isolate() -> bool:
     """Tell whether this process may make process-id namespaces."""
     try:
         probe = [*_unshare(), "true"]
-        return subprocess.run(probe, capture_output=True, timeout=10, check=False).returncode == 0
+        return subprocess.run(probe, capture_output=True, timeout=120, check=False).returncode == 0
     except (OSError, subprocess.TimeoutExpired):
         return False
 
@@ -398,7 +404,7 @@ def _end(process: subprocess.Popen[bytes], root: psutil.Process, command: Sequen
             child.kill()
         except psutil.NoSuchProcess:
             continue
-    psutil.wait_procs(descendants, timeout=10)
+    psutil.wait_procs(descendants, timeout=60)
 
 
 def _command_line(process: psutil.Process) -> str:

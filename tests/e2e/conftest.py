@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e import fleet, policies
+from tests.e2e import fleet, policies, sim
 from tests.stack import ROOT, Stack, running_stack
 
 HERE = Path(__file__).resolve().parent
 SHARED: dict[str, Callable[[], AbstractContextManager[Stack]]] = {
-    "sim_stack": lambda: running_stack(ROOT / "configs" / "sim.yaml"),
+    "sim_stack": sim.running,
     "local_stack": lambda: running_stack(ROOT / "configs" / "local.yaml", ready_timeout_s=600),
     "policies_stack": policies.running,
     "fleet_stack": fleet.running,

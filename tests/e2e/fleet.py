@@ -18,6 +18,8 @@ import yaml
 
 from serve_app.ledger.database import Database
 from serve_app.ledger.grants import GrantStore
+from tests.e2e import sim
+from tests.e2e.keys import ASKED_IN_A_ROW, EACH_ITS_OWN
 from tests.e2e.waiting import is_idle, until
 from tests.stack import ROOT, Stack, running_stack
 
@@ -34,13 +36,7 @@ A_MINUTE = 400
 TOKENS_A_MINUTE = 20_000
 CONCURRENT = 12
 
-# Nobody is turned away because a busy machine would serve late: that is not what is tested.
-PATIENT: dict[str, Any] = {
-    "queue_capacity": 1024,
-    "queue_timeout_s": 60,
-    "stale_after_s": 5.0,
-    **{name: {"ttft_slo_s": 60} for name in ("critical", "standard", "sheddable")},
-}
+PATIENT: dict[str, Any] = {**sim.PATIENT, "queue_capacity": 1024, "stale_after_s": 5.0}
 POOLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "small": (
         {"weights_s": STEP_S, "max_num_seqs": SLOTS},
@@ -131,10 +127,7 @@ def settle(stack: Stack) -> None:
     """Wait until nothing runs any more and everything is there that there was."""
     until(lambda: they_know_each_other(stack), "the routers know each other")
     until(lambda: is_idle(stack), "no slot held")
-    until(
-        lambda: all(replicas_ready(stack, pool) == ENGINES for pool in ("small", "wide", "quick")),
-        "every engine there",
-    )
+    until(lambda: all_there(stack), "every engine there, for every router")
 
 
 def they_know_each_other(stack: Stack) -> bool:
@@ -147,10 +140,11 @@ def they_know_each_other(stack: Stack) -> bool:
     return routers == ROUTERS and peers == ROUTERS * (ROUTERS - 1)
 
 
-def replicas_ready(stack: Stack, pool: str) -> int:
-    """Return how many of a pool's replicas the router that is asked sends to."""
-    try:
-        found: int = stack.http(key=None).get("/ready").json()["pools"][pool]["replicas"]
-    except (httpx.HTTPError, KeyError, ValueError):
-        return 0
-    return found
+def all_there(stack: Stack) -> bool:
+    """Tell whether every router sends to every engine of the pools that have a fixed number."""
+    with stack.http(key=None, limits=EACH_ITS_OWN) as client:
+        for _ in range(ASKED_IN_A_ROW):
+            pools = client.get("/ready").raise_for_status().json()["pools"]
+            if any(pools[name]["replicas"] != ENGINES for name in ("small", "wide", "quick")):
+                return False
+    return True

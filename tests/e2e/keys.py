@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import httpx
+
 from tests.e2e.waiting import until
 from tests.stack import Stack
 
 ASKED_IN_A_ROW = 20
+# Connections of their own, so that every router is met. A client for each would be slow to make:
+# one that has connected and says nothing for ten seconds is sent away.
+EACH_ITS_OWN = httpx.Limits(max_connections=None, max_keepalive_connections=0)
 
 
 def make_key(stack: Stack, **fields: Any) -> str:
@@ -16,16 +21,11 @@ def make_key(stack: Stack, **fields: Any) -> str:
         created = admin.post("/admin/keys", json={"name": "test", **fields})
     assert created.status_code == 201, created.text
     secret = str(created.json()["key"])
-    known: list[bool] = []
 
     def by_all() -> bool:
-        # Connections of their own, so that every router is met.
-        for _ in range(ASKED_IN_A_ROW):
-            with stack.http(secret) as client:
-                known.append(client.get("/v1/models").status_code == 200)
-            if not known[-1]:
-                return False
-        return True
+        with stack.http(secret, limits=EACH_ITS_OWN) as client:
+            asked = (client.get("/v1/models") for _ in range(ASKED_IN_A_ROW))
+            return all(answer.status_code == 200 for answer in asked)
 
     until(by_all, "the key is known to every router")
     return secret

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import yaml
 
-from tests.e2e.waiting import until
+from tests.e2e.waiting import patiently, until
 from tests.postgres import fresh_database, running_postgres
 from tests.stack import ROOT, Stack, running_stack
 
@@ -71,6 +71,8 @@ def document() -> dict[str, Any]:
     gateway["args"]["control"] = {"metrics_period_s": 0.5}
     config = gateway["deployments"][0]["user_config"]
     pools = config["pools"]
+    for name in ("chat", "chat-long", "chat-small"):
+        pools[name]["hold_without_replica_s"] = 60
     pools["chat"]["heavy"]["threshold_tokens"] = HEAVY_TOKENS
     capped = {**BROWNOUT, "kv_ratios": [AT_ONCE, AT_ONCE, NEVER, NEVER]}
     full = {**BROWNOUT, "kv_ratios": [AT_ONCE] * 3 + [NEVER], "fallback_pool": "chat-small"}
@@ -108,12 +110,15 @@ def document() -> dict[str, Any]:
 
 @contextmanager
 def running() -> Iterator[Stack]:
-    """Start it, and wait for every pool's replicas."""
+    """Start it, and wait for every pool's replicas, and until the router has our limit."""
     found = document()
     with running_postgres() as cluster, fresh_database(cluster) as url:
         found["applications"][0]["args"]["database"] = url
         with running_stack(found) as stack:
             until(lambda: is_whole(stack), "every pool's replicas")
+            with stack.http() as client:
+                body = {"model": "chat", "prompt": "hello", "max_tokens": 1}
+                patiently(lambda: client.post("/v1/completions", json=body)).raise_for_status()
             yield stack
 
 

@@ -74,7 +74,7 @@ def test_without_a_valid_key_nothing_is_answered(sim_stack: Stack, which: str) -
     }[which]
     if which == "revoked":
         headers = {"authorization": f"Bearer {revoked_key(sim_stack)}"}
-    with httpx.Client(base_url=sim_stack.url, headers=headers) as client:
+    with httpx.Client(base_url=sim_stack.url, headers=headers, timeout=120) as client:
         answers = [
             client.post(CHAT, json=GOOD),
             client.post(COMPLETIONS, json={"model": "sim", "prompt": "a"}),
@@ -322,7 +322,7 @@ def test_a_wrong_content_type_is_refused(sim_stack: Stack, content_type: str) ->
 def raw(stack: Stack, request: bytes) -> bytes:
     """Send bytes to the server as they are; return what it answers first."""
     address = httpx.URL(stack.url)
-    with socket.create_connection((address.host, address.port or 80), timeout=60) as connection:
+    with socket.create_connection((address.host, address.port or 80), timeout=120) as connection:
         connection.sendall(request)
         return connection.recv(65_536)
 
@@ -357,7 +357,7 @@ def test_who_is_refused_cannot_hold_a_connection_by_a_body_that_never_ends(
         f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
         f"authorization: Bearer {key}\r\ncontent-length: {LIMIT_BYTES}\r\n\r\n"
     )
-    with socket.create_connection((address.host, address.port or 80), timeout=60) as connection:
+    with socket.create_connection((address.host, address.port or 80), timeout=120) as connection:
         connection.sendall(head.encode() + b"{")
         assert connection.recv(65_536).startswith(b"HTTP/1.1 " + status)
         connection.settimeout(0.1)
@@ -502,7 +502,7 @@ async def test_a_thousand_bad_requests_leave_nothing_behind(sim_stack: Stack) ->
     async with httpx.AsyncClient(
         base_url=sim_stack.url,
         headers={"authorization": f"Bearer {KEY}", "content-type": "application/json"},
-        timeout=60,
+        timeout=240,
         limits=httpx.Limits(max_connections=16),
     ) as client:
         answers = await asyncio.gather(

@@ -36,6 +36,10 @@ from tests.stack import ROOT, Stack, running_stack
 PRICES = "currency: USD\ncards:\n  all: {input: 1, cached_input: 0.1, output: 10, request: 0.001}\n"
 REQUEST, INPUT, CACHED, OUTPUT = 1_000_000, 1000, 100, 10_000
 KILL_EVERY_S = 8
+# A minute and a half: nobody who leaves is so slow about it.
+GENERATED_MOST = 18_000
+# So many answers are asked for, however slow they are.
+WHOLE_LEAST = 21
 # What sixteen clients would spend in a second is more.
 A_SECOND_NANOUSD = 20_000_000
 QUESTION = {"model": "quick", "messages": [{"role": "user", "content": "tell me a story"}]}
@@ -133,7 +137,7 @@ def test_who_leaves_pays_for_what_was_generated_and_the_report_shows_the_waste(
     stack: Stack,
 ) -> None:
     stream = stack.openai(default_headers={"x-request-id": "left"}).chat.completions.create(
-        **QUESTION, max_tokens=200, stream=True
+        **QUESTION, max_tokens=GENERATED_MOST, stream=True
     )  # type: ignore[call-overload]  # a mapping
     for received, _ in enumerate(stream):
         if received == 5:
@@ -147,7 +151,7 @@ def test_who_leaves_pays_for_what_was_generated_and_the_report_shows_the_waste(
         "usage_event WHERE client_label = 'left' AND witness = 'router')",
     )
     assert outcome == "cancelled"
-    assert 5 <= delivered <= generated < 200
+    assert 5 <= delivered <= generated < GENERATED_MOST
     assert (wasted, price) == (generated - delivered, wasted * OUTPUT)
     assert amount >= REQUEST + generated * OUTPUT
     answer = stack.http().get("/admin/usage", params={"by": "tenant,model"})
@@ -170,7 +174,7 @@ async def completed_under(
     kills: int = 1,
     key: str | None = None,
 ) -> set[str]:
-    """Ask for ``lasting_s`` while ``kill`` does its work; return who got a whole answer.
+    """Ask for ``lasting_s`` or more while ``kill`` does its work; return who got a whole answer.
 
     Every request ends, well or badly, before its client's patience does (httpx.ReadTimeout).
     """
@@ -180,7 +184,7 @@ async def completed_under(
     ends_at_s = begun_at_s + lasting_s
 
     async def client(http: httpx.AsyncClient, streamed: bool) -> None:
-        while time.monotonic() < ends_at_s:
+        while time.monotonic() < ends_at_s or len(whole) < WHOLE_LEAST:
             asked = {"model": model, "max_tokens": chance.randint(1, 30), "stream": streamed}
             try:
                 answer = await http.post("/v1/chat/completions", json=QUESTION | asked)
@@ -203,7 +207,7 @@ async def completed_under(
         # Once: in the middle, so that there are answers before and after it.
         first, last = (0.3, 0.7) if kills == 1 else (0.0, 1.0)
         for after_s in sorted(chance.uniform(first, last) * lasting_s for _ in range(kills)):
-            await asyncio.sleep(begun_at_s + after_s - time.monotonic())
+            await asyncio.sleep(max(0.0, begun_at_s + after_s - time.monotonic()))
             await asyncio.to_thread(kill)
     return whole
 
@@ -236,10 +240,12 @@ def kill_one(*words: str) -> Callable[[Stack], None]:
 
 def kill_routers_with_their_disk(stack: Stack) -> None:
     """Kill every router and delete its journal before anybody finds it."""
+    journals = list((stack.folder / ".headrace" / "sim.journal").glob("router-*"))
     for router in stack.processes("gateway", "Router"):
         router.send_signal(signal.SIGKILL)
-    for journal in (stack.folder / ".headrace" / "sim.journal").glob("router-*"):
-        shutil.rmtree(journal)
+    for journal in journals:
+        # Somebody may have found it, and cleared it away.
+        shutil.rmtree(journal, ignore_errors=True)
 
 
 KILLS = {
@@ -265,7 +271,7 @@ def test_every_completed_response_is_in_the_ledger_once_whoever_is_killed(
         until(lambda: is_ready(stack), "everything there")
         kill = functools.partial(KILLS[victim], stack)
         whole = asyncio.run(completed_under(stack, 6.0, seed + number, kill))
-        assert len(whole) > 20
+        assert len(whole) >= WHOLE_LEAST
         # The engine's account of a request may die with it; the router's is durable before
         # its response ends, and lost only with its disk.
         are_billed_once(
@@ -400,7 +406,7 @@ def test_a_whole_stack_keeps_its_books_in_postgresql(policies_stack: Stack) -> N
     import_prices(stack)
     kill = functools.partial(KILLS["router"], stack)
     whole = asyncio.run(completed_under(stack, 4.0, 21, kill, model="chat"))
-    assert len(whole) > 20
+    assert len(whole) >= WHOLE_LEAST
     until(lambda: policies.is_whole(stack), "every pool's replicas known to the new router")
     with postgresql(stack) as ask:
         are_billed_once(ask, whole, "router")

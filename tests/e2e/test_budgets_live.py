@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import signal
 import sqlite3
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 
-from tests.e2e.keys import ASKED_IN_A_ROW, make_key
-from tests.e2e.waiting import until
+from tests.e2e.keys import ASKED_IN_A_ROW, EACH_ITS_OWN, make_key
+from tests.e2e.waiting import patiently, until
 from tests.stack import Stack
 
 PRICES = "currency: USD\ncards:\n  all: {input: 1, cached_input: 0.1, output: 10, request: 0.001}\n"
@@ -50,10 +52,7 @@ async def spend(stack: Stack, key: str, clients: int, **fields: Any) -> list[dic
 
     async def one() -> dict[str, Any]:
         while True:
-            async with httpx.AsyncClient(base_url=stack.url, timeout=120) as client:
-                answer = await client.post(
-                    "/v1/chat/completions", json=body | fields, headers=headers
-                )
+            answer = await client.post("/v1/chat/completions", json=body | fields)
             if answer.status_code == 200:
                 continue
             error: dict[str, Any] = answer.json()["error"]
@@ -64,7 +63,10 @@ async def spend(stack: Stack, key: str, clients: int, **fields: Any) -> list[dic
             assert error["code"] in ("budget_reserved", "limits_unavailable"), error
             await asyncio.sleep(0.2)
 
-    return list(await asyncio.gather(*(one() for _ in range(clients))))
+    async with httpx.AsyncClient(
+        base_url=stack.url, headers=headers, timeout=240, limits=EACH_ITS_OWN
+    ) as client:
+        return list(await asyncio.gather(*(one() for _ in range(clients))))
 
 
 def settled(stack: Stack, tenant: str) -> bool:
@@ -106,7 +108,8 @@ async def test_control_that_is_killed_again_and_again_lends_nothing_twice(stack:
     for _ in range(2):
         await asyncio.sleep(2.0)
         for control in stack.processes("ServeReplica:control:Control"):
-            control.send_signal(signal.SIGKILL)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                control.send_signal(signal.SIGKILL)
         await asyncio.to_thread(
             until, lambda: bool(stack.processes("ServeReplica:control:Control")), "Control"
         )
@@ -120,7 +123,7 @@ def test_an_answer_is_no_longer_than_its_budget_pays_for(stack: Stack) -> None:
     key = make_key(stack, tenant="small")
     with stack.http(key) as client:
         body = {"model": "quick", "prompt": "x", "max_tokens": 5000}
-        answer = client.post("/v1/completions", json=body)
+        answer = patiently(lambda: client.post("/v1/completions", json=body))
     assert answer.status_code == 200, answer.text
     assert answer.headers["x-headrace-budget"].startswith("max_tokens=")
     [choice] = answer.json()["choices"]
@@ -133,20 +136,27 @@ def test_an_answer_is_no_longer_than_its_budget_pays_for(stack: Stack) -> None:
 def test_a_stream_goes_on_as_long_as_there_is_budget_and_lets_others_in(stack: Stack) -> None:
     headrace(stack, "budgets", "set", "tenant", "long", "0.012")
     key = make_key(stack, tenant="long")
-    client = stack.openai(api_key=key, max_retries=0).completions
-    told = {"include_usage": True}
-    with client.create(
-        model="quick", prompt="x", max_tokens=5000, stream=True, stream_options=told
-    ) as stream:
-        first = next(iter(stream))
+    body = {"model": "quick", "prompt": "x", "max_tokens": 8}
+    long = {**body, "max_tokens": 5000, "stream": True, "stream_options": {"include_usage": True}}
+    with contextlib.ExitStack() as open_:
+        client = open_.enter_context(stack.http(key))
+        stream = patiently(
+            lambda: open_.enter_context(client.stream("POST", "/v1/completions", json=long))
+        )
+        lines = stream.iter_lines()
+        first = next(lines)
         # It asked for four times the budget; a short answer is paid for beside it.
-        client.create(model="quick", prompt="x", max_tokens=8)
-        chunks = [first, *stream]
-    usage = chunks[-1].usage
-    reasons = [choice.finish_reason for each in chunks for choice in each.choices]
+        short = patiently(lambda: client.post("/v1/completions", json=body))
+        assert short.status_code == 200, short.text
+        events = [
+            line.removeprefix("data: ") for line in (first, *lines) if line.startswith("data: ")
+        ]
+    assert events[-1] == "[DONE]"
+    chunks = [json.loads(event) for event in events[:-1]]
+    reasons = [choice["finish_reason"] for each in chunks for choice in each["choices"]]
     assert reasons[-1] == "length"
-    assert usage is not None
-    assert usage.completion_tokens > 900, "more than the 512 tokens that were reserved at first"
+    used = chunks[-1]["usage"]["completion_tokens"]
+    assert used > 900, "more than the 512 tokens that were reserved at first"
     until(lambda: settled(stack, "long"), "the ledger has everything")
     assert 0.95 * 0.012 * NANO <= spent(stack, "long") <= 0.012 * NANO
 
@@ -159,7 +169,7 @@ def test_prices_corrections_and_who_changed_what_are_had_over_http(stack: Stack)
         headrace(stack, "budgets", "set", "tenant", "taken", "1")
         body = {"model": "quick", "prompt": "x", "max_tokens": 4}
         with stack.http(make_key(stack, tenant="taken")) as client:
-            served = client.post("/v1/completions", json=body)
+            served = patiently(lambda: client.post("/v1/completions", json=body))
         where = f"/admin/usage/{served.headers['x-headrace-request-id']}/reversal"
         reason = {"reason": "a test"}
         until(lambda: admin.post(where, json=reason).status_code != 404, "the ledger has it")
@@ -206,11 +216,9 @@ def grants(stack: Stack, name: str) -> int:
 
 def refused_by_all(stack: Stack, key: str) -> bool:
     """Whether every router refuses a key: each is met, by connections of their own."""
-    for _ in range(ASKED_IN_A_ROW):
-        with stack.http(key) as client:
-            if client.get("/v1/models").status_code != 401:
-                return False
-    return True
+    with stack.http(key, limits=EACH_ITS_OWN) as client:
+        asked = (client.get("/v1/models") for _ in range(ASKED_IN_A_ROW))
+        return all(answer.status_code == 401 for answer in asked)
 
 
 def test_a_tenant_that_is_removed_ends_its_open_requests_and_leaves_nothing(stack: Stack) -> None:
@@ -230,7 +238,11 @@ def test_a_tenant_that_is_removed_ends_its_open_requests_and_leaves_nothing(stac
             streams = []
             for _ in range(6):
                 client = open_.enter_context(stack.http(secret))
-                stream = open_.enter_context(client.stream("POST", "/v1/completions", json=body))
+                stream = patiently(
+                    lambda by=client: open_.enter_context(  # type: ignore[misc]  # a default
+                        by.stream("POST", "/v1/completions", json=body)
+                    )
+                )
                 assert stream.status_code == 200
                 lines = stream.iter_lines()
                 assert next(lines).startswith("data: {")

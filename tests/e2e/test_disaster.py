@@ -13,7 +13,7 @@ from sqlalchemy import func, select
 from serve_app.ledger.database import Database
 from serve_app.ledger.schema import USAGE_EVENT
 from tests.e2e.waiting import until
-from tests.postgres import fresh_database, running_postgres
+from tests.postgres import PATIENTLY, fresh_database, running_postgres
 from tests.runbook import blocks, libpq, run_block
 from tests.stack import ROOT, Stack, running_stack
 
@@ -73,7 +73,7 @@ def test_everything_lost_comes_back_from_the_backup_in_the_stated_time(tmp_path:
     lost_at_s = time.monotonic()
     with running_postgres() as cluster, fresh_database(cluster, "other") as other:
         run_block(BACKUP["postgresql-restore"], tmp_path, libpq(other))
-        restored = cluster + "headrace_restored"
+        restored = cluster + "headrace_restored" + PATIENTLY
         (tmp_path / "ledger.yaml").write_text(yaml.safe_dump(document("postgresql+psycopg://")))
         checked = run_block(BACKUP["postgresql-check"], tmp_path, libpq(restored))
         verified_after_s = time.monotonic() - lost_at_s

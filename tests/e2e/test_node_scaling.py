@@ -53,8 +53,8 @@ def values() -> dict[str, Any]:
     settings = gateway["deployments"][0]["user_config"]["pools"]["sim"]
     settings |= {
         "max_concurrency_per_replica": 8,
-        "hold_without_replica_s": 120,
-        "queue_timeout_s": 120,
+        "hold_without_replica_s": 300,
+        "queue_timeout_s": 300,
         "early_rejection": False,
         "scaling": {
             "to_zero": True,
@@ -72,7 +72,10 @@ def values() -> dict[str, Any]:
             "overrides": {
                 "control": {"args": {"database": "sqlite:///.headrace/sim.db", "nodes": 1}},
                 "pool-sim": {"args": {"replicas": replicas}},
-                "gateway": {"deployments": gateway["deployments"]},
+                "gateway": {
+                    "args": {"limits": {"hold_plain_s": 300}},
+                    "deployments": gateway["deployments"],
+                },
             }
         },
     }
@@ -89,7 +92,7 @@ async def ask(cluster: Cluster, count: int, **fields: Any) -> list[httpx.Respons
     limits = httpx.Limits(max_connections=count)
     headers = {"authorization": f"Bearer {cluster.stack.key}"}
     async with httpx.AsyncClient(
-        base_url=cluster.stack.url, timeout=180, limits=limits, headers=headers
+        base_url=cluster.stack.url, timeout=400, limits=limits, headers=headers
     ) as client:
         return await asyncio.gather(*(client.post(CHAT, json=BODY | fields) for _ in range(count)))
 

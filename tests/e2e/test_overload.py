@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import secrets
 import time
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from serve_app.sim.workload import Arrival
 from tests.e2e.keys import make_key
 from tests.e2e.memory import Memory
 from tests.e2e.policies import SLOW, SLOW_POLICY
+from tests.e2e.waiting import is_idle, until
 from tests.stack import Stack
 
 RATE_PER_S, DURATION_S, WARMUP_S = 24.0, 40.0, 10.0
@@ -27,6 +29,7 @@ TTFT_SLOS_S = (2.0, 4.0, 8.0)
 TPOT_SLO_S = 0.3
 AGREEMENT = 0.15
 RETRIES, RETRY_S = 2, 0.5
+RUNS, STALL_S = 3, 1.0
 ROLES = {
     "router": ("gateway", "Router"),
     "engine": ("pool-slow", "Engine"),
@@ -48,6 +51,16 @@ class Fate:
     completed: bool
     ttft_s: float = 0.0
     tpot_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Asking:
+    """One run: no prompt of it begins as another run's."""
+
+    client: httpx.AsyncClient
+    name: str
+    began_s: float
+    retries: int
 
 
 def overload(rate_per_s: float = RATE_PER_S, duration_s: float = DURATION_S) -> list[Arrival]:
@@ -111,34 +124,65 @@ def simulated(arrivals: list[Arrival]) -> list[Fate]:
 async def live(
     stack: Stack, keys: dict[str, str], arrivals: list[Arrival], retries: int = 0
 ) -> list[Fate]:
+    """Send them all; again, a few times, where a process stood still: that measures nothing."""
+    for _ in range(RUNS):
+        before = stalls(stack)
+        fates, longest_s = await run(stack, keys, arrivals, retries)
+        await asyncio.to_thread(until, lambda: is_idle(stack), "everything answered")
+        if longest_s <= STALL_S and stalls(stack) == before:
+            break
+        print(f"a process stood still: {longest_s:.1f} s this one, {stalls(stack) - before} others")
+    return fates
+
+
+def stalls(stack: Stack) -> float:
+    """Return how often a loop of the stack was late by more than STALL_S."""
+    name = "headrace_event_loop_lag_seconds"
+    return stack.metric(f"{name}_count") - stack.metric(f"{name}_bucket", le=str(STALL_S))
+
+
+async def run(
+    stack: Stack, keys: dict[str, str], arrivals: list[Arrival], retries: int
+) -> tuple[list[Fate], float]:
+    """Return what became of each, and by how much our own loop was late at most."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=200)
+    longest_s = 0.0
+
+    async def watch() -> None:
+        nonlocal longest_s
+        while True:
+            asleep_s = time.monotonic()
+            await asyncio.sleep(0.1)
+            longest_s = max(longest_s, time.monotonic() - asleep_s - 0.1)
+
+    watching = asyncio.create_task(watch())
     async with httpx.AsyncClient(base_url=stack.url, timeout=120, limits=limits) as client:
-        began_s = time.monotonic() + 0.5
-        return await asyncio.gather(
-            *(one(client, keys[each.tenant], each, began_s, retries) for each in arrivals)
-        )
+        asking = Asking(client, secrets.token_hex(4), time.monotonic() + 0.5, retries)
+        fates = await asyncio.gather(*(one(asking, keys[each.tenant], each) for each in arrivals))
+    watching.cancel()
+    return fates, longest_s
 
 
-async def one(
-    client: httpx.AsyncClient, key: str, arrival: Arrival, began_s: float, retries: int
-) -> Fate:
+async def one(asking: Asking, key: str, arrival: Arrival) -> Fate:
     """Ask at the arrival's time, and again soon after each refusal; times are the last try's."""
-    await asyncio.sleep(max(0.0, began_s + arrival.arrival_s - time.monotonic()))
-    fate = await ask(client, key, arrival)
-    for _ in range(retries):
+    await asyncio.sleep(max(0.0, asking.began_s + arrival.arrival_s - time.monotonic()))
+    fate = await ask(asking, key, arrival)
+    for _ in range(asking.retries):
         if fate.completed:
             break
         await asyncio.sleep(RETRY_S)
-        fate = await ask(client, key, arrival)
+        fate = await ask(asking, key, arrival)
     return fate
 
 
-async def ask(client: httpx.AsyncClient, key: str, arrival: Arrival) -> Fate:
+async def ask(asking: Asking, key: str, arrival: Arrival) -> Fate:
     """Follow one stream, event by event."""
     body = {
         "model": "slow",
         # A token of the simulated engine is four bytes; no two prompts begin alike.
-        "prompt": f"{arrival.arrival_s:<4.15f} ".ljust(4 * arrival.prompt_tokens, "x"),
+        "prompt": f"{asking.name} {arrival.arrival_s:<4.15f} ".ljust(
+            4 * arrival.prompt_tokens, "x"
+        ),
         "max_tokens": arrival.max_tokens,
         "stream": True,
         "service_tier": TIERS[arrival.priority_class],
@@ -146,7 +190,8 @@ async def ask(client: httpx.AsyncClient, key: str, arrival: Arrival) -> Fate:
     asked_s = time.monotonic()
     headers = {"authorization": f"Bearer {key}"}
     first_s = last_s = None
-    async with client.stream("POST", "/v1/completions", json=body, headers=headers) as answer:
+    posted = asking.client.stream("POST", "/v1/completions", json=body, headers=headers)
+    async with posted as answer:
         if answer.status_code != 200:
             assert answer.status_code in (429, 503), await answer.aread()
             assert int(answer.headers["retry-after"]) >= 1
@@ -186,7 +231,7 @@ async def test_an_overload_ends_live_as_in_the_simulator(policies_stack: Stack) 
     "duration_s",
     [
         pytest.param(60, id="1 minute"),
-        pytest.param(600, id="10 minutes", marks=(pytest.mark.proof, pytest.mark.timeout(1200))),
+        pytest.param(600, id="10 minutes", marks=(pytest.mark.proof, pytest.mark.timeout(2400))),
     ],
 )
 async def test_clients_that_retry_take_nothing_from_those_that_are_served_in_time(

@@ -13,6 +13,7 @@ import openai
 import pytest
 import yaml
 
+from tests.e2e.sim import replicas_ready
 from tests.e2e.waiting import until
 from tests.stack import KEY, ROOT, Stack, free_port, ray_flags, running_stack
 
@@ -61,6 +62,7 @@ def test_the_screen_is_not_filled_with_calls_between_our_own_processes(stack: St
 
 
 def test_it_says_that_the_fast_path_is_off(stack: Stack) -> None:
+    until(lambda: replicas_ready(stack, "sim") == 2, "both replicas")
     with stack.http(key=None) as client:
         ready = client.get("/ready").json()
     assert ready["fast_path"] is False

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 
 from tests.e2e import keys
 from tests.e2e.policies import HEAVY_TOKENS
-from tests.e2e.waiting import until
+from tests.e2e.waiting import patiently, until
 from tests.stack import Stack
 
 
@@ -33,7 +35,7 @@ def ask(stack: Stack, key: str, text: str = "hello", **fields: Any) -> httpx.Res
     messages = [{"role": "user", "content": text}]
     body = {"model": "chat", "messages": messages, "max_tokens": 4, **fields}
     with stack.http(key) as client:
-        return client.post("/v1/chat/completions", json=body)
+        return patiently(lambda: client.post("/v1/chat/completions", json=body))
 
 
 def error_of(answer: httpx.Response) -> dict[str, Any]:
@@ -81,7 +83,9 @@ def test_each_scope_refuses_what_is_over_its_requests_per_minute(
     key = make_key(tenant=tenant)
     # Others that used this stack may have met a limit of theirs.
     before = refused()
+    began_s = time.monotonic()
     first, second, third = (ask(stack, key, **fields) for _ in range(3))
+    took_s = time.monotonic() - began_s
 
     assert [first.status_code, second.status_code, third.status_code] == [200, 200, 429]
     assert first.headers["x-ratelimit-limit-requests"] == "2"
@@ -91,7 +95,7 @@ def test_each_scope_refuses_what_is_over_its_requests_per_minute(
     assert error_of(third)["code"] == "rate_limit_exceeded"
     assert f"requests per minute of this {scope}: limit 2" in error_of(third)["message"]
     # Two a minute drain one in thirty seconds.
-    assert 20 <= int(third.headers["retry-after"]) <= 30
+    assert 29 - took_s <= int(third.headers["retry-after"]) <= 30
     until(lambda: refused() == before + 1, "the refusal in the metrics")
 
 
@@ -108,12 +112,12 @@ def test_tokens_are_settled_by_count_and_what_is_over_is_owed(
     stack: Stack, make_key: Callable[..., str]
 ) -> None:
     key = make_key(tenant="short")
-    answer = ask(stack, key, "word " * 100, max_tokens=20)
+    answer = ask(stack, key, "word " * 200, max_tokens=20)
     used = answer.json()["usage"]["total_tokens"]
     assert answer.headers["x-ratelimit-limit-tokens"] == "1000"
 
     # The next answer's figures are those after the first was settled to its count.
-    again = ask(stack, key, "word " * 100, max_tokens=20)
+    again = ask(stack, key, "word " * 200, max_tokens=20)
     assert again.status_code == 200
     left = int(again.headers["x-ratelimit-remaining-tokens"])
     assert left < 1000 - used
@@ -132,12 +136,15 @@ def test_a_concurrent_limit_counts_open_requests_only(
     stack: Stack, make_key: Callable[..., str]
 ) -> None:
     key = make_key(tenant="single")
-    client = stack.openai(api_key=key)
-    messages: list[Any] = [{"role": "user", "content": "hello"}]
-    with client.chat.completions.create(
-        model="chat", messages=messages, max_tokens=3000, stream=True
-    ) as stream:
-        next(iter(stream))
+    body = {"model": "chat", "prompt": "hello", "max_tokens": 3000, "stream": True}
+    with contextlib.ExitStack() as open_:
+        client = open_.enter_context(stack.http(key))
+        stream = patiently(
+            lambda: open_.enter_context(client.stream("POST", "/v1/completions", json=body))
+        )
+        assert stream.status_code == 200
+        lines = stream.iter_lines()
+        next(lines)
         refused = ask(stack, key)
         assert refused.status_code == 429
         assert "concurrent requests of this tenant: limit 1" in error_of(refused)["message"]
@@ -145,11 +152,12 @@ def test_a_concurrent_limit_counts_open_requests_only(
 
 
 def test_a_limit_of_zero_refuses_for_good(stack: Stack, make_key: Callable[..., str]) -> None:
-    answer = ask(stack, make_key(tenant="nobody"))
+    key = make_key(tenant="nobody")
+    answer = ask(stack, key)
     assert answer.status_code == 429
     assert answer.headers["x-should-retry"] == "false"
     with pytest.raises(openai.RateLimitError):
-        stack.openai(api_key=make_key(tenant="nobody"), max_retries=5).completions.create(
+        stack.openai(api_key=key, max_retries=5).completions.create(
             model="chat", prompt="x", max_tokens=1
         )
 
@@ -174,6 +182,7 @@ def test_a_tier_above_the_ceiling_is_served_at_the_ceiling_and_echoed(
         ("interns", "critical", "flex"),
     ):
         key = make_key(tenant=tenant, priority_ceiling=ceiling)
+        assert ask(stack, key).status_code == 200, "the limit can be looked up"
         client = stack.openai(api_key=key)
         messages: list[Any] = [{"role": "user", "content": "hello"}]
         whole = client.chat.completions.create(
@@ -294,7 +303,7 @@ def test_a_shortened_answer_says_so(
 
     assert line_of(stack, answer)["degraded"] == "max_tokens"
     events = [each for each in log_events(stack) if each["event"] == "brownout"]
-    assert {"pool": "capped", "rung": 2}.items() <= events[-1].items()
+    assert [each["rung"] for each in events if each["pool"] == "capped"][-1] == 2
     until(
         lambda: stack.metric("headrace_degraded_total", pool="capped", how="max_tokens") == 1,
         "the degraded request in the metrics",
@@ -325,6 +334,11 @@ def test_what_the_policies_know_is_in_the_metrics(stack: Stack) -> None:
         "headrace_open_breakers",
         "headrace_retry_budget",
     ):
-        with stack.http() as client:
-            text = client.get("/metrics").text
-        assert f'{name}{{pool="chat"' in text or f'{name}{{process="' in text, name
+        until(lambda of=name: is_told(stack, of), name)  # type: ignore[misc]  # a default
+
+
+def is_told(stack: Stack, name: str) -> bool:
+    """Whether there is a sample of a metric, of the pool ``chat`` or of a process."""
+    with stack.http() as client:
+        text = client.get("/metrics").text
+    return f'{name}{{pool="chat"' in text or f'{name}{{process="' in text

@@ -14,6 +14,7 @@ import openai
 import pytest
 import yaml
 
+from tests.e2e.sim import replicas_ready
 from tests.e2e.traffic import Load
 from tests.e2e.waiting import until
 from tests.stack import ROOT, Stack, running_stack
@@ -67,12 +68,18 @@ def router_pids(stack: Stack) -> list[int]:
 
 def models(stack: Stack) -> set[str]:
     with stack.http() as client:
-        return {model["id"] for model in client.get("/v1/models").json()["data"]}
+        found = client.get("/v1/models").raise_for_status().json()
+    return {model["id"] for model in found["data"]}
 
 
 def everywhere(stack: Stack, wanted: set[str]) -> bool:
     """Whether the routers, asked over fresh connections, all list just these models."""
     return all(models(stack) == wanted for _ in range(12))
+
+
+def known_everywhere(stack: Stack, pool: str) -> bool:
+    """Whether the routers, asked over fresh connections, all send to a pool's engine."""
+    return all(replicas_ready(stack, pool) == 1 for _ in range(12))
 
 
 def ask(stack: Stack, model: str) -> str:
@@ -98,7 +105,8 @@ def test_aliases_and_pools_come_and_go_under_running_routers(stack: Stack) -> No
 
     deploy(stack, ["old", "new"], {"old": "old", "new": "new"})
     until(lambda: everywhere(stack, {"old", "new"}), "the new pool on every router")
-    until(lambda: serves(stack, "new"), "an answer of the new pool")
+    until(lambda: known_everywhere(stack, "new"), "the new pool's engine known to every router")
+    assert serves(stack, "new")
     with pytest.raises(openai.NotFoundError):
         ask(stack, "nickname")
     assert router_pids(stack) == routers
@@ -131,6 +139,7 @@ def test_aliases_and_pools_come_and_go_under_running_routers(stack: Stack) -> No
     # A pool that comes back under its old name is served by its new engine.
     deploy(stack, ["new", "old"], {"new": "new", "old": "old"})
     until(lambda: serves(stack, "old"), "an answer of the pool that came back")
+    until(lambda: everywhere(stack, {"new", "old"}), "the pool that came back on every router")
     assert router_pids(stack) == routers
 
 
@@ -203,5 +212,5 @@ def test_a_signal_ends_it_quietly_though_a_stream_is_open(stack: Stack) -> None:
     up.send_signal(signal.SIGTERM)
 
     # Ray's own handler would print a trace and abort.
-    assert stack.root.wait(timeout=60) == 0
+    assert stack.root.wait(timeout=240) == 0
     assert stack.output().rstrip().endswith("stopping"), stack.output()

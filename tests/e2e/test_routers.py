@@ -12,10 +12,12 @@ import pytest
 from serve_app.core.exchange import over_admission_most
 from tests.e2e.fleet import ENGINES, ROUTERS, SLOTS, STEP_S
 from tests.e2e.traffic import Load, wait_s
-from tests.e2e.waiting import until
+from tests.e2e.waiting import WAIT_S, until
 from tests.stack import Stack
 
 WORDS = 25
+LOOKS = 8
+STOOD_STILL_S = 1.5
 # A request holds a slot for WORDS steps, about half a second.
 CAPACITY_PER_S = ENGINES * SLOTS / (WORDS * STEP_S)
 
@@ -43,26 +45,35 @@ async def test_routers_fill_idle_engines_together_and_no_further(stack: Stack) -
     Nobody has heard of the others' burst yet when it begins, so the first fill may go as far as
     routers that disagree may; an engine that is shown full gets no more from any of them.
     """
-    seen: list[float] = []
-
-    def look() -> None:
-        gauges = ("headrace_engine_running", "headrace_engine_waiting")
-        seen.append(sum(stack.metric(gauge) for gauge in gauges))
-
+    first: list[float] = []
+    later: list[float] = []
     places = ENGINES * SLOTS
     burst = load_of(stack, words=4 * WORDS)
+
+    def look() -> float:
+        gauges = ("headrace_engine_running", "headrace_engine_waiting")
+        return sum(stack.metric(gauge) for gauge in gauges)
+
     async with burst.connected(), asyncio.TaskGroup() as group:
         for _ in range(4 * places):
             group.create_task(burst.ask())
-        # Two rounds at the most for what came first, and what comes after.
-        await wait_s(8 * WORDS * STEP_S, meanwhile=look)
-        first = len(seen)
-        await wait_s(4 * WORDS * STEP_S, meanwhile=look)
+        looked_at_s = time.monotonic()
+        while len(later) < LOOKS:
+            if burst.open() < 2 * places:
+                for _ in range(places):
+                    group.create_task(burst.ask())
+            await asyncio.sleep(0.2)
+            # Two rounds at the most for what came first, and what comes after.
+            seen = first if len(burst.answers) - burst.open() < 2 * places else later
+            seen.append(await asyncio.to_thread(look))
+            if time.monotonic() - looked_at_s > STOOD_STILL_S:
+                later.clear()  # It was we who sent nothing.
+            looked_at_s = time.monotonic()
     assert burst.failures() == []
+    seen = first + later
     # A quarter of the places is kept for Critical once the routers know what the others hold.
     assert max(seen) >= 0.75 * places, seen
     assert max(seen) <= places + ENGINES * over_admission_most(SLOTS, ROUTERS), seen
-    later = seen[first:]
     assert max(later) <= places + ENGINES * over_admission_most(0, ROUTERS), seen
     assert sum(later) >= 0.5 * places * len(later), seen
 
@@ -93,15 +104,16 @@ async def test_a_router_killed_under_load_fails_nothing_that_comes_after(stack: 
     async with load.running():
         await wait_s(2)
         victim = stack.processes("gateway", "Router")[0]
+        in_flight = load.open()
         victim.send_signal(signal.SIGKILL)
         # Until its sockets are closed it takes what it will never read.
-        await asyncio.to_thread(psutil.wait_procs, [victim], timeout=30)
+        await asyncio.to_thread(psutil.wait_procs, [victim], timeout=WAIT_S)
         killed_at_s = time.monotonic()
         await wait_s(6)
     late = [answer for answer in load.failures() if answer.sent_at_s > killed_at_s]
     assert late == []
     # A third of what is in flight is the most that one router of three holds, and a few.
-    assert len(load.failures()) <= ENGINES * SLOTS, load.failures()
+    assert len(load.failures()) <= max(ENGINES * SLOTS, in_flight // 2), load.failures()
 
 
 async def test_an_engine_paused_for_five_seconds_loses_no_stream(stack: Stack) -> None:

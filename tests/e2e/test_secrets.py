@@ -82,7 +82,7 @@ async def send_all(
     async with httpx.AsyncClient(
         base_url=stack.url,
         headers={"authorization": f"Bearer {key}", "x-request-id": LABEL},
-        timeout=60,
+        timeout=240,
         limits=httpx.Limits(max_connections=2 * CLIENTS),
     ) as client:
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
@@ -41,22 +42,58 @@ async def burst(
     A patient client asks again while its limits cannot be looked up, as it is told to.
     """
     gate = asyncio.Semaphore(together)
+    headers = {"authorization": f"Bearer {key}"}
     body = {"model": "wide", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
 
     async def one() -> httpx.Response:
-        async with gate, httpx.AsyncClient(base_url=stack.url, timeout=120) as client:
-            headers = {"authorization": f"Bearer {key}"}
+        async with gate:
             for _ in range(ASKS if patient else 1):
-                answer = await client.post(
-                    "/v1/chat/completions", json=body | fields, headers=headers
-                )
+                answer = await client.post("/v1/chat/completions", json=body | fields)
                 if answer.status_code != 503:
                     break
                 assert not patient or answer.json()["error"]["code"] == "limits_unavailable"
                 await asyncio.sleep(float(answer.headers["retry-after"]))
             return answer
 
-    return await asyncio.gather(*(one() for _ in range(count)))
+    async with httpx.AsyncClient(
+        base_url=stack.url, headers=headers, timeout=240, limits=keys.EACH_ITS_OWN
+    ) as client:
+        return await asyncio.gather(*(one() for _ in range(count)))
+
+
+@asynccontextmanager
+async def opened(stack: Stack, key: str, count: int) -> AsyncIterator[list[httpx.Response]]:
+    """Ask for long streams, all at once, and hold those that are granted open for the block."""
+    body = {"model": "wide", "prompt": "hi", "max_tokens": 5000, "stream": True}
+    headers = {"authorization": f"Bearer {key}"}
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=stack.url, timeout=240, limits=limits) as client:
+
+        async def one() -> httpx.Response:
+            for _ in range(ASKS):
+                request = client.build_request(
+                    "POST", "/v1/completions", json=body, headers=headers
+                )
+                answer = await client.send(request, stream=True)
+                if answer.status_code == 200:
+                    break
+                await answer.aread()
+                if answer.status_code != 503:
+                    break
+                assert answer.json()["error"]["code"] == "limits_unavailable"
+                await asyncio.sleep(float(answer.headers["retry-after"]))
+            return answer
+
+        answers = await asyncio.gather(*(one() for _ in range(count)))
+        try:
+            yield answers
+        finally:
+            for answer in answers:
+                await answer.aclose()
+
+
+def in_flight(stack: Stack) -> float:
+    return stack.metric("headrace_in_flight")
 
 
 def counted(answers: list[httpx.Response]) -> int:
@@ -103,8 +140,10 @@ async def test_slots_are_one_number_for_all_routers(
     stack: Stack, make_key: Callable[[str], str]
 ) -> None:
     key = make_key("slotted")
-    answers = await burst(stack, key, 3 * SLOTS, together=3 * SLOTS, max_tokens=150)
-    assert SLOTS - 1 <= counted(answers) <= SLOTS
+    async with opened(stack, key, 3 * SLOTS) as answers:
+        assert SLOTS - 1 <= counted(answers) <= SLOTS
+        await asyncio.to_thread(until, lambda: in_flight(stack) >= SLOTS - 1, "routers tell it")
+    await asyncio.to_thread(until, lambda: in_flight(stack) == 0, "the slots are free again")
     again = await burst(stack, key, SLOTS, together=SLOTS, max_tokens=1)
     assert counted(again) >= SLOTS - 1
 

@@ -26,6 +26,9 @@ ROLES = {
 # Some 70 MB: more than kernels keep for the two connections on the way, up to 33 MiB each.
 LONG_TOKENS = 400_000
 SHARE_OF_LIMIT = 0.7
+# A load under which requests wait longer is not steady; less than so much shows no leak.
+WAITED_S = 2.0
+LEAST_PER_S = 25.0
 
 
 @pytest.fixture(scope="module")
@@ -150,16 +153,22 @@ async def test_steady_load_leaks_no_memory_stream_slot_or_socket(
     plain_per_s, streams_per_s = (
         SHARE_OF_LIMIT * whole_answers(tally) / tally.wall_s for tally in tallies
     )
-    with Memory(stack, ROLES) as memory:
-        tallies = await asyncio.gather(
-            send(stack, load(False, plain_per_s), duration_s),
-            send(stack, load(True, streams_per_s), duration_s),
-        )
-    came = sum(len(tally.latencies_s) for tally in tallies)
-    print(f"{came} of {plain_per_s:.0f} + {streams_per_s:.0f}/s in {duration_s} s")
-    print(f"growth in MiB: {memory.growth_mib()}; at each tenth: {memory.course_mib()}")
-    answers = sum(whole_answers(tally) for tally in tallies)
-    assert answers >= 0.99 * (plain_per_s + streams_per_s) * duration_s
+    while True:
+        with Memory(stack, ROLES) as memory:
+            tallies = await asyncio.gather(
+                send(stack, load(False, plain_per_s), duration_s),
+                send(stack, load(True, streams_per_s), duration_s),
+            )
+        latencies_s = [each for tally in tallies for each in tally.latencies_s]
+        print(f"{len(latencies_s)} of {plain_per_s:.0f} + {streams_per_s:.0f}/s in {duration_s} s")
+        print(f"growth in MiB: {memory.growth_mib()}; at each tenth: {memory.course_mib()}")
+        print(f"the slowest took {max(latencies_s):.1f} s")
+        answers = sum(whole_answers(tally) for tally in tallies)
+        assert answers >= 0.99 * (plain_per_s + streams_per_s) * duration_s
+        if not memory.grown() or max(latencies_s) < WAITED_S or plain_per_s < LEAST_PER_S:
+            break
+        # The machine fell behind: what waited had to be kept somewhere, and allocators keep that.
+        plain_per_s, streams_per_s = plain_per_s / 2, streams_per_s / 2
     assert memory.grown() == {}
     until(lambda: is_idle(stack), "no slot held")
     until(lambda: descriptors(stack) <= before + 16, "the sockets closed")

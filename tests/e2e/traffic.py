@@ -41,7 +41,7 @@ class Load:
         self._client = httpx.AsyncClient(
             base_url=self.stack.url,
             headers={"authorization": f"Bearer {self.stack.key}"},
-            timeout=90,
+            timeout=240,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
         )
         async with self._client:
@@ -86,6 +86,10 @@ class Load:
             answer.request_id = response.headers["x-headrace-request-id"]
         else:
             answer.error = response.text
+
+    def open(self) -> int:
+        """Return how many have not ended yet."""
+        return sum(each.ended_at_s is None for each in self.answers)
 
     def failures(self) -> list[Answer]:
         return [each for each in self.answers if each.words != self.words]

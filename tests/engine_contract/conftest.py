@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import AsyncIterator, Generator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from serve_app.config import SimSettings
 from serve_app.core.types import PoolName, ReplicaId
 from serve_app.engine.api import Engine
 from serve_app.engine.sim import SimEngine
+from tests.steady_clock import SteadyClock
 
 # As large as the real model of the suite, and fast enough to be waited for.
 SIM = SimSettings(max_model_len=1024, max_num_seqs=4, token_budget=1024, kv_blocks=512)
@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None]:
 
 async def start_sim_engine() -> SimEngine:
     """Start a simulated engine in real time: a token every seven milliseconds."""
-    engine = SimEngine(SIM, PoolName("contract"), ReplicaId("sim-0"), time.monotonic)
+    engine = SimEngine(SIM, PoolName("contract"), ReplicaId("sim-0"), SteadyClock())
     await engine.start()
     return engine
 

@@ -52,7 +52,7 @@ async def metered(engine: Engine) -> list[Metered]:
 
 async def settled(engine: Engine) -> EngineCosts:
     """Return the costs once the step under way at the last cancellation is over."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(300):
         while True:
             before = costs_of(engine)
             await asyncio.sleep(0.001)

@@ -31,11 +31,11 @@ from tests.kubernetes.objects import Document, Objects
 from tests.kubernetes.operator import HEAD_GROUP, RESOURCES, Operator, running
 from tests.kubernetes.ray_service import RayService, environment
 from tests.redis import Redis
-from tests.stack import Stack, free_port, running_stack
+from tests.stack import PATIENT, Stack, free_port, running_stack
 
 DRAIN_S = 20
 POLL_S = 0.1
-GCS_TIMEOUT_S = 60
+GCS_TIMEOUT_S = 180
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Cluster:
 
 @contextmanager
 def running_cluster(
-    service: RayService, *, redis: Redis | None = None, ready_timeout_s: float = 240
+    service: RayService, *, redis: Redis | None = None, ready_timeout_s: float = 480
 ) -> Iterator[Cluster]:
     """Apply a RayService as KubeRay would, yield its cluster once it is ready.
 
@@ -261,9 +261,7 @@ def _kubernetes(port: int, files: certificates.Certificates) -> dict[str, str]:
         "RAY_USAGE_STATS_KUBERAY_IN_USE": "1",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-        # What a busy machine starts slowly is started no sooner by being killed.
-        "RAY_raylet_start_wait_time_s": "120",
-        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+        **PATIENT,
         "AUTOSCALER_METRIC_PORT": str(free_port()),
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(DRAIN_S),
     }

@@ -101,7 +101,7 @@ class Node:
         for process in below:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(below, timeout=10)
+        psutil.wait_procs(below, timeout=120)
 
     def _mains(self) -> list[psutil.Process]:
         """Return the command's own process: below the namespace's first one, if there is one."""

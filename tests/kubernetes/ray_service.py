@@ -65,7 +65,7 @@ class RayService:
 def rendered(values: Mapping[str, Any], profile: str = "kind") -> RayService:
     """Return the RayService of a profile of the chart with more values; skips without a helm."""
     find = [sys.executable, str(ROOT / "scripts" / "find_helm.py")]
-    helm = subprocess.run(find, capture_output=True, text=True, timeout=120, check=False)
+    helm = subprocess.run(find, capture_output=True, text=True, timeout=240, check=False)
     if helm.returncode:
         pytest.skip(helm.stderr.strip())
     with tempfile.TemporaryDirectory() as folder:
@@ -73,7 +73,7 @@ def rendered(values: Mapping[str, Any], profile: str = "kind") -> RayService:
         more.write_text(yaml.safe_dump(dict(values)))
         command = [helm.stdout.strip(), "template", "headrace", str(CHART), "--namespace=serving"]
         command += [f"--values={CHART}/values-{profile}.yaml", f"--values={more}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     documents = yaml.load_all(done.stdout, Loader=yaml.CSafeLoader)
     [service] = [each for each in documents if each and each["kind"] == "RayService"]

@@ -70,7 +70,7 @@ def report(folder: Path) -> str:
         env={**os.environ, "PYTHONPATH": str(folder), "COLUMNS": "200"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     assert bool(broken_contracts(done.stdout)) == bool(done.returncode), done.stdout + done.stderr

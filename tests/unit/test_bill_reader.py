@@ -85,7 +85,7 @@ def database(tmp_path: Path) -> Database:
 
 
 def settings(url: str, **fields: Any) -> CostSettings:
-    opencost = {"url": url, "timeout_s": 5, "look_back_hours": HOURS, **fields}
+    opencost = {"url": url, "timeout_s": 300, "look_back_hours": HOURS, **fields}
     return CostSettings.model_validate({**PRICE, "opencost": opencost})
 
 
@@ -308,7 +308,7 @@ async def test_answers_of_several_versions_come_to_the_same_bills(
     opencost.answer = lambda target: (
         (404, "no") if under_a_ui and not target.startswith("/model/") else (200, body)
     )
-    client = OpenCost(opencost.url, timeout_s=5)
+    client = OpenCost(opencost.url, timeout_s=300)
     found = bills_by_node(await client.node_bills(START_S, START_S + HOUR_S))
     assert found == {
         name: NodeBill(name, total, None if hours is None else Fraction(hours))
@@ -320,7 +320,7 @@ async def test_answers_of_several_versions_come_to_the_same_bills(
 async def test_costs_of_workloads_are_not_taken_for_nodes_bills(opencost: FakeOpenCost) -> None:
     body = (ANSWERS / "opencost_2025_allocation.json").read_text()
     opencost.answer = lambda _: (200, body)
-    client = OpenCost(opencost.url, timeout_s=5)
+    client = OpenCost(opencost.url, timeout_s=300)
     with pytest.raises(OpenCostUnavailable, match="no assets"):
         await client.node_bills(START_S, START_S + HOUR_S)
     await client.close()

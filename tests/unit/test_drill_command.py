@@ -8,8 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -125,27 +125,37 @@ def test_the_stack_of_the_drills_has_what_they_use() -> None:
     assert file.pools[names.tight].replicas.num_replicas == 1
 
 
-# A stack and drills that say on stdout what they do, and need a moment to put things back.
+# A stack and drills that say on stdout what they do, and what they are told. They have put
+# things back once they were told to end as often as they are going to be.
 ENDED = """
-import asyncio, contextlib, pathlib, signal, sys, time, types
+import asyncio, contextlib, os, pathlib, signal, sys, time, types
 if "nohup" not in sys.argv:  # these tests may run under one
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from serve_app import cli
 from serve_app.commands import drill
 from serve_app.drills import frame, stack
 
+told, times = [], 1 if "nohup" in sys.argv else 2
+heed = drill._Ending._heed
+
+def counted(self, *of):
+    told.append(of)
+    os.write(1, b"told\\n")
+    heed(self, *of)
+
 @contextlib.contextmanager
 def simulated_stack(say):
     try:
         if "starts" in sys.argv:
             print("starting", flush=True)
-            time.sleep(60)
+            time.sleep(600)
         yield stack.SimulatedStack("http://x", "k", 1, "", {}, {}, pathlib.Path())
     finally:
         say("ending the stack")
         if "ends" in sys.argv:
             print("ending", flush=True)
-        time.sleep(1)
+        while len(told) < times:
+            time.sleep(0.01)
         print("ended", flush=True)
 
 async def run(stage):
@@ -153,10 +163,11 @@ async def run(stage):
         return
     print("broken", flush=True)
     try:
-        await asyncio.sleep(60)
+        await asyncio.sleep(600)
     finally:
         stage.say("back")
-        await asyncio.sleep(1)
+        while len(told) < times:
+            await asyncio.sleep(0.01)
         print("back", flush=True)
         if "fails" in sys.argv:
             raise frame.DrillImpossible("not quite")
@@ -165,24 +176,30 @@ async def may_be_hurt(*_, **__):
     pass
 
 stack.simulated_stack, drill._may_be_hurt = simulated_stack, may_be_hurt
+drill._Ending._heed = counted
 frame.load = lambda _: types.SimpleNamespace(run=run)
 sys.exit(cli.main(["drill", "rollback", "brownout"]))
 """
 
 
-def ended_while(
-    what: str, signum: int, stderr: int = subprocess.PIPE
-) -> tuple[list[str], str, int]:
+def ended_while(what: str, signum: int, stderr: int | None = None) -> tuple[list[str], str, int]:
     """Have it told twice, as a group is; return what it printed and its status."""
     command = [sys.executable, "-c", ENDED, what]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
+    pipe = subprocess.PIPE
+    with (
+        tempfile.TemporaryFile("w+") as said,
+        subprocess.Popen(command, stdout=pipe, stderr=stderr or said, text=True) as process,
+    ):
         assert process.stdout is not None
         printed = [process.stdout.readline().strip()]
         for _ in range(2):
             process.send_signal(signum)
-            time.sleep(0.3)
-        rest, said = process.communicate(timeout=60)
-    return [*printed, *rest.split()], said or "", process.returncode
+            while (line := process.stdout.readline().strip()) not in ("told", ""):
+                printed.append(line)
+        printed += process.stdout.read().split()
+        status = process.wait(240)
+        said.seek(0)
+        return printed, said.read(), status
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
@@ -224,4 +241,4 @@ def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(3)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == cli.EXIT_INTERRUPTED
+        assert process.wait(240) == cli.EXIT_INTERRUPTED

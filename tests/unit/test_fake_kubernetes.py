@@ -92,7 +92,9 @@ def client(api: Api, files: Certificates) -> Iterator[httpx.Client]:
     context.load_cert_chain(files.client, files.client_key)
     with (
         serving(api, files) as port,
-        httpx.Client(base_url=f"https://127.0.0.1:{port}", verify=context) as connected,
+        httpx.Client(
+            base_url=f"https://127.0.0.1:{port}", verify=context, timeout=120
+        ) as connected,
     ):
         yield connected
 
@@ -201,7 +203,7 @@ def test_without_the_authoritys_certificate_nobody_gets_in(
 ) -> None:
     stranger = ssl.create_default_context(cafile=files.authority)
     with (
-        httpx.Client(base_url=client.base_url, verify=stranger) as anonymous,
+        httpx.Client(base_url=client.base_url, verify=stranger, timeout=120) as anonymous,
         pytest.raises(httpx.TransportError),
     ):
         anonymous.get(CLUSTER)

@@ -261,7 +261,7 @@ async def _answered_after(packed: list[bytes]) -> None:
         line.address = engine.address
         request = MESSAGES[2].call  # type: ignore[union-attr]
         inflow = router.call(replace(request, request_id=RequestId("after")), lambda: None)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             assert isinstance(await inflow.take(), Frame)
             assert isinstance(await inflow.take(), Final)
     finally:

@@ -123,7 +123,7 @@ def test_two_at_once_convert_once(cache: Path, gguf: Path) -> None:
 
     def slow(source: Path, target: Path, progress: Progress) -> None:
         inside.set()
-        assert second_waits.wait(10)
+        assert second_waits.wait(120)
         fake(source, target, progress)
 
     def say(line: str) -> None:
@@ -132,9 +132,9 @@ def test_two_at_once_convert_once(cache: Path, gguf: Path) -> None:
 
     first = threading.Thread(target=_prepare, args=(cache, gguf, slow))
     first.start()
-    assert inside.wait(10)
+    assert inside.wait(120)
     folder = _prepare(cache, gguf, slow, say)
-    first.join(10)
+    first.join(120)
     assert fake.calls == 1
     assert verify(folder) == []
 

@@ -226,7 +226,7 @@ ASK = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n"
 
 def asked(port: int) -> tuple[bytes, socket.socket]:
     """Ask on a connection of its own, and keep that."""
-    connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+    connection = socket.create_connection(("127.0.0.1", port), timeout=120)
     connection.sendall(ASK)
     answer = b""
     while not answer.endswith(b"}"):

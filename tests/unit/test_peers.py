@@ -30,7 +30,7 @@ from serve_app.peers import Peers
 
 POOL = PoolName("chat")
 PORTS = range(21_000, 22_000)
-WAIT_S = 20.0
+WAIT_S = 120.0
 SLOTS = 8
 
 

@@ -1,14 +1,18 @@
-"""Routers, Control's treasury and the ledger on one loop and a real database."""
+"""Routers, Control's treasury and the ledger on one loop and a real database.
+
+Time is virtual: on a busy machine what is fetched would come too late, and be unavailable.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,6 +38,7 @@ from serve_app.purse_link import PurseLink
 from serve_app.treasury import ABANDON_S, MoneyBell, Treasury
 from serve_app.usage import encode
 from tests.usage_records import START_S, charge, record
+from tests.virtual_time import in_virtual_time
 
 pytestmark = pytest.mark.slow
 
@@ -42,6 +47,19 @@ KEY = BudgetKey(BudgetScope.KEY, "k1")
 # A token out costs a thousand nano-dollars.
 RATES = Rates(output_nanousd=1000)
 MOST_TOKENS = 20
+
+
+@pytest.fixture(autouse=True)
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread takes real time. Others have their turn all the same."""
+
+    async def in_turn(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        await asyncio.sleep(0)
+        found = function(*arguments, **named)
+        await asyncio.sleep(0)
+        return found
+
+    monkeypatch.setattr(asyncio, "to_thread", in_turn)
 
 
 @dataclass
@@ -134,6 +152,7 @@ async def until_reserved(site: Site, place: int, amount: int) -> None:
             await asyncio.sleep(0.05)
 
 
+@in_virtual_time
 async def test_a_thousand_requests_through_four_routers_spend_nearly_all_and_never_more(
     tmp_path: Path,
 ) -> None:
@@ -161,6 +180,7 @@ async def test_a_thousand_requests_through_four_routers_spend_nearly_all_and_nev
         assert all(not link.purses.open_requests for link in site.links)
 
 
+@in_virtual_time
 async def test_nothing_is_asked_where_a_purse_suffices(tmp_path: Path) -> None:
     async with made(tmp_path, 1) as site:
         site.budgets.put(Budget(ACME, 10**9, Window.NONE))
@@ -170,6 +190,7 @@ async def test_nothing_is_asked_where_a_purse_suffices(tmp_path: Path) -> None:
             assert (await site.reserve(0, 1000))[1] == Reserved(1000)
 
 
+@in_virtual_time
 async def test_what_lies_unused_elsewhere_is_fetched(tmp_path: Path) -> None:
     async with made(tmp_path, 2) as site:
         site.budgets.put(Budget(ACME, 1000, Window.NONE))
@@ -181,6 +202,7 @@ async def test_what_lies_unused_elsewhere_is_fetched(tmp_path: Path) -> None:
         await until_reserved(site, 1, 900)
 
 
+@in_virtual_time
 async def test_of_two_who_hold_too_little_one_gets_enough(tmp_path: Path) -> None:
     async with made(tmp_path, 2) as site:
         site.budgets.put(Budget(ACME, 1000, Window.NONE))
@@ -196,6 +218,7 @@ async def test_of_two_who_hold_too_little_one_gets_enough(tmp_path: Path) -> Non
         assert answers.count(Reserved(800)) == 1
 
 
+@in_virtual_time
 async def test_the_strictest_of_several_budgets_holds(tmp_path: Path) -> None:
     async with made(tmp_path, 1) as site:
         site.budgets.put(Budget(ACME, 10**6, Window.NONE))
@@ -205,6 +228,7 @@ async def test_the_strictest_of_several_budgets_holds(tmp_path: Path) -> None:
         assert (await site.reserve(0, 400, (ACME, KEY), least=50))[1] == Reserved(100)
 
 
+@in_virtual_time
 async def test_control_away_is_nothing_known_and_not_a_budget_spent(tmp_path: Path) -> None:
     async with made(tmp_path, 1) as site:
         site.budgets.put(Budget(ACME, 1000, Window.NONE))
@@ -232,6 +256,7 @@ async def spend_all(site: Site, at_s: int) -> int:
 
 
 @pytest.mark.parametrize("window", [Window.DAY, Window.MONTH, Window.ROLLING])
+@in_virtual_time
 async def test_clocks_that_jump_and_come_back_move_no_money_to_another_window(
     tmp_path: Path, window: Window
 ) -> None:
@@ -258,6 +283,7 @@ async def test_clocks_that_jump_and_come_back_move_no_money_to_another_window(
         assert verify(site.database).differences == 0
 
 
+@in_virtual_time
 async def test_a_body_that_came_slowly_over_midnight_is_paid_and_booked_by_the_day_it_began_in(
     tmp_path: Path,
 ) -> None:
@@ -277,6 +303,7 @@ async def test_a_body_that_came_slowly_over_midnight_is_paid_and_booked_by_the_d
         assert verify(site.database).differences == 0
 
 
+@in_virtual_time
 async def test_a_removed_budgets_requests_end_and_leave_nothing_behind(tmp_path: Path) -> None:
     async with made(tmp_path, 2) as site:
         site.budgets.put(Budget(ACME, 10**6, Window.MONTH))
@@ -302,6 +329,7 @@ async def test_a_removed_budgets_requests_end_and_leave_nothing_behind(tmp_path:
         assert verify(site.database).differences == 0
 
 
+@in_virtual_time
 async def test_what_lingers_is_let_go_of_however_often_there_is_something_to_say() -> None:
     class Silent:
         async def lend(self, router: str, accounts: list[Account]) -> list[Line]:
@@ -326,6 +354,7 @@ async def test_what_lingers_is_let_go_of_however_often_there_is_something_to_say
     await link.stop()
 
 
+@in_virtual_time
 async def test_a_router_that_stops_lets_go_of_what_it_has(tmp_path: Path) -> None:
     async with made(tmp_path, 2) as site:
         site.budgets.put(Budget(ACME, 1000, Window.NONE))
@@ -341,6 +370,7 @@ async def test_a_router_that_stops_lets_go_of_what_it_has(tmp_path: Path) -> Non
     [Budget(ACME, 500, Window.NONE), Budget(ACME, 10**6, Window.MONTH)],
     ids=["amount", "window"],
 )
+@in_virtual_time
 async def test_what_was_lent_of_a_budget_that_is_less_now_comes_back(
     tmp_path: Path, less: Budget
 ) -> None:
@@ -357,6 +387,7 @@ async def test_what_was_lent_of_a_budget_that_is_less_now_comes_back(
                 await asyncio.sleep(0.01)
 
 
+@in_virtual_time
 async def test_money_of_a_router_that_only_lost_control_is_not_lent_again(tmp_path: Path) -> None:
     """It may go on spending it: until its process is gone, and two minutes more."""
     async with made(tmp_path, 1) as site:
@@ -377,6 +408,7 @@ async def test_money_of_a_router_that_only_lost_control_is_not_lent_again(tmp_pa
         assert site.budgets.holders() == set()
 
 
+@in_virtual_time
 async def test_thresholds_are_told_of_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -99,7 +99,7 @@ def test_ray_takes_the_values_that_stand_in_the_file() -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=240,
     )
 
     taken = json.loads(done.stdout.splitlines()[-1])

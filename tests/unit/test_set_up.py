@@ -152,7 +152,7 @@ def find_python(**environment: str) -> subprocess.CompletedProcess[str]:
         env={"PATH": os.environ["PATH"], **environment},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
 
@@ -183,7 +183,7 @@ def test_help_lists_every_target() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE))
     done = subprocess.run(
-        ["make", "-s", "-C", str(ROOT)], capture_output=True, text=True, timeout=60, check=True
+        ["make", "-s", "-C", str(ROOT)], capture_output=True, text=True, timeout=240, check=True
     )
 
     assert {line.split()[1] for line in done.stdout.splitlines() if line} == targets
@@ -195,7 +195,7 @@ def test_a_step_passes_on_its_commands_failure_and_says_so() -> None:
         [ROOT / "scripts" / "step", "try it", "sh", "-c", "exit 3"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
 

@@ -28,7 +28,7 @@ class Words:
         assert not add_special_tokens
         self.running += 1
         if self._gate is not None:
-            assert self._gate.wait(30)
+            assert self._gate.wait(120)
         return [text.split() for text in texts]
 
 

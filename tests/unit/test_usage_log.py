@@ -49,8 +49,9 @@ async def log(tmp_path: Path, ledger: Ledger) -> AsyncIterator[UsageLog]:
 
 
 async def test_what_was_appended_and_noted_is_in_the_ledger_when_it_has_stopped(
-    tmp_path: Path, ledger: Ledger
+    tmp_path: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("serve_app.usage_log.STOP_TIMEOUT_S", 300.0)
     log = UsageLog(Settings(str(tmp_path)), "router-1", ledger)
     log.start()
     await log.append(record(charge(1)))
@@ -104,7 +105,7 @@ async def test_a_ledger_that_says_nothing_is_not_waited_for_long(
     monkeypatch.setattr("serve_app.usage_log.LEDGER_TIMEOUT_S", 0.01)
     log = UsageLog(Settings(str(tmp_path)), "router-1", silent)
     with pytest.raises(JournalUnavailable, match="TimeoutError"):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(120):
             await log.append(record())
     await log.stop()
 
@@ -113,6 +114,7 @@ async def test_a_lost_record_is_told_of(
     tmp_path: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lost: list[bytes] = []
+    monkeypatch.setattr("serve_app.usage_log.STOP_TIMEOUT_S", 300.0)
     log = UsageLog(Settings(str(tmp_path)), "router-1", ledger, lost.extend)
     real = Journal.submit
 

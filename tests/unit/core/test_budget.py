@@ -829,7 +829,7 @@ class SpendingOfARollingDay(Spending):
 SPENDING = examples(
     150,
     stateful_step_count=40,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    suppress_health_check=[HealthCheck.filter_too_much],
 )
 TestSpending = Spending.TestCase
 TestSpendingByTheDay = SpendingByTheDay.TestCase

@@ -6,7 +6,6 @@ test_fair_machine.py drives the same events with all of them on.
 
 from __future__ import annotations
 
-from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -191,6 +190,4 @@ class ControllerMachine(RuleBasedStateMachine):
 
 
 TestController = ControllerMachine.TestCase
-TestController.settings = examples(
-    150, stateful_step_count=40, suppress_health_check=[HealthCheck.too_slow]
-)
+TestController.settings = examples(150, stateful_step_count=40)

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.core.engine_model import EngineModel, EngineParams, EventKind, StepRun
@@ -331,7 +331,7 @@ class Pair:
         return next_s < math.inf
 
 
-@examples(400, suppress_health_check=[HealthCheck.too_slow])
+@examples(400)
 @given(small_params(), OPERATIONS)
 def test_jumping_over_steps_gives_the_same_bits_as_taking_them_one_by_one(
     params: EngineParams, operations: list[tuple]

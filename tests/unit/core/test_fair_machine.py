@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -324,6 +323,4 @@ class FairMachine(RuleBasedStateMachine):
 
 
 TestFairController = FairMachine.TestCase
-TestFairController.settings = examples(
-    150, stateful_step_count=50, suppress_health_check=[HealthCheck.too_slow]
-)
+TestFairController.settings = examples(150, stateful_step_count=50)

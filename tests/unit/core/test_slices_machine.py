@@ -358,5 +358,5 @@ TestShared = Shared.TestCase
 TestShared.settings = examples(
     200,
     stateful_step_count=50,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    suppress_health_check=[HealthCheck.filter_too_much],
 )

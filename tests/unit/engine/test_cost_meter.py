@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.config import SimSettings
@@ -25,6 +25,7 @@ from serve_app.engine.api import Endpoint, Final, GenerateCall, GenerateItem, Me
 from serve_app.engine.sim import SimEngine
 from tests.generate_calls import generate_call
 from tests.properties import examples
+from tests.steady_clock import SteadyClock
 
 UNATTRIBUTED_RATIO_MAX = 0.001
 SMALL = EngineParams(max_num_seqs=6, token_budget=64, kv_blocks=24, block_tokens=4)
@@ -147,7 +148,7 @@ OPERATIONS = st.lists(
 )
 
 
-@examples(120, suppress_health_check=[HealthCheck.too_slow])
+@examples(120)
 @given(OPERATIONS)
 def test_requests_and_idle_time_are_the_life_of_the_replica(operations: list[tuple]) -> None:
     replica = Replica(SMALL)
@@ -402,7 +403,7 @@ async def test_the_simulated_engine_says_what_each_request_cost_and_where_the_re
     settings_ = SimSettings(
         speed=20.0, max_model_len=2048, kv_blocks=150, max_num_seqs=16, start_delay_s=0.01
     )
-    engine = SimEngine(settings_, PoolName("pool"), ReplicaId("r0"), time.monotonic)
+    engine = SimEngine(settings_, PoolName("pool"), ReplicaId("r0"), SteadyClock())
     metered: list[Metered] = []
     engine.on_metered(metered.append)
     await engine.start()

@@ -27,12 +27,13 @@ from serve_app.engine.api import (
 from serve_app.engine.sim import SimEngine, engine_params
 from serve_app.engine.sim_text import VOCABULARY, WORDS, Answer, prefix_hashes
 from tests.generate_calls import generate_call
+from tests.steady_clock import SteadyClock
 
 INSTANT = SimSettings(zero_latency=True, max_model_len=4096)
 
 
 def make(settings: SimSettings = INSTANT, replica: str = "r0") -> SimEngine:
-    return SimEngine(settings, PoolName("pool"), ReplicaId(replica), time.monotonic)
+    return SimEngine(settings, PoolName("pool"), ReplicaId(replica), SteadyClock())
 
 
 @pytest.fixture

@@ -20,10 +20,10 @@ def _environment_of_a_process() -> object:
     process = context.Process(target=_report, name="engine", kwargs={"pipe": theirs})
     process.start()
     try:
-        assert ours.poll(30)
+        assert ours.poll(120)
         return ours.recv()
     finally:
-        process.join(30)
+        process.join(120)
 
 
 def test_the_engine_has_the_environment_of_the_moment_it_is_started(

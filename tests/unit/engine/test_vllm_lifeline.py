@@ -16,7 +16,7 @@ from serve_app.engine.vllm_lifeline import end_with_parent
 def live(pipe):
     end_with_parent()
     pipe.send("attached")
-    time.sleep(60)
+    time.sleep(600)
 
 if __name__ == "__main__":
     context = multiprocessing.get_context(sys.argv[1])
@@ -25,7 +25,7 @@ if __name__ == "__main__":
     child.start()
     ours.recv()
     print(child.pid, flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
@@ -43,6 +43,6 @@ def test_killing_the_parent_outright_ends_the_child(tmp_path: Path, method: str)
     finally:
         parent.send_signal(signal.SIGKILL)
         parent.wait()
-    ended, _, _ = select.select([child], [], [], 30)
+    ended, _, _ = select.select([child], [], [], 120)
     os.close(child)
     assert ended

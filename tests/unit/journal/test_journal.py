@@ -85,7 +85,7 @@ async def test_append_returns_after_the_sync_and_what_waits_shares_the_next_one(
         nonlocal syncs
         syncs += 1
         loop.call_soon_threadsafe(began.set)
-        assert go.wait(10)
+        assert go.wait(120)
         real(file)
 
     monkeypatch.setattr(os, "fdatasync", held)
@@ -428,7 +428,7 @@ def test_a_writer_killed_at_any_moment_loses_no_record_that_was_durable(
         said.append(int(line))
         if len(said) == kill_after:
             writer.send_signal(signal.SIGKILL)
-    writer.wait(30)
+    writer.wait(120)
     said = said if len(said) >= kill_after else []
     assert said, "it was killed while it wrote"
     payloads, problems = left_behind(tmp_path)
@@ -504,7 +504,7 @@ def run_until_full(root: Path, segments: int) -> list[str]:
         [sys.executable, "-c", program, str(root)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -15,6 +15,7 @@ from sqlalchemy import Boolean, String, create_engine, inspect, text
 
 from serve_app.errors import StoreUnavailable
 from serve_app.keys import KeyWish
+from serve_app.ledger import database as ledger_database
 from serve_app.ledger.database import Database
 from serve_app.ledger.migrate import revisions
 from serve_app.ledger.schema import COUNTERS, METADATA, REVISION
@@ -178,6 +179,8 @@ def test_a_database_of_a_newer_program_is_left_alone(url: str) -> None:
 
 
 def _open(url: str) -> str:
+    """In a process of its own, which waits for a lock as long as a busy machine needs."""
+    ledger_database._BUSY_TIMEOUT_S = 300.0
     database = Database(url)
     database.close()
     return database.place

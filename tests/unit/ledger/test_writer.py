@@ -25,7 +25,7 @@ class Ledger(UsageLedger):
         self.fails = False
 
     def commit(self, records: Sequence[UsageRecord]) -> Committed:
-        assert self.go.wait(10)
+        assert self.go.wait(120)
         if self.fails:
             raise StoreUnavailable("no database")
         self.batches.append(len(records))
