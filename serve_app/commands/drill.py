@@ -31,6 +31,7 @@ headrace drill cancel-stream --url http://127.0.0.1:8000 --model chat --i-mean-i
 
 # How often a stack is asked what its engines are, twice a second.
 ASKED_MAX = 20
+WAKE_S: Final = 0.2
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -148,15 +149,23 @@ class _Ending:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
         self._stop = lambda: loop.call_soon_threadsafe(task.cancel)
+        # A signal that comes just before the loop goes to sleep is heeded when it wakes.
+        waking = asyncio.create_task(_wake_often())
         try:
             return await work
         finally:
+            waking.cancel()
             self._stop = lambda: None
 
     def _heed(self, *_: object) -> None:
         if not self._told:
             self._told = True
             self._stop()
+
+
+async def _wake_often() -> None:
+    while True:  # noqa: ASYNC110  # nothing is waited for
+        await asyncio.sleep(WAKE_S)
 
 
 def _interrupt() -> None:

@@ -191,13 +191,16 @@ def ended_while(what: str, signum: int, stderr: int | None = None) -> tuple[list
         subprocess.Popen(command, stdout=pipe, stderr=stderr or said, text=True) as process,
     ):
         assert process.stdout is not None
-        printed = [process.stdout.readline().strip()]
-        for _ in range(2):
-            process.send_signal(signum)
-            while (line := process.stdout.readline().strip()) not in ("told", ""):
-                printed.append(line)
-        printed += process.stdout.read().split()
-        status = process.wait(240)
+        try:
+            printed = [process.stdout.readline().strip()]
+            for _ in range(2):
+                process.send_signal(signum)
+                while (line := process.stdout.readline().strip()) not in ("told", ""):
+                    printed.append(line)
+            printed += process.stdout.read().split()
+            status = process.wait(240)
+        finally:
+            process.kill()
         said.seek(0)
         return printed, said.read(), status
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -484,18 +484,24 @@ async def test_what_is_no_message_is_dropped_and_the_rest_goes_on(channel: Case)
 
 async def test_nobody_without_the_key_gets_in(channel: Case) -> None:
     context = zmq.Context()
-    for address in (channel.router.address, channel.replica.channel.address):
-        socket = context.socket(zmq.PUSH)
-        socket.linger = 0  # what is never let in must not hold the context's end
-        socket.connect(address.endpoint)
-        for stream in range(20):
-            socket.send(pack(Batch([(stream, 0, b"data: forged\n\n", ())])))
-            reply = ReplyTo(channel.router.address, 1000 + stream)
-            socket.send(pack(Call(replace(call(), reply=reply))))
-    channel.plays(*frames(3), final(3))
-    assert text(await channel.read()) == text(frames(3))
-    assert channel.replica.closed == 1
-    context.destroy(linger=0)
+    try:
+        for address in (channel.router.address, channel.replica.channel.address):
+            socket = context.socket(zmq.PUSH)
+            socket.connect(address.endpoint)
+            for stream in range(20):
+                reply = ReplyTo(channel.router.address, 1000 + stream)
+                for message in (
+                    Batch([(stream, 0, b"data: forged\n\n", ())]),
+                    Call(replace(call(), reply=reply)),
+                ):
+                    # Once it is turned away there is nobody to send to.
+                    with suppress(zmq.Again):
+                        socket.send(pack(message), zmq.NOBLOCK)
+        channel.plays(*frames(3), final(3))
+        assert text(await channel.read()) == text(frames(3))
+        assert channel.replica.closed == 1
+    finally:
+        context.destroy(linger=0)
 
 
 async def test_two_processes_on_one_machine_take_different_ports(channel: Case) -> None:
