@@ -12,7 +12,7 @@ import pytest
 import yaml
 from lupa import lua51  # Argo CD runs Lua 5.1
 
-from serve_app.config import GatewayArgs
+from serve_app.config import ControlArgs, GatewayArgs
 from tests.cluster.crds import refusals
 from tests.cluster.manifests import CHART, ROOT, Manifests
 from tests.cluster.terraform import TERRAFORM, sections
@@ -210,6 +210,25 @@ def test_the_gpu_watcher_is_answered_by_the_exporter_of_its_own_node(
     counters = (CHART / "files" / "dcgm-counters.csv").read_text()
     rows = [line for line in counters.splitlines() if not line.startswith("#")]
     assert values["customMetrics"].splitlines() == rows
+
+
+def test_nodes_prices_are_asked_where_opencost_is(
+    applications: tuple[str, dict[str, dict[str, Any]]], helm: Path, tmp_path: Path
+) -> None:
+    opencost = applications[1]["opencost"]["spec"]
+    values = opencost["source"]["helm"]["valuesObject"]
+    manifests = rendered(applications, helm, tmp_path)
+    control = next(a for a in manifests.serve_config["applications"] if a["name"] == "control")
+    namespace = opencost["destination"]["namespace"]
+    asked = ControlArgs.model_validate(control["args"]).costs.opencost
+    assert asked is not None
+    assert asked.url == f"http://{values['fullnameOverride']}.{namespace}:9003"
+    peers = yaml.safe_dump(manifests.of("NetworkPolicy"))
+    assert f"kubernetes.io/metadata.name: {namespace}\n" in peers, "the policy lets it"
+    # Prometheus is where the chart's policies say that it is.
+    chart = yaml.safe_load((CHART / "values.yaml").read_text())["networkPolicy"]
+    prometheus = values["opencost"]["prometheus"]["internal"]["namespaceName"]
+    assert chart["prometheusNamespace"] == {"kubernetes.io/metadata.name": prometheus}
 
 
 def test_karpenter_is_given_terraforms_names(kubectl: Path) -> None:

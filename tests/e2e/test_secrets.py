@@ -71,9 +71,14 @@ def requests_of_every_kind(model: str) -> list[tuple[str, bytes, dict[str, str]]
 
 
 async def send_all(
-    stack: Stack, key: str, model: str, meanwhile: Callable[[], None] = lambda: None
+    stack: Stack,
+    key: str,
+    model: str,
+    meanwhile: Callable[[], None] = lambda: None,
+    *,
+    rounds: int = ROUNDS,
 ) -> list[httpx.Response]:
-    """Send each kind some times, many at once, beside streams that are left at the end.
+    """Send each kind ``rounds`` times, many at once, beside streams that are left at the end.
 
     ``meanwhile`` is called while the streams run. Returns what was answered to the others.
     """
@@ -103,7 +108,7 @@ async def send_all(
             for _ in range(CLIENTS):
                 await open_streams.acquire()
             await asyncio.to_thread(meanwhile)
-            answers = await asyncio.gather(*(one(*kind) for kind in kinds for _ in range(ROUNDS)))
+            answers = await asyncio.gather(*(one(*kind) for kind in kinds for _ in range(rounds)))
             leave.set()
     return answers
 
@@ -146,3 +151,11 @@ async def test_under_load_and_at_an_engines_death_nothing_is_told(fleet_stack: S
     answers = await send_all(fleet_stack, key, "wide", kill_an_engine)
     await asyncio.to_thread(until, lambda: is_idle(fleet_stack), "all has ended")
     await asyncio.to_thread(nothing_is_told, fleet_stack, key, answers)
+
+
+async def test_the_real_engine_tells_nothing_either(local_stack: Stack) -> None:
+    """vLLM has lines of its own, and refuses in its own words."""
+    key = await asyncio.to_thread(make_key, local_stack)
+    answers = await send_all(local_stack, key, "smollm2", rounds=1)
+    await asyncio.to_thread(until, lambda: is_idle(local_stack), "all has ended")
+    await asyncio.to_thread(nothing_is_told, local_stack, key, answers)
