@@ -64,6 +64,10 @@ from serve_app.usage_log import UsageLog
 
 logger = logging.getLogger("headrace.router")
 
+# Without keys a router can only refuse. If Control stays away for longer than this, refusing in
+# our own words is better than not being there.
+KEYS_WAIT_S = 20.0
+
 
 class Router:
     """One replica of the gateway."""
@@ -122,6 +126,7 @@ class Router:
             on_audit=self._observer.audit,
             clock=time.monotonic,
         )
+        self._keys_known = asyncio.Event()
         self._config = RouterConfig()
         self._scaling: dict[PoolName, ScalingPolicy] = {}
         self._untold_limits: Mapping[str, Any] | None = None
@@ -142,6 +147,12 @@ class Router:
         self._slices.start()
         self._usage.start()
         self._purses.start()
+        # Serve sends nothing here before this returns; other routers know the keys.
+        try:
+            async with asyncio.timeout(KEYS_WAIT_S):
+                await self._keys_known.wait()
+        except TimeoutError:
+            logger.warning("control is away, no keys are known: every request is refused")
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """Take new pools and aliases; nothing in flight is touched.
@@ -304,6 +315,7 @@ class Router:
             self._books.prices = tables.prices
         if tables.keys is not None:
             self._completions.keys = KeyTable(tables.keys, tables.keys_version)
+            self._keys_known.set()
 
 
 def _channel(settings: ChannelSettings) -> RouterChannel:

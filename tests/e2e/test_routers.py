@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import time
 
 import psutil
 import pytest
 
+from serve_app.config import CHANNEL_PORTS
 from serve_app.core.exchange import over_admission_most
 from tests.e2e.fleet import ENGINES, ROUTERS, SLOTS, STEP_S
 from tests.e2e.traffic import Load, wait_s
@@ -114,6 +116,41 @@ async def test_a_router_killed_under_load_fails_nothing_that_comes_after(stack: 
     assert late == []
     # A third of what is in flight is the most that one router of three holds, and a few.
     assert len(load.failures()) <= max(ENGINES * SLOTS, in_flight // 2), load.failures()
+
+
+async def test_a_router_that_begins_while_control_is_away_gets_no_requests(stack: Stack) -> None:
+    """It knows no keys; the others do."""
+    load = load_of(stack, 0.3 * CAPACITY_PER_S)
+    controls = stack.processes("control", "Control")
+    before = {each.pid for each in stack.processes("gateway", "Router")}
+    for each in controls:
+        each.send_signal(signal.SIGSTOP)
+    try:
+        async with load.running():
+            await wait_s(1)
+            victim = stack.processes("gateway", "Router")[0]
+            victim.send_signal(signal.SIGKILL)
+            await asyncio.to_thread(psutil.wait_procs, [victim], timeout=WAIT_S)
+            killed_at_s = time.monotonic()
+            await asyncio.to_thread(until, lambda: listens(stack, before), "a new router")
+            await wait_s(6)
+    finally:
+        for each in controls:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.send_signal(signal.SIGCONT)
+    late = [answer for answer in load.failures() if answer.sent_at_s > killed_at_s]
+    assert late == []
+
+
+def listens(stack: Stack, before: set[int]) -> bool:
+    """Tell whether a router that was not there before has its end of the token channel."""
+    first, last = CHANNEL_PORTS
+    return any(
+        connection.status == psutil.CONN_LISTEN and first <= connection.laddr.port <= last
+        for router in stack.processes("gateway", "Router")
+        if router.pid not in before
+        for connection in router.net_connections("tcp4")
+    )
 
 
 async def test_an_engine_paused_for_five_seconds_loses_no_stream(stack: Stack) -> None:
