@@ -76,7 +76,7 @@ class ScalingPolicy:
     down_after_s: float = 300.0
     down_step_ratio: float = 0.1
     down_margin_ratio: float = 0.9
-    up_margin: float = 0.1
+    up_margin: float = 0.2
     up_step_ratio: float = 1.0
     up_step_least: int = 4
     idle_s: float = 600.0
