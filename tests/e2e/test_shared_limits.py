@@ -127,7 +127,13 @@ async def test_tokens_per_minute_are_granted_in_full_and_no_more(
     await asyncio.to_thread(until_nothing_is_doubted, stack)
     key = make_key("metered")
     began_at_s = time.monotonic()
-    answers = await burst(stack, key, 160, messages=[{"role": "user", "content": "word " * 150}])
+    long = [{"role": "user", "content": "word " * 150}]
+    answers = await burst(stack, key, 160, messages=long)
+    # One that was refused beside others, which hold their prompts' upper bounds, may fit alone.
+    for _ in range(160):
+        answers += await burst(stack, key, 1, messages=long)
+        if answers[-1].status_code != 200:
+            break
     granted = [each.json()["usage"]["total_tokens"] for each in answers if each.status_code == 200]
     counted(answers)
     drained = TOKENS_A_MINUTE * (time.monotonic() - began_at_s) / 60
