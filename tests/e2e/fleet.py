@@ -7,13 +7,15 @@ a pool with the properties they need; `settle` has everything as it was before t
 from __future__ import annotations
 
 import copy
+import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import yaml
 
 from serve_app.ledger.database import Database
@@ -121,6 +123,20 @@ def _remember_a_router_of_yesterday(folder: Path) -> None:
     grants = GrantStore(database, lambda: time.time() - 3600)
     grants.add("of-yesterday", grants.begin().epoch)
     database.close()
+
+
+@contextmanager
+def stood_still(processes: Iterable[psutil.Process]) -> Iterator[None]:
+    """Stop processes for the block; they go on after it if they are still there."""
+    stopped = list(processes)
+    for process in stopped:
+        process.send_signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for process in stopped:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGCONT)
 
 
 def settle(stack: Stack) -> None:

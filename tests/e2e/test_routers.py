@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
 import time
 
@@ -12,7 +11,7 @@ import pytest
 
 from serve_app.config import CHANNEL_PORTS
 from serve_app.core.exchange import over_admission_most
-from tests.e2e.fleet import ENGINES, ROUTERS, SLOTS, STEP_S
+from tests.e2e.fleet import ENGINES, ROUTERS, SLOTS, STEP_S, stood_still
 from tests.e2e.traffic import Load, wait_s
 from tests.e2e.waiting import WAIT_S, until
 from tests.stack import Stack
@@ -39,6 +38,14 @@ def kill(stack: Stack, *words: str) -> None:
             process.send_signal(signal.SIGKILL)
         except psutil.NoSuchProcess:
             continue
+
+
+async def kill_a_router(stack: Stack) -> float:
+    """Kill one; return when its sockets are closed: until then it takes what it never reads."""
+    victim = stack.processes("gateway", "Router")[0]
+    victim.send_signal(signal.SIGKILL)
+    await asyncio.to_thread(psutil.wait_procs, [victim], timeout=WAIT_S)
+    return time.monotonic()
 
 
 async def test_routers_fill_idle_engines_together_and_no_further(stack: Stack) -> None:
@@ -105,12 +112,8 @@ async def test_a_router_killed_under_load_fails_nothing_that_comes_after(stack: 
     load = load_of(stack, 0.75 * CAPACITY_PER_S)
     async with load.running():
         await wait_s(2)
-        victim = stack.processes("gateway", "Router")[0]
         in_flight = load.open()
-        victim.send_signal(signal.SIGKILL)
-        # Until its sockets are closed it takes what it will never read.
-        await asyncio.to_thread(psutil.wait_procs, [victim], timeout=WAIT_S)
-        killed_at_s = time.monotonic()
+        killed_at_s = await kill_a_router(stack)
         await wait_s(6)
     late = [answer for answer in load.failures() if answer.sent_at_s > killed_at_s]
     assert late == []
@@ -121,23 +124,13 @@ async def test_a_router_killed_under_load_fails_nothing_that_comes_after(stack: 
 async def test_a_router_that_begins_while_control_is_away_gets_no_requests(stack: Stack) -> None:
     """It knows no keys; the others do."""
     load = load_of(stack, 0.3 * CAPACITY_PER_S)
-    controls = stack.processes("control", "Control")
     before = {each.pid for each in stack.processes("gateway", "Router")}
-    for each in controls:
-        each.send_signal(signal.SIGSTOP)
-    try:
+    with stood_still(stack.processes("control", "Control")):
         async with load.running():
             await wait_s(1)
-            victim = stack.processes("gateway", "Router")[0]
-            victim.send_signal(signal.SIGKILL)
-            await asyncio.to_thread(psutil.wait_procs, [victim], timeout=WAIT_S)
-            killed_at_s = time.monotonic()
+            killed_at_s = await kill_a_router(stack)
             await asyncio.to_thread(until, lambda: listens(stack, before), "a new router")
             await wait_s(6)
-    finally:
-        for each in controls:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                each.send_signal(signal.SIGCONT)
     late = [answer for answer in load.failures() if answer.sent_at_s > killed_at_s]
     assert late == []
 
@@ -157,12 +150,8 @@ async def test_an_engine_paused_for_five_seconds_loses_no_stream(stack: Stack) -
     load = load_of(stack, 0.3 * CAPACITY_PER_S)
     async with load.running():
         await wait_s(1)
-        paused = stack.processes("pool-small", "Engine")[0]
-        paused.send_signal(signal.SIGSTOP)
-        try:
+        with stood_still(stack.processes("pool-small", "Engine")[:1]):
             await wait_s(5)
-        finally:
-            paused.send_signal(signal.SIGCONT)
         await wait_s(1)
     assert load.failures() == []
 

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from tests.e2e import keys
-from tests.e2e.fleet import A_MINUTE, TOKENS_A_MINUTE
+from tests.e2e.fleet import A_MINUTE, TOKENS_A_MINUTE, stood_still
 from tests.e2e.fleet import CONCURRENT as SLOTS
 from tests.e2e.waiting import until
 from tests.stack import Stack
@@ -182,16 +182,13 @@ async def test_control_away_is_not_a_limit_used_up(
     held, fresh = make_key("counted"), make_key("counted")
     assert counted(await burst(stack, held, 60)) == 60
     [control] = stack.processes("ServeReplica:control:Control")
-    control.send_signal(signal.SIGSTOP)
-    try:
+    with stood_still([control]):
         answers = await burst(stack, held, 60)
         assert sum(each.status_code == 200 for each in answers) == 60
         for answer in await burst(stack, fresh, 6, patient=False):
             assert answer.status_code == 503
             assert answer.json()["error"]["code"] == "limits_unavailable"
             assert answer.headers["retry-after"] == "1"
-    finally:
-        control.send_signal(signal.SIGCONT)
     until(lambda: ask_once(stack, fresh) == 200, "Control is back")
 
 
